@@ -1,0 +1,364 @@
+"""Stage folders: fingerprints, manifests, hashes and atomic writes.
+
+A stage writes one folder below the run folder. ``manifest.json`` is written last and atomically, so
+its presence means that the stage is complete. A stage whose fingerprint (settings, input content,
+schema) matches its manifest is skipped; one whose inputs were rebuilt since is refused, naming both
+sides and the command that repairs it. Nothing complete is ever overwritten: ``overwrite`` sets the
+old folder aside under a new name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from genrec import __version__
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+IN_PROGRESS = "in_progress.json"
+
+# Stage -> its folder below the run folder, in the order of the line.
+FOLDERS = {
+    "prepare": "data",
+    "embed": "embeddings",
+    "quantize": "semantic_ids",
+    "build_dataset": "dataset",
+    "sft": "sft",
+    "grpo": "grpo",
+    "recommend": "recommendations",
+    "evaluate": "evaluation",
+    "explain": "explanations",
+    "audit": "audit",
+}
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "polars", "numpy")
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path | str) -> str:
+    """Hex SHA-256 of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of the canonical JSON form of `value` (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return sha256_bytes(text.encode())
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Write a file atomically: readers see the old bytes or all of the new ones."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    finally:
+        with suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write indented JSON atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file; a damaged one raises ValueError naming the file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); restore it or rerun its stage"
+        ) from error
+
+
+def write_parquet(path: Path | str, table: pl.DataFrame) -> None:
+    """Write a Parquet file atomically."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        table.write_parquet(partial)
+        os.replace(partial, path)
+    finally:
+        with suppress(FileNotFoundError):
+            partial.unlink()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage says about itself (the content of ``manifest.json``)."""
+
+    stage: str
+    fingerprint: str
+    config: dict[str, Any]
+    inputs: dict[str, str]  # upstream stage or file name -> content hash when it was read
+    outputs: dict[str, dict[str, Any]]  # relative path -> {"sha256", "bytes"}
+    content_hash: str  # hash over the output hashes: what the next stage records
+    rows: int
+    seed: int | None
+    metrics: dict[str, Any]
+    seconds: float
+    versions: dict[str, str]
+    git_commit: str | None
+    schema_version: int = SCHEMA_VERSION
+    notes: list[str] = field(default_factory=list)
+
+
+def stage_folder(run_dir: Path | str, stage: str) -> Path:
+    """Folder of `stage` below `run_dir`."""
+    return Path(run_dir) / FOLDERS[stage]
+
+
+def rerun_command(run_dir: Path | str, stage: str) -> str:
+    """Command that rebuilds `stage`, for error messages."""
+    return f"genrec {stage} --config <its yaml> --run_dir {run_dir} --overwrite true"
+
+
+def load_manifest(run_dir: Path | str, stage: str) -> Manifest | None:
+    """Manifest of a finished stage, or None if the stage isn't complete."""
+    path = stage_folder(run_dir, stage) / MANIFEST
+    if not path.exists():
+        return None
+    value = read_json(path)
+    if value.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema_version {value.get('schema_version')}, this genrec reads "
+            f"{SCHEMA_VERSION}; rerun: {rerun_command(run_dir, stage)}"
+        )
+    return Manifest(**value)
+
+
+def require(run_dir: Path | str, stage: str) -> Manifest:
+    """Manifest of a stage that must be complete, unbroken and built from what is there now.
+
+    Raises:
+        ValueError: the stage is missing, one of its files is missing or cut short, or a stage
+            before it was rebuilt since.
+    """
+    folder = stage_folder(run_dir, stage)
+    manifest = load_manifest(run_dir, stage)
+    if manifest is None:
+        raise ValueError(
+            f"{folder} has no {MANIFEST}: stage '{stage}' has not finished; run: "
+            f"genrec {stage} --config <its yaml> --run_dir {run_dir}"
+        )
+    for name, output in manifest.outputs.items():
+        path = folder / name
+        size = path.stat().st_size if path.exists() else None
+        if size != output["bytes"]:
+            raise ValueError(
+                f"{path} has {size} bytes, its manifest says {output['bytes']}; restore it or rerun: "
+                f"{rerun_command(run_dir, stage)}"
+            )
+    for upstream, recorded in manifest.inputs.items():
+        if upstream not in FOLDERS:
+            continue
+        current = require(run_dir, upstream)
+        if current.content_hash != recorded:
+            raise ValueError(
+                f"{folder / MANIFEST} was built from '{upstream}' {recorded[:12]}, but "
+                f"{stage_folder(run_dir, upstream) / MANIFEST} is now {current.content_hash[:12]}; "
+                f"rerun: {rerun_command(run_dir, stage)}"
+            )
+    return manifest
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that holds this package ("+dirty" if changed), None outside one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        status = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+dirty" if status else "")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of genrec and of the packages that decide results."""
+    versions = {"genrec": __version__}
+    for name in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+class Stage:
+    """One run of one stage: check, skip, write, finish.
+
+    Args:
+        run_dir: the run folder.
+        name: a key of `FOLDERS`.
+        config: resolved settings; all of them enter the fingerprint except `ignore`.
+        inputs: names of the upstream stages that are read (each must be complete).
+        files: name -> external file, hashed by content (so moving it is not a change).
+        ignore: settings that can't change the result (`run_dir` and `overwrite` always are).
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        name: str,
+        config: Mapping[str, Any],
+        inputs: Iterable[str] = (),
+        files: Mapping[str, Path | str] | None = None,
+        ignore: Iterable[str] = (),
+    ) -> None:
+        """Read the upstream manifests and compute the fingerprint; writes nothing."""
+        self.run_dir, self.name = Path(run_dir), name
+        self.folder = stage_folder(run_dir, name)
+        ignored = {"run_dir", "overwrite", *ignore}
+        self.config = {key: value for key, value in config.items() if key not in ignored}
+        self.upstream = {stage: require(run_dir, stage) for stage in inputs}
+        self.inputs = {stage: manifest.content_hash for stage, manifest in self.upstream.items()}
+        for label, path in (files or {}).items():
+            self.inputs[label] = sha256_file(path)
+        self.fingerprint = sha256_json(
+            {"stage": name, "schema": SCHEMA_VERSION, "config": self.config, "inputs": self.inputs}
+        )
+        self._started = time.perf_counter()
+
+    def is_done(self, overwrite: bool = False) -> bool:
+        """Whether this very stage is already complete; else the folder is made ready to write.
+
+        A partial folder with the same fingerprint is kept, so that the stage can resume; one of
+        other settings is set aside.
+
+        Raises:
+            ValueError: a complete stage with other settings or inputs is there and `overwrite` is
+                False.
+        """
+        manifest = load_manifest(self.run_dir, self.name)
+        if manifest is not None and not overwrite:
+            if manifest.fingerprint == self.fingerprint:
+                require(self.run_dir, self.name)
+                logger.info("%s: complete, skipped (%s)", self.name, self.folder)
+                return True
+            raise ValueError(
+                f"{self.folder} is complete but was made with other {self._difference(manifest)}; "
+                "use another --run_dir, or --overwrite true (the old folder is kept under a new name)"
+            )
+        progress = self.folder / IN_PROGRESS
+        same = progress.exists() and read_json(progress).get("fingerprint") == self.fingerprint
+        if manifest is not None or (
+            self.folder.exists() and any(self.folder.iterdir()) and not same
+        ):
+            self._set_aside()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(progress, {"fingerprint": self.fingerprint, "config": self.config})
+        return False
+
+    def _difference(self, manifest: Manifest) -> str:
+        keys = sorted(set(self.config) | set(manifest.config))
+        # Compared as JSON, since the manifest's values went through it (tuples became lists).
+        now, then = (json.loads(json.dumps(c, default=str)) for c in (self.config, manifest.config))
+        changes = [
+            f"{key}={then.get(key)!r} (now {now.get(key)!r})"
+            for key in keys
+            if then.get(key) != now.get(key)
+        ]
+        changes += [
+            f"input '{key}'"
+            for key in sorted(set(self.inputs) | set(manifest.inputs))
+            if self.inputs.get(key) != manifest.inputs.get(key)
+        ]
+        return "; ".join(changes) or "code schema"
+
+    def _set_aside(self) -> None:
+        number = 1
+        while (target := self.folder.with_name(f"{self.folder.name}.old-{number}")).exists():
+            number += 1
+        shutil.move(str(self.folder), str(target))
+        logger.warning("%s: earlier output kept as %s", self.name, target)
+
+    def finish(
+        self,
+        rows: int,
+        seed: int | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        notes: Iterable[str] = (),
+        skip: Iterable[str] = (),
+    ) -> Manifest:
+        """Hash every file of the folder (except those below `skip`) and write the manifest.
+
+        Returns:
+            The manifest that was written.
+        """
+        import yaml
+
+        settings = json.loads(json.dumps(self.config, default=str))
+        write_text(self.folder / "config.yaml", yaml.safe_dump(settings))
+        skipped = tuple(skip)
+        outputs: dict[str, dict[str, Any]] = {}
+        for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
+            name = path.relative_to(self.folder).as_posix()
+            if path.name.endswith(".partial"):
+                path.unlink()  # left by a killed writer
+            elif name not in (MANIFEST, IN_PROGRESS) and not name.startswith(skipped or ("\0",)):
+                outputs[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        manifest = Manifest(
+            stage=self.name,
+            fingerprint=self.fingerprint,
+            config=self.config,
+            inputs=self.inputs,
+            outputs=outputs,
+            content_hash=sha256_json({name: output["sha256"] for name, output in outputs.items()}),
+            rows=rows,
+            seed=seed,
+            metrics=dict(metrics or {}),
+            seconds=round(time.perf_counter() - self._started, 3),
+            versions=package_versions(),
+            git_commit=git_commit(),
+            notes=list(notes),
+        )
+        write_json(self.folder / MANIFEST, asdict(manifest))
+        with suppress(FileNotFoundError):
+            (self.folder / IN_PROGRESS).unlink()
+        logger.info("%s: done in %.1f s (%s)", self.name, manifest.seconds, self.folder)
+        return manifest

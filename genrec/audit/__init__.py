@@ -1,0 +1,1 @@
+"""Audit records: written, chained, verified, replayed and shown."""

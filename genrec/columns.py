@@ -1,0 +1,46 @@
+"""Column names of every table that genrec reads or writes.
+
+``*_item_id`` columns hold the user's own identifiers (string or integer, kept to the end);
+``*_item_index`` columns hold rows of ``catalog.parquet``. The two are never mixed.
+"""
+
+# Who, what, when.
+USER_ID = "user_id"
+ITEM_ID = "item_id"
+ITEM_INDEX = "item_index"
+TIMESTAMP = "timestamp"  # int64 seconds since the epoch, null where the data has only an order
+RATING = "rating"
+POSITION = "position"  # 0, 1, … in the user's ordered sequence
+TRAIN_COUNT = "train_count"  # catalogue: interactions in the training part
+
+# Catalogue attributes. `categories` is a path, general to specific.
+TITLE = "title"
+BRAND = "brand"
+CATEGORIES = "categories"
+PRICE = "price"
+DESCRIPTION = "description"
+
+# Split rows: item indices, oldest first. A row supervises the items of `history + [target]`
+# from position `supervise_from` on, so that each interaction is a target exactly once.
+ROW_ID = "row_id"
+HISTORY = "history_item_index"
+TARGET = "target_item_index"
+SUPERVISE_FROM = "supervise_from"
+TARGET_TIME = "target_timestamp"
+SEEN = "seen_item_index"  # all that the user had before the target, for filters
+
+# Instruction rows.
+TASK = "task"
+TEMPLATE = "template"
+PROMPT = "prompt"
+COMPLETION = "completion"
+TARGET_ITEM_ID = "target_item_id"
+HISTORY_ITEM_IDS = "history_item_ids"
+
+# Recommendations: one row per recommended item, `rank` starts at 1.
+RANK = "rank"
+SCORE = "score"  # summed log-probability under the declared normaliser
+SID = "sid"
+LEVEL_LOG_PROBS = "level_log_probs"
+CERTIFIED = "certified"
+PROMPT_SHA256 = "prompt_sha256"

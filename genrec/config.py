@@ -1,0 +1,164 @@
+"""Settings of the recipes: flat dataclasses, YAML gives defaults, flags win.
+
+TRL's ``TrlParser`` parses; this module adds what it leaves out: types of values that come from
+YAML, readable errors instead of tracebacks, and the place where datasets are looked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trl import TrlParser
+
+logger = logging.getLogger(__name__)
+
+
+def check_types(settings: Any) -> None:
+    """Raise ValueError if a field of a settings dataclass holds a value of another type.
+
+    Covers what flat settings use: scalars, ``X | None`` and lists of scalars. An int is accepted
+    where a float is declared.
+    """
+    hints = typing.get_type_hints(type(settings))
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if not _matches(value, hints[item.name]):
+            raise ValueError(
+                f"{item.name}={value!r} is a {type(value).__name__}; {item.name} takes {item.type}"
+            )
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, option) for option in typing.get_args(hint))
+    if origin is list:
+        inner = typing.get_args(hint)[0]
+        return isinstance(value, list) and all(_matches(v, inner) for v in value)
+    if hint is Any:
+        return True
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def check_choice(name: str, value: str, choices: typing.Iterable[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    options = list(choices)
+    if value not in options:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(options)}")
+
+
+def parse(*dataclass_types: type, args: list[str] | None = None) -> Any:
+    """Parse the command line (and ``--config file.yaml``) into one instance per dataclass.
+
+    Returns:
+        The instance, or a tuple of them if several types are given.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type, or a missing config file.
+    """
+    argv = list(sys.argv[1:] if args is None else args)
+    # TrlParser knows only the two-word form.
+    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    if "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 >= len(argv):
+            raise ValueError("--config needs a YAML file behind it")
+        _check_keys(Path(argv[at + 1]), dataclass_types)
+    parser = TrlParser(dataclass_types, allow_abbrev=False)
+    parsed = parser.parse_args_and_config(args=argv)
+    for settings in parsed:
+        if is_dataclass(settings) and type(settings).__module__.split(".")[0] not in (
+            "trl",
+            "transformers",
+        ):
+            check_types(settings)
+    return parsed if len(parsed) > 1 else parsed[0]
+
+
+def _check_keys(path: Path, dataclass_types: tuple[type, ...]) -> None:
+    if not path.is_file():
+        raise ValueError(f"--config {path} does not exist; examples lie in recipes/configs/")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `key: value` lines")
+    known = {item.name for kind in dataclass_types for item in fields(kind) if item.init} | {"env"}
+    if unknown := sorted(set(values) - known):
+        import difflib
+
+        hints = [f"{key!r}" + _closest(difflib.get_close_matches(key, known, 1)) for key in unknown]
+        raise ValueError(f"{path} has unknown keys: {', '.join(hints)}")
+
+
+def _closest(matches: list[str]) -> str:
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def training_fingerprint(training: Any) -> dict[str, Any]:
+    """Settings of a Transformers/TRL training config that can change the trained weights."""
+    volatile = (
+        "dir",
+        "report",
+        "run_name",
+        "tqdm",
+        "logging",
+        "log_",
+        "push",
+        "hub",
+        "save_",
+        "resume",
+    )
+    values = training.to_dict()
+    return {key: v for key, v in values.items() if not any(part in key for part in volatile)}
+
+
+def dataset_path(path: str, data_dir: str | None = None) -> Path:
+    """Where an input file lies: absolute, below `data_dir`, here, or below ``$GENREC_DATA``.
+
+    Raises:
+        ValueError: none of them exists.
+    """
+    candidates = [Path(path)]
+    if not candidates[0].is_absolute():
+        roots = [data_dir] if data_dir else ["", os.environ.get("GENREC_DATA")]
+        candidates = [Path(root) / path for root in roots if root is not None]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    looked = ", ".join(str(c) for c in candidates)
+    raise ValueError(f"{path} not found (looked at {looked}); set --data_dir or GENREC_DATA")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a recipe's main: set up logging, and end on the user's mistakes with a message.
+
+    `ValueError` and missing files print one line and exit with status 2; anything else is a defect
+    and keeps its traceback.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("httpx", "filelock", "fsspec", "datasets", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("GENREC_DEBUG"):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error

@@ -1,0 +1,306 @@
+"""Cleaning of the interaction log: ratings, duplicates, order, k-core, item indices.
+
+The order rule is one for every dataset: a user's interactions are ordered by timestamp, and those
+of the same moment keep their order in the file. Data without timestamps keep the file's order.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import numpy as np
+import polars as pl
+
+from genrec.columns import (
+    BRAND,
+    CATEGORIES,
+    DESCRIPTION,
+    ITEM_ID,
+    ITEM_INDEX,
+    POSITION,
+    PRICE,
+    RATING,
+    TIMESTAMP,
+    TITLE,
+    USER_ID,
+)
+from genrec.data.readers import SUBSECOND, RawData
+
+logger = logging.getLogger(__name__)
+
+TIE_RULE = "timestamp, then file order"
+TIE_RULE_WITHOUT_TIME = "file order (the data have no timestamps)"
+
+CATALOG_SCHEMA = {
+    TITLE: pl.String(),
+    BRAND: pl.String(),
+    CATEGORIES: pl.List(pl.String()),
+    PRICE: pl.Float64(),
+    DESCRIPTION: pl.String(),
+}
+
+
+@dataclass(frozen=True)
+class CleanData:
+    """The cleaned tables.
+
+    Attributes:
+        interactions: user_id, item_id, item_index, timestamp, rating, position; sorted by user
+            (order of first appearance), then position.
+        catalog: item_index, item_id, title, brand, categories, price, description; row i has
+            item_index i.
+        users: attributes of the users that are left, or None.
+        tie_share: share of users whose last two interactions have the same time; None without
+            timestamps.
+        dropped: interactions that each rule took away.
+    """
+
+    interactions: pl.DataFrame
+    catalog: pl.DataFrame
+    users: pl.DataFrame | None
+    tie_share: float | None
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+def filter_rating(interactions: pl.DataFrame, min_rating: float | None) -> pl.DataFrame:
+    """Keep interactions rated at least `min_rating` as implicit feedback; None keeps all.
+
+    Raises:
+        ValueError: a threshold is given, but interactions lack a rating, or none reaches it.
+    """
+    if min_rating is None:
+        return interactions
+    missing = interactions[RATING].null_count()
+    if missing:
+        raise ValueError(
+            f"min_rating={min_rating} needs a rating on every interaction, {missing} of "
+            f"{interactions.height} have none; name the rating column or leave min_rating unset"
+        )
+    kept = interactions.filter(pl.col(RATING) >= min_rating)
+    if kept.height == 0:
+        raise ValueError(
+            f"min_rating={min_rating} leaves no interactions; the highest rating is "
+            f"{interactions[RATING].max()!r}"
+        )
+    return kept
+
+
+def drop_duplicates(interactions: pl.DataFrame) -> pl.DataFrame:
+    """Drop repetitions of the same user, item and time, keeping the first.
+
+    Rows without a time are kept: there a repetition may be a second purchase.
+    """
+    key = [USER_ID, ITEM_ID, *_time_columns(interactions)]
+    return interactions.filter(pl.struct(key).is_first_distinct() | pl.col(TIMESTAMP).is_null())
+
+
+def order_interactions(interactions: pl.DataFrame) -> pl.DataFrame:
+    """Sort by user (order of first appearance), time, file order; add `position`.
+
+    Raises:
+        ValueError: some interactions have a time and others don't.
+    """
+    without = interactions[TIMESTAMP].null_count()
+    if 0 < without < interactions.height:
+        raise ValueError(
+            f"{without} of {interactions.height} interactions have no timestamp, so they can't be "
+            "ordered; fill them in, drop those rows, or leave the time column unset (file order)"
+        )
+    ordered = (
+        interactions.with_row_index("_row")
+        .with_columns(pl.col("_row").min().over(USER_ID).alias("_user"))
+        .sort("_user", *_time_columns(interactions), "_row")
+        .drop("_row", "_user")
+    )
+    return _number(ordered)
+
+
+def collapse_repeats(interactions: pl.DataFrame) -> pl.DataFrame:
+    """Keep the first of consecutive interactions of a user with one item; expects ordered rows."""
+    changed = (pl.col(ITEM_ID) != pl.col(ITEM_ID).shift(1)) | (
+        pl.col(USER_ID) != pl.col(USER_ID).shift(1)
+    )
+    return _number(interactions.filter(changed.fill_null(True)))
+
+
+def k_core(interactions: pl.DataFrame, min_user: int = 1, min_item: int = 1) -> pl.DataFrame:
+    """Drop users and items with too few interactions until all that are left have enough.
+
+    Args:
+        interactions: the log; row order is kept.
+        min_user: interactions that a user needs; 1 is off.
+        min_item: interactions that an item needs; 1 is off.
+
+    Raises:
+        ValueError: a threshold below 1, or nothing is left.
+    """
+    for name, value in (("min_user", min_user), ("min_item", min_item)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1 (1 keeps everything)")
+    if min_user == 1 and min_item == 1:
+        return interactions
+    users = _codes(interactions[USER_ID])
+    items = _codes(interactions[ITEM_ID])
+    rows = np.arange(interactions.height)
+    while True:
+        enough = (np.bincount(users[rows])[users[rows]] >= min_user) & (
+            np.bincount(items[rows])[items[rows]] >= min_item
+        )
+        if enough.all():
+            break
+        rows = rows[enough]
+        if len(rows) == 0:
+            raise ValueError(
+                f"k-core with min_user={min_user}, min_item={min_item} leaves nothing of "
+                f"{interactions.height} interactions; lower them"
+            )
+    return interactions[rows]
+
+
+def last_two_tie_share(interactions: pl.DataFrame) -> float | None:
+    """Share of users with two or more interactions whose last two have the same time.
+
+    There the tie rule, not the clock, decides which one is the test target.
+
+    Returns:
+        The share, or None where the data have no timestamps or no such user.
+    """
+    if interactions.height == 0 or interactions[TIMESTAMP].null_count():
+        return None
+    times = _time_columns(interactions)
+    last = (
+        interactions.filter(pl.len().over(USER_ID) >= 2)
+        .group_by(USER_ID, maintain_order=True)
+        .agg([(pl.col(t).get(-1) == pl.col(t).get(-2)).alias(t) for t in times])
+    )
+    if last.height == 0:
+        return None
+    return float(last.select(pl.all_horizontal(times).mean()).item())
+
+
+def sample_users(data: CleanData, n_users: int, seed: int = 0) -> CleanData:
+    """Keep a random sample of users, the same for the same seed; the catalogue stays whole."""
+    if n_users < 1:
+        raise ValueError(f"limit_users={n_users} must be at least 1")
+    users = data.interactions[USER_ID].unique(maintain_order=True)
+    if n_users >= len(users):
+        return data
+    chosen = np.sort(np.random.default_rng(seed).choice(len(users), n_users, replace=False))
+    keep = users[chosen].implode()
+    interactions = data.interactions.filter(pl.col(USER_ID).is_in(keep))
+    return CleanData(
+        interactions=interactions,
+        catalog=data.catalog,
+        users=None if data.users is None else data.users.filter(pl.col(USER_ID).is_in(keep)),
+        tie_share=last_two_tie_share(interactions),
+        dropped={**data.dropped, "limit_users": data.interactions.height - interactions.height},
+    )
+
+
+def clean(
+    raw: RawData,
+    min_rating: float | None = None,
+    min_user: int = 1,
+    min_item: int = 1,
+    collapse: bool = False,
+) -> CleanData:
+    """Clean the log and number the catalogue.
+
+    In this order: rating threshold, exact duplicates, order, consecutive repeats (optional),
+    k-core. A k-core on items takes the dropped items out of the catalogue, too; without it,
+    items that nobody bought stay, so that they can be recommended by their content.
+
+    Args:
+        raw: tables from a reader or from `synthetic_shop`.
+        min_rating: keep interactions rated at least this; None keeps all.
+        min_user: interactions that a user needs (k-core).
+        min_item: interactions that an item needs (k-core).
+        collapse: keep one of consecutive interactions with the same item.
+
+    Raises:
+        ValueError: a rule that the data can't satisfy; see the functions of this module.
+    """
+    dropped: dict[str, int] = {}
+    log = raw.interactions
+    steps = {
+        "min_rating": lambda t: filter_rating(t, min_rating),
+        "duplicates": drop_duplicates,
+        "order": order_interactions,
+        "consecutive_repeats": collapse_repeats if collapse else lambda t: t,
+        "k_core": lambda t: k_core(t, min_user, min_item),
+    }
+    for name, step in steps.items():
+        before = log.height
+        log = step(log)
+        if before != log.height:
+            dropped[name] = before - log.height
+            logger.info("%s: dropped %d of %d interactions", name, before - log.height, before)
+    # Places are numbered again, since the k-core takes rows out.
+    log = _number(log)
+    kept = raw.catalog
+    if min_item > 1:
+        kept = kept.join(log.select(ITEM_ID).unique(), on=ITEM_ID, how="semi")
+        logger.info("k_core: %d of %d catalogue items left", kept.height, raw.catalog.height)
+    catalog = index_catalog(kept)
+    users = raw.users
+    if users is not None:
+        # In the log's order, and only those who are left.
+        order = log.select(pl.col(USER_ID).unique(maintain_order=True))
+        users = order.join(users, on=USER_ID, how="inner", maintain_order="left")
+    share = last_two_tie_share(log)
+    log = log.join(
+        catalog.select(ITEM_ID, ITEM_INDEX), on=ITEM_ID, how="left", maintain_order="left"
+    )
+    assert log[ITEM_INDEX].null_count() == 0, "readers check that every item is in the catalogue"
+    log = log.select(USER_ID, ITEM_ID, ITEM_INDEX, TIMESTAMP, RATING, POSITION)
+    return CleanData(
+        interactions=log, catalog=catalog, users=users, tie_share=share, dropped=dropped
+    )
+
+
+def index_catalog(catalog: pl.DataFrame) -> pl.DataFrame:
+    """Sort the catalogue by item_id and number it; attributes that it lacks become null.
+
+    Missing or blank titles become "Item <item_id>", with a warning that counts them.
+    """
+    absent = [
+        pl.lit(None, dtype=kind).alias(name)
+        for name, kind in CATALOG_SCHEMA.items()
+        if name not in catalog.columns
+    ]
+    table = catalog.with_columns(absent).sort(ITEM_ID)
+    table = table.with_columns([pl.col(name).cast(kind) for name, kind in CATALOG_SCHEMA.items()])
+    table = table.with_columns(
+        pl.col(CATEGORIES).fill_null(pl.lit([], dtype=pl.List(pl.String))),
+        *[_blank_to_null(name) for name in (TITLE, BRAND, DESCRIPTION)],
+    )
+    if untitled := table[TITLE].null_count():
+        logger.warning(
+            "%d of %d items have no title; they get 'Item <item_id>'", untitled, table.height
+        )
+    fallback = pl.format("Item {}", pl.col(ITEM_ID).cast(pl.String))
+    table = table.with_columns(pl.col(TITLE).fill_null(fallback)).with_row_index(ITEM_INDEX)
+    return table.select(pl.col(ITEM_INDEX).cast(pl.Int32), pl.col(ITEM_ID), *CATALOG_SCHEMA)
+
+
+def _blank_to_null(name: str) -> pl.Expr:
+    text = pl.col(name).str.strip_chars()
+    return pl.when(text != "").then(text).alias(name)
+
+
+def _number(ordered: pl.DataFrame) -> pl.DataFrame:
+    """Set `position` in a log whose users lie in blocks."""
+    begins = (ordered[USER_ID] != ordered[USER_ID].shift(1)).fill_null(True).to_numpy()
+    start = np.flatnonzero(begins)
+    lengths = np.diff(np.append(start, ordered.height))
+    place = np.arange(ordered.height) - np.repeat(start, lengths)
+    return ordered.with_columns(pl.Series(POSITION, place, dtype=pl.Int32))
+
+
+def _time_columns(interactions: pl.DataFrame) -> list[str]:
+    return [name for name in (TIMESTAMP, SUBSECOND) if name in interactions.columns]
+
+
+def _codes(column: pl.Series) -> np.ndarray:
+    return (column.rank("dense").cast(pl.Int64) - 1).to_numpy()

@@ -1,0 +1,1 @@
+"""Item vectors: one float32 row per catalogue row."""

@@ -1,0 +1,1 @@
+"""Baselines and comparison of recommendation lists."""

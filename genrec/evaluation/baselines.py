@@ -1,0 +1,185 @@
+"""Baselines without a training run, random and popularity, and the arrays that baselines share.
+
+All are fitted on split rows (`history`, `target`, `supervise_from`), so that they work on every
+split protocol and count exactly what a model trained on the same rows sees. All return
+`(n_rows, k)` arrays of item indices, padded with `EMPTY`. The item-kNN baselines: `knn.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from genrec.columns import HISTORY, SUPERVISE_FROM, TARGET
+from genrec.metrics import EMPTY
+
+IntArray = npt.NDArray[np.int64]
+
+BATCH_ROWS = 1024  # rows scored, or items compared, at once: bounds the memory
+
+
+@dataclass(frozen=True)
+class ItemLists:
+    """One list of item indices per row, flat.
+
+    Attributes:
+        values: the items of all lists, one list after the other. ``# (n_values,)``
+        offsets: list `i` is ``values[offsets[i] : offsets[i + 1]]``. ``# (n_rows + 1,)``
+    """
+
+    values: IntArray
+    offsets: IntArray
+
+    @classmethod
+    def from_column(cls, column: pl.Series) -> ItemLists:
+        """Take the lists of a Polars list column (a null counts as an empty list)."""
+        lengths = column.list.len().fill_null(0).to_numpy().astype(np.int64)
+        values = column.explode().drop_nulls().to_numpy().astype(np.int64)
+        assert len(values) == lengths.sum(), "a list holds null items"
+        return cls(values, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def __len__(self) -> int:
+        """Number of lists."""
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> IntArray:
+        """Length of each list. ``# (n_rows,)``."""
+        return np.diff(self.offsets)
+
+    @property
+    def rows(self) -> IntArray:
+        """Row of each value. ``# (n_values,)``."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def take(self, rows: IntArray) -> ItemLists:
+        """The lists of `rows`, in that order."""
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        shift = np.repeat(self.offsets[rows] - offsets[:-1], lengths)
+        return ItemLists(self.values[np.arange(offsets[-1]) + shift], offsets)
+
+    def keys(self, n_items: int) -> IntArray:
+        """Sorted ``row * n_items + item``, for membership tests."""
+        return np.sort(self.rows * n_items + self.values)
+
+
+def no_items(n_rows: int) -> ItemLists:
+    """`n_rows` empty lists: nothing is filtered."""
+    return ItemLists(np.empty(0, dtype=np.int64), np.zeros(n_rows + 1, dtype=np.int64))
+
+
+def training_sequences(rows: pl.DataFrame) -> ItemLists:
+    """History and target of each split row as one sequence, oldest first."""
+    return ItemLists.from_column(rows.select(pl.concat_list(HISTORY, TARGET)).to_series())
+
+
+def supervised_positions(rows: pl.DataFrame, sequences: ItemLists) -> IntArray:
+    """Flat positions that a row supervises: every interaction once, whatever the windows."""
+    place = np.arange(len(sequences.values)) - sequences.offsets[sequences.rows]
+    return np.flatnonzero(place >= rows[SUPERVISE_FROM].to_numpy()[sequences.rows])
+
+
+def item_counts(rows: pl.DataFrame, n_items: int) -> IntArray:
+    """Interactions per item in split rows, each counted once. ``# (n_items,)``."""
+    sequences = training_sequences(rows)
+    return np.bincount(sequences.values[supervised_positions(rows, sequences)], minlength=n_items)
+
+
+def popularity_order(counts: npt.NDArray[np.integer], seed: int = 0) -> IntArray:
+    """Item indices from the most to the least popular, ties in a seeded random order.
+
+    Args:
+        counts: interactions per item. ``# (n_items,)``
+        seed: seed of the permutation that breaks ties.
+
+    Returns:
+        Item indices. ``# (n_items,)``
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(counts))
+    return shuffled[np.argsort(-counts[shuffled], kind="stable")]
+
+
+def contains(sorted_keys: IntArray, keys: IntArray) -> npt.NDArray[np.bool_]:
+    """Which of `keys` are among `sorted_keys`, in the shape of `keys`."""
+    if not len(sorted_keys):
+        return np.zeros(keys.shape, dtype=bool)
+    at = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
+    return sorted_keys[at] == keys
+
+
+def fill_from_order(lists: IntArray, order: IntArray, seen: ItemLists) -> IntArray:
+    """Fill the empty slots at the end of lists with the first unused items of `order`.
+
+    Args:
+        lists: item indices, `EMPTY` only at the end. ``# (n_rows, k)``
+        order: all item indices, best first. ``# (n_items,)``
+        seen: items that must not be used, per row.
+
+    Returns:
+        The filled lists; `EMPTY` remains where the catalogue is used up. ``# (n_rows, k)``
+    """
+    filled, n_items = lists.copy(), len(order)
+    short = np.flatnonzero((lists == EMPTY).any(axis=1))
+    for start in range(0, len(short), BATCH_ROWS):
+        rows = short[start : start + BATCH_ROWS]
+        part, banned = lists[rows], seen.take(rows)
+        listed, _ = np.nonzero(part != EMPTY)
+        used = np.concatenate([listed * n_items + part[part != EMPTY], banned.keys(n_items)])
+        # As many candidates as can be needed: a full list behind every used item.
+        candidates = order[: 2 * lists.shape[1] + int(banned.lengths.max())]
+        keys = np.arange(len(rows))[:, None] * n_items + candidates[None, :]
+        free = ~contains(np.sort(used), keys)  # (rows, candidates)
+        have = (part != EMPTY).sum(axis=1)
+        place = have[:, None] + np.cumsum(free, axis=1) - 1
+        row, column = np.nonzero(free & (place < lists.shape[1]))
+        filled[rows[row], place[row, column]] = candidates[column]
+    return filled
+
+
+def popularity(order: IntArray, seen: ItemLists, k: int) -> IntArray:
+    """The `k` most popular items that a row has not seen.
+
+    Args:
+        order: result of `popularity_order`. ``# (n_items,)``
+        seen: items to leave out, per row (`no_items` for none).
+        k: list length.
+
+    Returns:
+        Item indices, padded with `EMPTY`. ``# (n_rows, k)``
+    """
+    return fill_from_order(np.full((len(seen), k), EMPTY, dtype=np.int64), order, seen)
+
+
+def random_lists(n_items: int, seen: ItemLists, k: int, seed: int = 0) -> IntArray:
+    """`k` distinct items a row, drawn uniformly from those it has not seen.
+
+    Args:
+        n_items: size of the catalogue.
+        seen: items to leave out, per row (`no_items` for none); each at most once.
+        k: list length.
+        seed: seed of the draws.
+
+    Returns:
+        Item indices, padded with `EMPTY` where fewer than `k` are left. ``# (n_rows, k)``
+    """
+    rng = np.random.default_rng(seed)
+    n_rows = len(seen)
+    wanted = np.arange(k)[None, :] < (n_items - seen.lengths)[:, None]  # (n_rows, k)
+    lists = np.where(wanted, rng.integers(0, n_items, (n_rows, k)), EMPTY)
+    seen_keys = seen.keys(n_items)
+    todo = np.arange(n_rows)
+    while len(todo):
+        part = lists[todo]
+        # A slot is drawn again if its item is seen or stands in an earlier slot of the list.
+        bad = contains(seen_keys, todo[:, None] * n_items + part)
+        for column in range(1, k):
+            bad[:, column] |= (part[:, :column] == part[:, column : column + 1]).any(axis=1)
+        bad &= wanted[todo]
+        part[bad] = rng.integers(0, n_items, int(bad.sum()))
+        lists[todo] = part
+        todo = todo[bad.any(axis=1)]
+    return lists

@@ -1,0 +1,305 @@
+"""Item-kNN: the baseline that a generative recommender has to beat first.
+
+`ItemKNN` covers two baselines, chosen by `KNNSettings.lag_power`:
+
+* None: cosine between the users of two items (Sarwar et al. 2001; binarised user-item matrix);
+* a number: co-occurrence weighted by how far apart two items stand in a sequence,
+  ``lag ** -lag_power``, forwards and (times `backward`) backwards, over the same norms. Two items
+  bought one after the other count for more than two that merely share a user. Lags that a training
+  row does not span do not count.
+
+Both score ``sum over the history of decay ** age * similarity``, the last item having age 0.
+Equal scores go to the more popular item, then to a seeded permutation: an order by item index
+would leak wherever ids were numbered in order of appearance, as the Amazon benchmark files are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import scipy.sparse as sp
+
+from genrec.columns import HISTORY, TARGET, USER_ID
+from genrec.evaluation.baselines import (
+    BATCH_ROWS,
+    ItemLists,
+    contains,
+    fill_from_order,
+    item_counts,
+    popularity_order,
+    supervised_positions,
+    training_sequences,
+)
+from genrec.metrics import EMPTY, gains, target_rank
+
+logger = logging.getLogger(__name__)
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class KNNSettings:
+    """Hyper-parameters of `ItemKNN`.
+
+    Attributes:
+        decay: weight of a history item is ``decay ** age``; 1 forgets the order.
+        neighbours: most similar items kept per item.
+        shrinkage: added to the similarity's denominator, so that rare pairs count for less.
+        lag_power: None for the cosine over users; else pairs weigh ``lag ** -lag_power``.
+        backward: weight of pairs against the order of time (only with `lag_power`).
+        window: largest lag that counts (only with `lag_power`).
+    """
+
+    decay: float = 0.7
+    neighbours: int = 100
+    shrinkage: float = 0.0
+    lag_power: float | None = None
+    backward: float = 0.5
+    window: int = 20
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        rules = {
+            f"decay={self.decay} must lie in (0, 1]": 0 < self.decay <= 1,
+            f"neighbours={self.neighbours} must be at least 1": self.neighbours >= 1,
+            f"shrinkage={self.shrinkage} must not be negative": self.shrinkage >= 0,
+            f"backward={self.backward} must not be negative": self.backward >= 0,
+            f"window={self.window} must be at least 1": self.window >= 1,
+        }
+        if broken := [rule for rule, holds in rules.items() if not holds]:
+            raise ValueError("; ".join(broken))
+
+    def describe(self) -> str:
+        """The settings that count, in one line."""
+        values = {key: value for key, value in asdict(self).items() if value is not None}
+        if self.lag_power is None:
+            values = {k: v for k, v in values.items() if k not in ("backward", "window")}
+        return ", ".join(f"{key}={value:g}" for key, value in values.items())
+
+
+class ItemKNN:
+    """Item-based nearest neighbours with a recency-decayed profile.
+
+    Args:
+        rows: split rows to fit on.
+        n_items: size of the catalogue.
+        settings: hyper-parameters.
+        seed: seed of the permutation that breaks ties.
+
+    Raises:
+        ValueError: there are no rows to fit on.
+    """
+
+    def __init__(
+        self, rows: pl.DataFrame, n_items: int, settings: KNNSettings, seed: int = 0
+    ) -> None:
+        """Fit the similarities; memory is linear in the interactions (times `window`)."""
+        if rows.is_empty():
+            raise ValueError("item-kNN has no rows to fit on; prepare a split with training rows")
+        self.n_items, self.settings = n_items, settings
+        self.order = popularity_order(item_counts(rows, n_items), seed)
+        self._tie = np.empty(n_items, dtype=np.int64)  # place in `order`: smaller wins a tie
+        self._tie[self.order] = np.arange(n_items)
+        self.similarity = self._fit(rows)  # csr (n_items, n_items): row = history item
+
+    def _fit(self, rows: pl.DataFrame) -> sp.csr_matrix:
+        sequences = training_sequences(rows)
+        users = rows[USER_ID].rank("dense").to_numpy().astype(np.int64) - 1
+        shape = (int(users.max()) + 1, self.n_items)
+        ones = np.ones(len(sequences.values))
+        matrix = sp.csr_matrix((ones, (users[sequences.rows], sequences.values)), shape=shape)
+        matrix.data[:] = 1.0  # binarised: repeats and overlapping windows count once
+        norm = np.sqrt(np.asarray(matrix.sum(axis=0)).ravel())  # (n_items,)
+        if self.settings.lag_power is None:
+            pairs = [(1.0, matrix.tocsc(), matrix)]
+        else:
+            before, after = self._lagged(sequences, supervised_positions(rows, sequences))
+            pairs = [(1.0, before.tocsc(), after), (self.settings.backward, after.tocsc(), before)]
+        blocks = []
+        for start in range(0, self.n_items, BATCH_ROWS):
+            stop = min(start + BATCH_ROWS, self.n_items)
+            block = sum(weight * (left[:, start:stop].T @ right) for weight, left, right in pairs)
+            blocks.append(self._normalise(block.tocoo(), start, norm))
+        return sp.vstack(blocks, format="csr")
+
+    def _lagged(
+        self, sequences: ItemLists, supervised: IntArray
+    ) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+        """Per supervised interaction: the items before it, weighted by lag, and the item."""
+        place = supervised - sequences.offsets[sequences.rows[supervised]]
+        events, items, weights = [], [], []
+        for lag in range(1, self.settings.window + 1):
+            event = np.flatnonzero(place >= lag)
+            events.append(event)
+            items.append(sequences.values[supervised[event] - lag])
+            weights.append(np.full(len(event), lag ** -float(self.settings.lag_power or 0.0)))
+        shape = (len(supervised), self.n_items)
+        cells = (np.concatenate(weights), (np.concatenate(events), np.concatenate(items)))
+        after = (np.ones(shape[0]), (np.arange(shape[0]), sequences.values[supervised]))
+        return sp.csr_matrix(cells, shape=shape), sp.csr_matrix(after, shape=shape)
+
+    def _normalise(
+        self, block: sp.coo_matrix, start: int, norm: npt.NDArray[np.float64]
+    ) -> sp.csr_matrix:
+        """Divide by the norms, drop the diagonal, keep the nearest neighbours."""
+        keep = (block.row + start != block.col) & (block.data > 0)
+        row, column, value = block.row[keep], block.col[keep], block.data[keep]
+        value = value / (norm[row + start] * norm[column] + self.settings.shrinkage)
+        scores = sp.csr_matrix((value, (row, column)), shape=block.shape)
+        row, _, column, value = _best(scores, self._tie, self.settings.neighbours)
+        return sp.csr_matrix((value, (row, column)), shape=block.shape)
+
+    def recommend(
+        self,
+        history: ItemLists,
+        seen: ItemLists,
+        k: int,
+        decay: float | None = None,
+    ) -> IntArray:
+        """The `k` nearest items to each history, filled up by popularity.
+
+        Args:
+            history: items of each row, oldest first.
+            seen: items to leave out, per row (`no_items` for none).
+            k: list length.
+            decay: used instead of the settings' (it does not enter the fit).
+
+        Returns:
+            Item indices, padded with `EMPTY` where the catalogue is used up. ``# (n_rows, k)``
+        """
+        decay = self.settings.decay if decay is None else decay
+        lists = np.full((len(history), k), EMPTY, dtype=np.int64)
+        for start in range(0, len(history), BATCH_ROWS):
+            batch = np.arange(start, min(start + BATCH_ROWS, len(history)))
+            part, banned = history.take(batch), seen.take(batch)
+            age = part.offsets[1:][part.rows] - 1 - np.arange(len(part.values))
+            profile = sp.csr_matrix(
+                (decay ** age.astype(np.float64), (part.rows, part.values)),
+                shape=(len(batch), self.n_items),
+            )
+            scores = (profile @ self.similarity).tocsr()
+            row = np.repeat(np.arange(len(batch)), np.diff(scores.indptr))
+            keys = row * self.n_items + scores.indices
+            scores.data[contains(banned.keys(self.n_items), keys)] = -np.inf
+            row, place, column, _ = _best(scores, self._tie, k)
+            lists[start + row, place] = column
+        return fill_from_order(lists, self.order, seen)
+
+
+def _best(
+    scores: sp.csr_matrix, tie: IntArray, k: int
+) -> tuple[IntArray, IntArray, IntArray, npt.NDArray[np.float64]]:
+    """The `k` highest finite entries of each row, as (row, place in the row, column, value)."""
+    lengths = np.diff(scores.indptr)
+    rows = np.repeat(np.arange(scores.shape[0]), lengths)
+    columns, values = scores.indices, scores.data
+    if len(values) and lengths.max() > k:
+        # Most entries are far from the best k: cut them off by the k-th value, keeping all ties.
+        padded = np.full((len(lengths), int(lengths.max())), -np.inf)
+        padded[rows, np.arange(len(values)) - scores.indptr[rows]] = values
+        padded.partition(padded.shape[1] - k, axis=1)
+        keep = values >= padded[rows, padded.shape[1] - k]
+        rows, columns, values = rows[keep], columns[keep], values[keep]
+    finite = values > -np.inf
+    rows, columns, values = rows[finite], columns[finite], values[finite]
+    order = np.lexsort((tie[columns], -values, rows))
+    rows, columns, values = rows[order], columns[order], values[order]
+    starts = np.searchsorted(rows, np.arange(len(lengths)))
+    place = np.arange(len(rows)) - starts[rows]
+    best = place < k
+    return rows[best], place[best], columns[best].astype(np.int64), values[best]
+
+
+# Values tried per setting; `decay` comes last since it needs no new fit.
+ITEM_KNN_GRID: dict[str, list[float]] = {
+    "neighbours": [100, 400],
+    "decay": [0.4, 0.5, 0.6, 0.7, 0.8, 1.0],
+}
+SEQUENTIAL_KNN_GRID: dict[str, list[float]] = {
+    "shrinkage": [0, 5, 20, 50],
+    "backward": [0, 0.2, 0.5, 0.8],
+    "lag_power": [0.25, 0.5, 1.0],
+    "neighbours": [100, 400],
+    "decay": [0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+}
+
+
+def tune_knn(
+    rows: pl.DataFrame,
+    valid: pl.DataFrame,
+    seen: ItemLists,
+    n_items: int,
+    start: KNNSettings,
+    grid: Mapping[str, Sequence[float]],
+    k: int = 10,
+    seed: int = 0,
+) -> tuple[KNNSettings, list[dict[str, Any]]]:
+    """Choose hyper-parameters by NDCG@k on validation rows.
+
+    Coordinate search: one setting after the other is set to its best value of `grid`, the others
+    held, until a pass over all settings changes nothing (at most three passes).
+
+    Args:
+        rows: training rows; must not hold the validation targets.
+        valid: validation rows.
+        seen: items to leave out of the lists, per validation row.
+        n_items: size of the catalogue.
+        start: settings to start from.
+        grid: setting -> the values to try.
+        k: cut-off of the NDCG.
+        seed: seed of the tie-breaking permutation.
+
+    Returns:
+        The best settings, and every trial as ``{"settings", "ndcg"}`` in the order tried.
+
+    Raises:
+        ValueError: there are no validation rows.
+    """
+    if valid.is_empty():
+        raise ValueError("item-kNN is tuned on validation rows, and there are none")
+    history = ItemLists.from_column(valid[HISTORY])
+    target = valid[TARGET].to_numpy().astype(np.int64)
+    fitted: dict[KNNSettings, ItemKNN] = {}
+
+    def score(settings: KNNSettings) -> float:
+        key = replace(settings, decay=1.0)
+        if key not in fitted:
+            fitted.clear()  # one model at a time in memory
+            fitted[key] = ItemKNN(rows, n_items, key, seed)
+        lists = fitted[key].recommend(history, seen, k, settings.decay)
+        return float(gains(target_rank(lists, target), k).mean())
+
+    return _coordinate_search(start, grid, score)
+
+
+def _coordinate_search(
+    start: KNNSettings,
+    grid: Mapping[str, Sequence[float]],
+    score: Callable[[KNNSettings], float],
+) -> tuple[KNNSettings, list[dict[str, Any]]]:
+    scores = {start: score(start)}
+    best = start
+    for _ in range(3):
+        before = best
+        for name, values in grid.items():
+            for value in values:
+                trial = _with(best, name, value)
+                if trial not in scores:
+                    scores[trial] = score(trial)
+                    logger.info("kNN %s: NDCG %.4f", trial.describe(), scores[trial])
+            best = max((_with(best, name, v) for v in values), key=scores.__getitem__)
+        if best == before:
+            break
+    trials = [{"settings": asdict(key), "ndcg": value} for key, value in scores.items()]
+    return best, trials
+
+
+def _with(settings: KNNSettings, name: str, value: float) -> KNNSettings:
+    changed: dict[str, Any] = {name: value}
+    return replace(settings, **changed)

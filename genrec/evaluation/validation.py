@@ -1,0 +1,125 @@
+"""Validation during training: NDCG@k of constrained beam search on a sample of validation rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from genrec.artifacts import read_json, write_json
+from genrec.decoding.beam import default_beam_width
+from genrec.decoding.torch_engine import TorchEngine
+from genrec.metrics import hit_rate_at_k, ndcg_at_k
+
+logger = logging.getLogger(__name__)
+
+
+class BeamValidation(TrainerCallback):
+    """Measures the model as it will be served, and keeps the weights of the best measurement.
+
+    Runs at the start (optional), at the end of each epoch, or every `every_steps` optimizer steps.
+    The trainable parameters of the best one lie in ``best.safetensors`` beside ``validation.json``; an
+    interrupted training goes on with both.
+
+    Args:
+        folder: where they go.
+        make_engine: builds an engine around the model in training.
+        prompts: token ids of the validation prompts.
+        targets: catalogue row of each target.
+        seen: catalogue rows to leave out, per prompt, or None.
+        k: list length of the metrics.
+        every_steps: measure every so many steps instead of every epoch.
+        at_start: measure before the first step, too.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        make_engine: Callable[[nn.Module], TorchEngine],
+        prompts: list[list[int]],
+        targets: np.ndarray,
+        seen: list[np.ndarray] | None,
+        k: int = 10,
+        every_steps: int | None = None,
+        at_start: bool = False,
+    ) -> None:
+        self.folder, self.make_engine = Path(folder), make_engine
+        self.prompts, self.targets, self.seen, self.k = prompts, np.asarray(targets), seen, k
+        self.every_steps, self.at_start = every_steps, at_start
+        path = self.folder / "validation.json"
+        self.history: list[dict[str, Any]] = read_json(path) if path.exists() else []
+
+    def measure(self, model: nn.Module, step: int, epoch: float) -> dict[str, Any]:
+        """Measure now; record the result and, if it is the best so far, the weights."""
+        engine = self.make_engine(model)
+        width = default_beam_width(self.k)
+        items = engine.search(self.prompts, self.k, width, self.seen).items
+        hits = hit_rate_at_k(items, self.targets, self.k)
+        gains = ndcg_at_k(items, self.targets, self.k)
+        entry = {
+            "step": step,
+            "epoch": round(epoch, 3),
+            f"hr@{self.k}": float(np.mean(hits)),
+            f"ndcg@{self.k}": float(np.mean(gains)),
+        }
+        best = max((e[f"ndcg@{self.k}"] for e in self.history), default=-1.0)
+        self.history = [e for e in self.history if e["step"] < step] + [entry]
+        logger.info("validation: %s", entry)
+        if entry[f"ndcg@{self.k}"] > best:
+            trained = {n: p.detach().cpu().contiguous() for n, p in _trainable(model).items()}
+            partial = self.folder / "best.safetensors.partial"
+            save_file(trained, partial)
+            partial.replace(self.folder / "best.safetensors")
+        write_json(self.folder / "validation.json", self.history)
+        return entry
+
+    def restore_best(self, model: nn.Module) -> dict[str, Any] | None:
+        """Put the best weights back into the model; None if nothing was measured."""
+        path = self.folder / "best.safetensors"
+        if not path.exists():
+            return None
+        parameters = _trainable(model)
+        saved = load_file(path)
+        assert saved.keys() == parameters.keys(), "best.safetensors belongs to another model"
+        with torch.no_grad():
+            for name, value in saved.items():
+                parameters[name].copy_(value)
+        return max(self.history, key=lambda e: e[f"ndcg@{self.k}"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the untrained model, where asked for."""
+        if self.at_start and state.global_step == 0 and state.is_world_process_zero:
+            self.measure(kwargs["model"], 0, 0.0)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure every `every_steps` steps."""
+        due = self.every_steps and state.global_step % self.every_steps == 0
+        if due and state.is_world_process_zero:
+            self.measure(kwargs["model"], state.global_step, state.epoch or 0.0)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure at the end of an epoch."""
+        if not self.every_steps and state.is_world_process_zero:
+            self.measure(kwargs["model"], state.global_step, state.epoch or 0.0)
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name; compiled models carry a prefix that is not part of it."""
+    return {
+        name.removeprefix("_orig_mod."): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }

@@ -1,0 +1,1 @@
+"""Measured evidence and the chains that are built on it."""

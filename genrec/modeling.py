@@ -1,0 +1,331 @@
+"""Base models and SID tokens: build, extend, adapt, encode, save and load.
+
+A model folder holds a plain Hugging Face checkpoint with its tokenizer (adapters merged), which
+transformers and vLLM load as they are, and ``genrec.json``: the SID map it was trained on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from peft import LoraConfig, PeftModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from genrec.artifacts import read_json, write_json
+from genrec.semantic_ids import SemanticIds
+
+logger = logging.getLogger(__name__)
+
+PAD, EOS = "<|pad|>", "<|endoftext|>"
+ABOUT = "genrec.json"
+
+# From-scratch Qwen3 shapes: (hidden, layers, heads, feed-forward).
+SIZES = {"tiny": (96, 2, 3, 256), "small": (128, 3, 4, 384), "base": (256, 6, 8, 768)}
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE tokenizer trained on `texts`; every byte is known, so no text is lost."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+
+
+def from_scratch(
+    size: str, vocab_size: int, max_length: int, seed: int, dropout: float = 0.0
+) -> PreTrainedModel:
+    """Randomly initialised Qwen3 decoder.
+
+    Args:
+        size: a key of `SIZES`.
+        vocab_size: of the tokenizer, SID tokens included or added later.
+        max_length: longest sequence in tokens.
+        seed: of the weights.
+        dropout: on attention weights while training.
+    """
+    hidden, layers, heads, feed_forward = SIZES[size]
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocab_size,
+            hidden_size=hidden,
+            intermediate_size=feed_forward,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            head_dim=hidden // heads,
+            max_position_embeddings=max_length,
+            tie_word_embeddings=True,
+            attention_dropout=dropout,
+            initializer_range=hidden**-0.5 * 0.5,
+        )
+    )
+
+
+def load_base(name_or_path: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
+    """Any Hugging Face causal LM, local or from the hub.
+
+    Args:
+        name_or_path: folder or hub name.
+        dtype: "float32", "bfloat16", "float16" or "auto".
+        **kwargs: passed to ``from_pretrained`` (revision, quantization_config, …).
+    """
+    return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs)
+
+
+def add_sid_tokens(
+    tokenizer: PreTrainedTokenizerBase, semantic_ids: SemanticIds
+) -> list[list[int]]:
+    """Add the SID tokens to a tokenizer (once) and return their ids, per level (codebook_size,).
+
+    They are ordinary tokens (``special=False``: special ones vanish when TRL decodes completions),
+    matched before any normalisation, so that no look-alike text becomes one.
+    """
+    tokens = semantic_ids.tokens()
+    tokenizer.add_tokens(
+        [AddedToken(t, special=False, normalized=False, lstrip=False, rstrip=False) for t in tokens]
+    )
+    return sid_token_ids(tokenizer, semantic_ids)
+
+
+def sid_token_ids(tokenizer: PreTrainedTokenizerBase, semantic_ids: SemanticIds) -> list[list[int]]:
+    """Token ids of the SID tokens, per level (codebook_size,).
+
+    Raises:
+        ValueError: the tokenizer lacks them or splits one.
+    """
+    tokens = semantic_ids.tokens()
+    encoded = tokenizer(tokens, add_special_tokens=False)["input_ids"]
+    broken = [token for token, ids in zip(tokens, encoded, strict=True) if len(ids) != 1]
+    if broken:
+        raise ValueError(
+            f"the tokenizer has no token {broken[0]} ({len(broken)} of {len(tokens)} SID tokens are missing); "
+            "the model was not trained on this SID map"
+        )
+    flat = [ids[0] for ids in encoded]
+    ends = np.cumsum(semantic_ids.codebook_sizes)
+    return [
+        flat[end - size : end] for end, size in zip(ends, semantic_ids.codebook_sizes, strict=True)
+    ]
+
+
+def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Grow the embedding to the tokenizer, in whole blocks of 64 rows, never below what it has."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+
+
+@torch.no_grad()
+def initialize_from_codebooks(
+    model: PreTrainedModel, token_ids: list[list[int]], codebooks: np.ndarray, n_old: int, seed: int
+) -> None:
+    """Set SID rows to their centroids, randomly rotated into the hidden size.
+
+    Close codes then start close. The rows get the mean and spread of the model's own rows: the
+    default resize makes new rows that are all alike, which trains far worse.
+
+    Args:
+        model: already resized.
+        token_ids: per level, (codebook_size,).
+        codebooks: (n_levels, codebook_size, dim).
+        n_old: rows that existed before the SID tokens.
+        seed: of the rotation.
+    """
+    hidden = model.get_input_embeddings().weight.shape[1]
+    dim = codebooks.shape[-1]
+    generator = torch.Generator().manual_seed(seed)
+    rotation, _ = torch.linalg.qr(
+        torch.randn(max(dim, hidden), max(dim, hidden), generator=generator)
+    )
+    for level, ids in enumerate(token_ids):
+        rows = torch.from_numpy(codebooks[level]).float() @ rotation[:dim, :hidden]
+        _write_rows(model, ids, rows, n_old)
+
+
+@torch.no_grad()
+def initialize_from_titles(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: list[list[int]],
+    semantic_ids: SemanticIds,
+    titles: Sequence[str],
+    n_old: int,
+    seed: int,
+) -> None:
+    """Set each SID row to the mean of the text-token rows of the titles of its items.
+
+    For pretrained models: the rows start in a region that the model knows, norm-matched. Codes of no
+    item get a random row of the same spread.
+
+    Args:
+        model: already resized.
+        tokenizer: with SID tokens.
+        token_ids: per level, (codebook_size,).
+        semantic_ids: the SID map.
+        titles: one per item, escaped.
+        n_old: rows that existed before the SID tokens.
+        seed: of the random rows.
+    """
+    weight = model.get_input_embeddings().weight[:n_old].float().cpu()
+    encoded = tokenizer(list(titles), add_special_tokens=False)["input_ids"]
+    item = np.repeat(np.arange(len(encoded)), [len(ids) for ids in encoded])
+    token = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
+    shape = (len(encoded), n_old)
+    counts = scipy.sparse.csr_matrix((np.ones(len(item), np.float32), (item, token)), shape=shape)
+    item_rows = torch.from_numpy(counts @ weight.numpy())
+    generator = torch.Generator().manual_seed(seed)
+    for level, ids in enumerate(token_ids):
+        rows = torch.randn(len(ids), weight.shape[1], generator=generator)
+        code = torch.from_numpy(semantic_ids.codes[:, level]).long()
+        sums = torch.zeros_like(rows).index_add_(0, code, item_rows)
+        used = torch.bincount(code, minlength=len(ids)) > 0
+        rows[used] = sums[used] / sums[used].std().clamp(min=1e-6)
+        # A little noise keeps codes with the same titles apart.
+        rows += 0.1 * torch.randn(rows.shape, generator=generator)
+        _write_rows(model, ids, rows, n_old)
+
+
+def _write_rows(model: PreTrainedModel, ids: list[int], rows: torch.Tensor, n_old: int) -> None:
+    """Write rows into the input embedding (and an untied head), matched to the old rows' moments."""
+    embeddings = [model.get_input_embeddings()]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight.data_ptr() != embeddings[0].weight.data_ptr():
+        embeddings.append(head)
+    rows = (rows - rows.mean(0)) / rows.std().clamp(min=1e-6)
+    for embedding in embeddings:
+        weight = embedding.weight
+        old = weight[:n_old].float()
+        fitted = rows.to(weight.device) * old.std(0).mean() + old.mean(0)
+        weight[torch.tensor(ids, device=weight.device)] = fitted.to(weight.dtype)
+
+
+def lora_config(
+    model: PreTrainedModel, token_ids: list[list[int]], rank: int, alpha: int, dropout: float = 0.0
+) -> LoraConfig:
+    """LoRA on all linear layers plus the SID rows themselves as trainable tokens.
+
+    Only the SID rows of the embedding (and of an untied head) are trained, not the whole matrix.
+    """
+    flat = [token for ids in token_ids for token in ids]
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    name = next(
+        n for n, module in model.named_modules() if module is model.get_input_embeddings()
+    ).split(".")[-1]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        trainable_token_indices=flat if tied else {name: flat, "lm_head": flat},
+        task_type="CAUSAL_LM",
+    )
+
+
+def expose_head_bias(model: torch.nn.Module) -> None:
+    """Give a wrapped LM head the ``bias`` attribute that TRL's fused head reads directly.
+
+    PEFT's token wrapper has none. Call it once the trainer is built; without a wrapper it does nothing.
+    """
+    head = model.get_output_embeddings()
+    if not hasattr(head, "bias") and hasattr(head, "original_module"):
+        head.bias = head.original_module.bias
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of rendered prompts, with the tokenizer's BOS if it has one and uses it."""
+    ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    start = bos_prefix(tokenizer)
+    return [start + row for row in ids] if start else ids
+
+
+def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """``[bos]`` for tokenizers that begin every text with it, else nothing."""
+    bos = tokenizer.bos_token_id
+    begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return [bos] if begins else []
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    sid_ids: set[int],
+) -> dict[str, list[list[int]]]:
+    """Training rows: ``input_ids`` and ``labels`` (−100 on the prompt).
+
+    Prompt and completion are encoded apart and joined, so the served prompt is a token prefix of the
+    row. A completion that ends in text gets EOS; one of SIDs has a fixed length and needs none.
+    """
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    completion_ids = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+    for prompt, completion in zip(encode_prompts(tokenizer, prompts), completion_ids, strict=True):
+        end = [] if completion and completion[-1] in sid_ids else [tokenizer.eos_token_id]
+        rows["input_ids"].append(prompt + completion + end)
+        rows["labels"].append([-100] * len(prompt) + completion + end)
+    return rows
+
+
+def save_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    semantic_ids: SemanticIds,
+    folder: Path | str,
+    about: dict[str, Any],
+) -> None:
+    """Write a serving checkpoint: adapters merged, tokenizer, and what it was trained on."""
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json(Path(folder) / ABOUT, {"semantic_ids_sha256": semantic_ids.sha256, **about})
+
+
+def load_model(
+    folder: Path | str, semantic_ids: SemanticIds, dtype: str = "float32", device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+    """Read a model folder; refuses a SID map that isn't the model's own or a descendant.
+
+    Returns:
+        The model (eval mode), its tokenizer, and the content of ``genrec.json``.
+
+    Raises:
+        ValueError: the folder holds no genrec model, or it was trained on another SID map.
+    """
+    if not (Path(folder) / ABOUT).exists():
+        raise ValueError(
+            f"{folder} has no {ABOUT}: it is not a model that genrec trained; run sft first"
+        )
+    about = read_json(Path(folder) / ABOUT)
+    if not semantic_ids.descends_from(about["semantic_ids_sha256"]):
+        raise ValueError(
+            f"the model in {folder} was trained on SID map {about['semantic_ids_sha256'][:12]}, this one is "
+            f"{semantic_ids.sha256[:12]} and does not extend it; use the model's own map or rerun sft"
+        )
+    model = load_base(str(folder), dtype).eval()
+    if device or torch.cuda.is_available():
+        model = model.to(device or "cuda")
+    return model, AutoTokenizer.from_pretrained(folder), about

@@ -1,0 +1,226 @@
+"""SemanticIds: the bijective, append-only map between items, codes and tokens.
+
+Tokens follow the convention that LC-Rec, LETTER and MiniOneRec share: ``<a_12><b_7><c_99>``, a letter
+per level. Row i of ``codes`` is row i of the catalogue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from genrec.artifacts import read_json, write_json, write_parquet
+from genrec.columns import ITEM_ID, ITEM_INDEX, SID
+
+SID_TOKEN = re.compile(r"<([a-z]+)_(\d+)>")
+
+
+def level_name(level: int) -> str:
+    """Letter(s) of a level, counted from 0: a…z, then aa, ab, … like spreadsheet columns."""
+    name = ""
+    number = level + 1
+    while number > 0:
+        number, rest = divmod(number - 1, 26)
+        name = chr(ord("a") + rest) + name
+    return name
+
+
+def sid_token(level: int, code: int) -> str:
+    """Token of one code, e.g. ``sid_token(0, 12) == "<a_12>"``."""
+    return f"<{level_name(level)}_{code}>"
+
+
+@dataclass(frozen=True)
+class SemanticIds:
+    """Items <-> codes <-> tokens.
+
+    Attributes:
+        item_ids: the user's identifiers in catalogue order, (n_items,).
+        codes: integer codes, (n_items, n_levels); every row distinct, fixed length.
+        codebook_sizes: number of codes per level; level l holds codes 0 … size-1.
+        version: 1 for a fresh map, +1 for each extension.
+        ancestors: hashes of the maps that this one extends, oldest first.
+
+    Raises:
+        ValueError: shapes disagree, a code is outside its codebook, or two items share a SID.
+    """
+
+    item_ids: pl.Series
+    codes: np.ndarray
+    codebook_sizes: tuple[int, ...]
+    version: int = 1
+    ancestors: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        """Check the invariants: shape, range, bijection."""
+        codes = np.ascontiguousarray(self.codes, dtype=np.int32)
+        object.__setattr__(self, "codes", codes)
+        if codes.ndim != 2 or codes.shape != (len(self.item_ids), len(self.codebook_sizes)):
+            raise ValueError(
+                f"codes have shape {codes.shape}; {len(self.item_ids)} items and "
+                f"{len(self.codebook_sizes)} levels need ({len(self.item_ids)}, {len(self.codebook_sizes)})"
+            )
+        if len(codes) == 0:
+            raise ValueError("there are no items; a SID map needs at least one")
+        if codes.min() < 0 or (codes >= np.array(self.codebook_sizes)).any():
+            raise ValueError(f"a code lies outside its codebook (sizes {self.codebook_sizes})")
+        if self.item_ids.n_unique() != len(self.item_ids):
+            raise ValueError("item ids repeat; each item has one SID")
+        if (shared := _shared_rows(codes)).any():
+            first = self.item_ids.gather(np.flatnonzero(shared)[:4].tolist()).to_list()
+            raise ValueError(
+                f"{int(shared.sum())} items share a SID (first: {first}); resolve collisions first "
+                "(genrec.quantizers.collisions.resolve_collisions)"
+            )
+
+    @property
+    def n_items(self) -> int:
+        """Number of items."""
+        return len(self.codes)
+
+    @property
+    def n_levels(self) -> int:
+        """Number of tokens per item."""
+        return self.codes.shape[1]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the map: item ids, codes and codebook sizes."""
+        digest = hashlib.sha256(
+            json.dumps([list(self.codebook_sizes), self.item_ids.to_list()]).encode()
+        )
+        digest.update(self.codes.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+    def descends_from(self, sha256: str) -> bool:
+        """Whether this map is the one with that hash, or an extension of it."""
+        return sha256 == self.sha256 or sha256 in self.ancestors
+
+    def tokens(self) -> list[str]:
+        """Every SID token, level by level: the tokens a model's vocabulary must hold."""
+        return [
+            sid_token(level, c)
+            for level, size in enumerate(self.codebook_sizes)
+            for c in range(size)
+        ]
+
+    def sids(self) -> pl.Series:
+        """SID strings of all items in catalogue order, e.g. ``<a_1><b_7><c_0>``."""
+        parts: list[pl.Expr] = []
+        for level in range(self.n_levels):
+            parts += [pl.lit(f"<{level_name(level)}_"), pl.col(str(level)), pl.lit(">")]
+        frame = pl.DataFrame({str(level): self.codes[:, level] for level in range(self.n_levels)})
+        return frame.select(pl.concat_str(parts).alias(SID))[SID]
+
+    def parse(self, sid: str) -> tuple[int, ...]:
+        """Codes of a SID string.
+
+        Raises:
+            ValueError: the string is not exactly one well-formed SID of this map's shape.
+        """
+        found = SID_TOKEN.findall(sid)
+        names = [level_name(level) for level in range(self.n_levels)]
+        if "".join(f"<{n}_{c}>" for n, c in found) != sid or [n for n, _ in found] != names:
+            raise ValueError(
+                f"{sid!r} is not a SID of {self.n_levels} levels such as {self.sids()[0]}"
+            )
+        return tuple(int(code) for _, code in found)
+
+    def index_of(self, codes: Sequence[int]) -> int | None:
+        """Catalogue row that has these codes, None if no item has."""
+        match = np.flatnonzero((self.codes == np.asarray(codes)).all(axis=1))
+        return int(match[0]) if len(match) else None
+
+    def extend(self, item_ids: pl.Series, codes: np.ndarray) -> SemanticIds:
+        """A descendant map with more items; no old item's codes change.
+
+        Args:
+            item_ids: identifiers of the new items, (n_new,).
+            codes: their codes, (n_new, n_levels), none of them taken.
+        """
+        return SemanticIds(
+            pl.concat([self.item_ids, item_ids.alias(self.item_ids.name)]),
+            np.concatenate([self.codes, np.asarray(codes, dtype=np.int32)]),
+            self.codebook_sizes,
+            self.version + 1,
+            (*self.ancestors, self.sha256),
+        )
+
+    def save(self, folder: Path | str) -> None:
+        """Write ``items.parquet`` (item_index, item_id, sid, codes) and ``semantic_ids.json``."""
+        table = pl.DataFrame(
+            {
+                ITEM_INDEX: np.arange(self.n_items, dtype=np.int32),
+                ITEM_ID: self.item_ids,
+                SID: self.sids(),
+                "codes": pl.Series(self.codes, dtype=pl.Array(pl.Int32, self.n_levels)),
+            }
+        )
+        write_parquet(Path(folder) / "items.parquet", table)
+        about = {
+            "codebook_sizes": list(self.codebook_sizes),
+            "n_items": self.n_items,
+            "version": self.version,
+            "ancestors": list(self.ancestors),
+            "sha256": self.sha256,
+        }
+        write_json(Path(folder) / "semantic_ids.json", about)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> SemanticIds:
+        """Read a saved map; one that was changed since it was saved raises ValueError."""
+        about = read_json(Path(folder) / "semantic_ids.json")
+        table = pl.read_parquet(Path(folder) / "items.parquet").sort(ITEM_INDEX)
+        ids = cls(
+            table[ITEM_ID],
+            table["codes"].to_numpy(),
+            tuple(about["codebook_sizes"]),
+            about["version"],
+            tuple(about["ancestors"]),
+        )
+        if ids.sha256 != about["sha256"]:
+            raise ValueError(
+                f"{folder}/items.parquet doesn't match semantic_ids.json (hash {ids.sha256[:12]}, recorded "
+                f"{about['sha256'][:12]}); restore both or rerun quantize"
+            )
+        return ids
+
+    def export_index(self, path: Path | str) -> None:
+        """Write LC-Rec's ``index.json``: item id -> list of tokens."""
+        rows = zip(self.item_ids.to_list(), self.codes.tolist(), strict=True)
+        index = {str(i): [sid_token(level, c) for level, c in enumerate(row)] for i, row in rows}
+        write_json(path, index)
+
+
+def _shared_rows(codes: np.ndarray) -> np.ndarray:
+    """Boolean (n_items,): which rows of `codes` occur more than once."""
+    _, inverse, counts = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
+    return counts[inverse.ravel()] > 1
+
+
+def collision_rate(codes: np.ndarray) -> float:
+    """Share of items whose SID is shared with another item: items that share a SID / items."""
+    return float(_shared_rows(np.asarray(codes)).mean())
+
+
+def level_usage(codes: np.ndarray, codebook_sizes: Sequence[int]) -> list[dict[str, float]]:
+    """Codes used and perplexity (2 to the entropy in bits) of each level's code distribution."""
+    report = []
+    for level, size in enumerate(codebook_sizes):
+        counts = np.bincount(codes[:, level], minlength=size)
+        p = counts[counts > 0] / counts.sum()
+        report.append(
+            {
+                "size": size,
+                "used": int((counts > 0).sum()),
+                "perplexity": float(2 ** -(p * np.log2(p)).sum()),
+            }
+        )
+    return report

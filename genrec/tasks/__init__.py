@@ -1,0 +1,1 @@
+"""Task families: instruction rows (prompt, completion, target, row id)."""

@@ -1,0 +1,149 @@
+"""Reinforcement learning with verifiable rewards: TRL's GRPO on constrained-beam rollouts (ReRe).
+
+    accelerate launch recipes/grpo.py --config recipes/configs/quickstart/grpo.yaml --run_dir runs/quickstart
+
+Starts from ``sft/model`` (merged, so that a reference model is the SFT model exactly). Settings of TRL's
+GRPOConfig go into the same YAML or on the command line. Writes ``grpo/model``, ``grpo/validation.json``
+and ``grpo/log.json``. Killed and started again, it resumes at the last checkpoint.
+"""
+
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import polars as pl
+from accelerate import PartialState
+from datasets import Dataset
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOConfig
+
+from genrec import modeling
+from genrec.artifacts import Stage, stage_folder, write_json
+from genrec.columns import PROMPT, ROW_ID, SEEN, TARGET
+from genrec.config import check_choice, parse, run, training_fingerprint
+from genrec.decoding.torch_engine import TorchEngine
+from genrec.decoding.trie import SidTrie
+from genrec.evaluation.validation import BeamValidation
+from genrec.rewards import make_rank_reward, rule_reward
+from genrec.rollouts import BeamGRPOTrainer
+from genrec.semantic_ids import SemanticIds
+
+REWARDS = ("rule", "rank")
+
+
+@dataclass
+class GrpoArgs:
+    """Settings of the grpo stage beside TRL's GRPOConfig."""
+
+    run_dir: str = "runs/default"
+    overwrite: bool = False
+    rewards: list[str] = field(default_factory=lambda: list(REWARDS))  # weights: reward_weights
+    beam_width: int = 50  # of the rollouts; num_generations of these items form a group
+    normalizer: str = "trie"  # of the policy's log-probabilities
+    filter_seen: bool = True  # rollouts follow the rule of evaluation
+    use_lora: bool = False
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    dtype: str = "float32"
+    eval_rows: int = 500  # validation rows for NDCG@10; 0 turns it off
+    eval_every_steps: int = 50
+
+    def __post_init__(self) -> None:
+        """Reject settings that can't work before anything is read."""
+        for reward in self.rewards:
+            check_choice("rewards", reward, REWARDS)
+        if not self.rewards:
+            raise ValueError("rewards is empty; name at least one")
+        check_choice("normalizer", self.normalizer, ("full", "level", "trie"))
+        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+
+
+def main() -> None:
+    """Run the stage."""
+    args, training = parse(GrpoArgs, GRPOConfig)
+    config = {**asdict(args), "training": training_fingerprint(training)}
+    inputs = ["prepare", "quantize", "build_dataset", "sft"]
+    with PartialState().main_process_first():
+        stage = Stage(args.run_dir, "grpo", config, inputs)
+        if stage.is_done(args.overwrite and PartialState().is_main_process):
+            return
+    data = stage_folder(args.run_dir, "prepare")
+    dataset = stage_folder(args.run_dir, "build_dataset")
+    semantic_ids = SemanticIds.load(stage_folder(args.run_dir, "quantize"))
+    trie = SidTrie.build(semantic_ids.codes)
+    rows = pl.read_parquet(dataset / "rl.parquet")
+    valid = pl.read_parquet(data / "valid.parquet")
+    valid_prompts = pl.read_parquet(dataset / "valid.parquet")[PROMPT]
+    if args.filter_seen:
+        # A target that the filter removes can't be hit: the whole group would be noise.
+        rows = rows.filter(~pl.col(SEEN).list.contains(pl.col(TARGET)))
+
+    model, tokenizer, about = modeling.load_model(
+        stage_folder(args.run_dir, "sft") / "model", semantic_ids, args.dtype
+    )
+    token_ids = modeling.sid_token_ids(tokenizer, semantic_ids)
+    columns = {
+        "prompt": rows[PROMPT].to_list(),
+        "row_id": rows[ROW_ID].to_list(),
+        "target_sid_ids": [
+            [token_ids[level][code] for level, code in enumerate(codes)]
+            for codes in semantic_ids.codes[rows[TARGET].to_numpy()].tolist()
+        ],
+    }
+    if args.filter_seen:
+        columns[SEEN] = rows[SEEN].to_list()
+    lora = None
+    if args.use_lora:
+        lora = modeling.lora_config(model, token_ids, args.lora_rank, args.lora_alpha)
+
+    training.output_dir = str(stage.folder / "checkpoints")
+    training.max_completion_length = trie.n_levels + 1  # a SID and EOS
+    rewards = {"rule": rule_reward, "rank": make_rank_reward(training.num_generations)}
+    trainer = BeamGRPOTrainer(
+        trie=trie,
+        sid_token_ids=token_ids,
+        beam_width=args.beam_width,
+        normalizer=args.normalizer,
+        model=model,
+        args=training,
+        reward_funcs=[rewards[name] for name in args.rewards],
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+    modeling.expose_head_bias(trainer.model)
+    validation = None
+    if args.eval_rows and len(valid):
+        sample = np.random.default_rng(training.seed).permutation(len(valid))[: args.eval_rows]
+        seen = [np.array(s) for s in valid[SEEN].gather(sample).to_list()]
+        validation = BeamValidation(
+            stage.folder,
+            # Measured as it is served: full-vocabulary scores.
+            lambda m: TorchEngine(m, trie, token_ids, tokenizer.pad_token_id),
+            modeling.encode_prompts(tokenizer, valid_prompts.gather(sample).to_list()),
+            valid[TARGET].gather(sample).to_numpy(),
+            seen if args.filter_seen else None,
+            every_steps=args.eval_every_steps,
+            at_start=True,
+        )
+        trainer.add_callback(validation)
+    checkpoints = stage.folder / "checkpoints"
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+
+    trainer.accelerator.wait_for_everyone()
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    best = validation.restore_best(trained) if validation else None
+    if trainer.accelerator.is_main_process:
+        write_json(stage.folder / "log.json", trainer.state.log_history)
+        if args.use_lora:
+            trained.save_pretrained(stage.folder / "adapter")
+        about = {"stage": "grpo", "base": about["base"]}
+        modeling.save_model(trained, tokenizer, semantic_ids, stage.folder / "model", about)
+        start = validation.history[0] if validation else None
+        metrics = {"start": start, "best": best, "rewards": args.rewards}
+        stage.finish(len(rows), training.seed, metrics, skip=["checkpoints", "best.safetensors"])
+        print(f"{len(rows):,} RL rows; validation before: {start}; best: {best}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,161 @@
+"""The whole line: every stage whose config lies in a folder, in order; what is done is skipped.
+
+    genrec pipeline --configs quickstart --run_dir runs/quickstart
+    genrec pipeline --configs my/configs --run_dir runs/mine --accelerate_args "--multi_gpu --num_processes 4"
+
+Each stage is the recipe of its name in a process of its own. Killed and started again, the line goes on
+where it stopped. Ends with one user's list and reasons, the metrics table and the report page.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from genrec.artifacts import FOLDERS, load_manifest, read_json, stage_folder
+from genrec.chains import Chain
+from genrec.columns import ITEM_ID, ITEM_INDEX, POSITION, RANK, ROW_ID, SCORE, TITLE, USER_ID
+from genrec.config import check_choice, parse, run
+
+RECIPES = Path(__file__).resolve().parent
+TRAINING = ("sft", "grpo")
+
+
+@dataclass
+class PipelineArgs:
+    """Settings of the pipeline."""
+
+    configs: str = "quickstart"  # a folder of <stage>.yaml, or a name below recipes/configs
+    run_dir: str = "runs/quickstart"
+    engine: str | None = None  # torch or vllm; default: what recommend.yaml says
+    until: str | None = None  # stop after this stage
+    data_dir: str | None = None  # where relative dataset paths start; else here, then $GENREC_DATA
+    accelerate_args: str | None = None  # launch sft and grpo by `accelerate launch <these>`
+
+    def __post_init__(self) -> None:
+        """Reject settings that can't work before anything is run."""
+        if self.engine is not None:
+            check_choice("engine", self.engine, ("torch", "vllm"))
+        if self.until is not None:
+            check_choice("until", self.until, FOLDERS)
+
+
+def main() -> None:
+    """Run the stages and show the result."""
+    args = parse(PipelineArgs)
+    folder = next((f for f in (Path(args.configs), RECIPES / "configs" / args.configs) if f.is_dir()), None)
+    if folder is None:
+        known = sorted(f.name for f in (RECIPES / "configs").iterdir() if f.is_dir())
+        raise ValueError(f"configs={args.configs!r} is no folder; shipped ones: {', '.join(known)}")
+    stages = [stage for stage in FOLDERS if (folder / f"{stage}.yaml").is_file()]
+    if args.until is not None:
+        stages = stages[: stages.index(args.until) + 1] if args.until in stages else stages
+    if not stages:
+        raise ValueError(f"{folder} holds no <stage>.yaml; the stages are {', '.join(FOLDERS)}")
+    console = Console()
+    for number, stage in enumerate(stages, 1):
+        console.rule(f"[bold]{number}/{len(stages)} {stage}", align="left")
+        run_stage(args, stage, folder / f"{stage}.yaml")
+    show(Path(args.run_dir), console)
+
+
+def run_stage(args: PipelineArgs, stage: str, config: Path) -> None:
+    """Run one recipe; its failure ends the pipeline with its own message."""
+    command = [sys.executable]
+    if stage in TRAINING and args.accelerate_args:
+        command += ["-m", "accelerate.commands.launch", *shlex.split(args.accelerate_args)]
+    command += [str(RECIPES / f"{stage}.py"), "--config", str(config), "--run_dir", args.run_dir]
+    if stage == "recommend" and args.engine:
+        command += ["--engine", args.engine]
+    if stage in ("prepare", "embed") and args.data_dir:
+        command += ["--data_dir", args.data_dir]
+    started = time.perf_counter()
+    # The other output is the progress bars and tables of the stage itself.
+    code = subprocess.run(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}).returncode
+    if code:
+        sys.stderr.write(f"error: stage {stage} failed; mend it and run the same command again\n")
+        raise SystemExit(code)
+    sys.stdout.write(f"[{stage}: {time.perf_counter() - started:.0f} s]\n")
+    sys.stdout.flush()
+
+
+def show(run_dir: Path, console: Console) -> None:
+    """Print what the run came to: times, one user's list with reasons, metrics, the report."""
+    manifests = {stage: load_manifest(run_dir, stage) for stage in FOLDERS}
+    console.rule("[bold]result", align="left")
+    seconds = [f"{stage} {m.seconds:.0f} s" for stage, m in manifests.items() if m]
+    console.print("Times: " + ", ".join(seconds), highlight=False)
+    if manifests["recommend"]:
+        show_list(run_dir, console)
+    if manifests["evaluate"]:
+        show_metrics(run_dir, console)
+    report = stage_folder(run_dir, "audit") / "report.html"
+    if manifests["audit"] and report.exists():
+        console.print(f"\nReport page: [bold]{report}[/bold]", highlight=False)
+
+
+def show_list(run_dir: Path, console: Console) -> None:
+    """One user's recommendations with titles and, where there is one, the reason for each."""
+    lists = pl.read_parquet(stage_folder(run_dir, "recommend") / "recommendations-*.parquet")
+    chains_path = stage_folder(run_dir, "explain") / "chains.jsonl"
+    chains = []
+    if chains_path.exists():
+        with open(chains_path, encoding="utf-8") as stream:
+            chains = [Chain.from_json(line) for line in stream]
+    row_id = chains[0].row_id if chains else lists[ROW_ID][0]
+    reasons = {chain.item_id: chain for chain in chains if chain.row_id == row_id}
+    data = stage_folder(run_dir, "prepare")
+    catalog = pl.read_parquet(data / "catalog.parquet")
+    titles = dict(catalog.select(ITEM_ID, TITLE).iter_rows())
+    user = lists.filter(pl.col(ROW_ID) == row_id).sort(RANK)
+    user_id = user[USER_ID][0]
+    log = pl.read_parquet(data / "interactions.parquet").filter(pl.col(USER_ID) == user_id)
+    history = log.sort(POSITION)[ITEM_INDEX].to_list()
+    split = manifest.config["split"] if (manifest := load_manifest(run_dir, "recommend")) else "test"
+    history = history[: -1 if split == "test" else -2]
+    console.print(f"\n[bold]User {user_id}[/bold] had {len(history)} items, the last ones:")
+    for item in history[-5:]:
+        console.print(Text(f"  · {catalog[TITLE][item]}"))
+    table = Table(title=f"recommended to {user_id}", title_justify="left", box=None)
+    for name in ("#", "item", "score", "why"):
+        table.add_column(name, justify="right" if name in ("#", "score") else "left")
+    for item_id, rank, score in user.select(ITEM_ID, RANK, SCORE).iter_rows():
+        why = reasons[item_id].summary(titles) if item_id in reasons else ""
+        # Text, not markup: titles are other people's.
+        table.add_row(str(rank), Text(titles[item_id]), f"{score:.2f}", Text(why))
+    console.print(table)
+
+
+def show_metrics(run_dir: Path, console: Console) -> None:
+    """The metrics table as evaluate stored it."""
+    results = read_json(stage_folder(run_dir, "evaluate") / "metrics.json")
+    systems = results["systems"]
+    columns = list(next(iter(systems.values())))
+    rule = "seen items left out" if results["filter_seen"] else "seen items allowed"
+    title = f"{results['dataset']}, {results['split']}: {results['rows']:,} rows, {rule}"
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("system")
+    for column in columns:
+        table.add_column(column, justify="right")
+    best = {c: max(systems[s][c]["value"] for s in systems) for c in columns}
+    for system, values in systems.items():
+        cells = []
+        for column in columns:
+            value, low, high = (values[column].get(key) for key in ("value", "low", "high"))
+            text = f"{value:.4f}" + (f" ±{(high - low) / 2:.4f}" if low is not None else "")
+            cells.append(Text(text, style="bold" if value == best[column] else ""))
+        table.add_row(Text(system), *cells)
+    console.print()
+    console.print(table)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,263 @@
+"""TorchEngine against exhaustive scoring by plain forward passes."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from genrec.decoding.beam import NORMALIZERS
+from genrec.decoding.torch_engine import TorchEngine
+from genrec.decoding.trie import SidTrie
+
+TOLERANCE = 2e-5
+
+
+class Case:
+    """A catalogue, a model on it, and true scores on demand."""
+
+    def __init__(
+        self,
+        reference: Any,
+        seed: int = 0,
+        kind: str = "qwen3",
+        normalizer: str = "full",
+        n_items: int = 25,
+        n_levels: int = 3,
+        model: PreTrainedModel | None = None,
+        **options: Any,
+    ) -> None:
+        self.reference, self.normalizer = reference, normalizer
+        self.codes = reference.random_codes(seed, n_items, n_levels)
+        self.n = len(self.codes)
+        self.ids = reference.sid_token_ids(n_levels)
+        self.model = model or reference.tiny_model(kind, seed % 3)
+        self.trie = SidTrie.build(self.codes)
+        self.prompts = reference.random_prompts(seed, 5)
+        self.engine = TorchEngine(self.model, self.trie, self.ids, 0, normalizer, **options)
+
+    def truth(self) -> np.ndarray:
+        """Level log-probabilities of all items, (n, items, L)."""
+        return self.reference.exhaustive(
+            self.model, self.prompts, self.codes, self.ids, self.normalizer
+        )
+
+
+cases = dict(
+    seed=st.integers(0, 10_000),
+    kind=st.sampled_from(["qwen3", "llama"]),
+    normalizer=st.sampled_from(NORMALIZERS),
+    n_items=st.integers(1, 30),
+    n_levels=st.integers(1, 4),
+)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@given(**{name: value for name, value in cases.items() if name != "normalizer"})
+@settings(deadline=None, max_examples=12)
+def test_full_width_equals_exhaustive_scoring(reference: Any, normalizer: str, **what: Any):
+    case = Case(reference, normalizer=normalizer, batch_size=2, **what)
+    truth = case.truth()
+    result = case.engine.search(case.prompts, case.n, case.n)
+    reference.assert_same_lists(result.items, result.scores, truth.sum(-1), TOLERANCE)
+    own = np.take_along_axis(truth, result.items[:, :, None], axis=1)
+    assert np.abs(own - result.level_log_probs).max() < TOLERANCE
+    assert result.certified.all()
+
+
+@given(data=st.data(), **cases)
+@settings(deadline=None, max_examples=20)
+def test_filters_at_full_width(reference: Any, data: st.DataObject, **what: Any):
+    case = Case(reference, **what)
+    rows = st.integers(0, case.n - 1)
+    allow = np.unique(data.draw(st.lists(rows, min_size=1)))
+    seen = [np.array(data.draw(st.lists(rows)), dtype=int) for _ in case.prompts]
+    truth = case.truth().sum(-1)
+    truth[:, np.setdiff1d(np.arange(case.n), allow)] = -np.inf
+    for row, gone in enumerate(seen):
+        truth[row, gone] = -np.inf
+    k = min(4, case.n)
+    view = case.trie.allow(allow)
+    if np.isneginf(truth).all(1).any():
+        with pytest.raises(ValueError, match="no allowed item left"):
+            case.engine.search(case.prompts, k, case.n, seen, view)
+        return
+    result = case.engine.search(case.prompts, k, case.n, seen, view)
+    reference.assert_same_lists(result.items, result.scores, truth, TOLERANCE)
+    assert result.certified.all()
+
+
+@given(k=st.integers(1, 4), wider=st.integers(0, 4), **cases)
+@settings(deadline=None, max_examples=40)
+def test_narrow_beams(reference: Any, k: int, wider: int, **what: Any):
+    case = Case(reference, **what)
+    result = case.engine.search(case.prompts, k, k + wider)
+    truth = case.truth().sum(-1)
+    sure = result.certified
+    reference.assert_same_lists(result.items[sure], result.scores[sure], truth[sure], TOLERANCE)
+    for items, scores, true in zip(result.items, result.scores, truth, strict=True):
+        found = items[items >= 0]
+        assert len(set(found)) == len(found) == min(k, case.n)  # distinct, and never too few
+        assert np.abs(true[found] - scores[items >= 0]).max() < TOLERANCE
+        assert (np.diff(scores[items >= 0]) <= 0).all()
+
+
+def test_narrow_beams_are_sometimes_certified_and_sometimes_not(reference: Any):
+    case = Case(reference, seed=0, n_items=100, normalizer="level")
+    prompts = reference.random_prompts(0, 30)
+    shares = [case.engine.search(prompts, 2, width).certified.mean() for width in (2, 8, 20)]
+    assert 0 <= shares[0] < shares[1] < shares[2] <= 1
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_score_equals_the_search(reference: Any, normalizer: str):
+    case = Case(reference, normalizer=normalizer, n_items=40, batch_size=3)
+    result = case.engine.search(case.prompts, 6, 10)
+    got = case.engine.score(case.prompts, result.items)
+    assert np.abs(got - result.level_log_probs).max() < TOLERANCE
+    everything = np.tile(np.arange(case.n), (len(case.prompts), 1))
+    assert np.abs(case.engine.score(case.prompts, everything) - case.truth()).max() < TOLERANCE
+
+
+def test_batch_composition_and_padding_change_nothing(reference: Any):
+    case = Case(reference, n_items=60)
+    prompts = reference.random_prompts(7, 12, longest=30)
+    seen = [np.arange(row) for row in range(12)]
+    together = case.engine.search(prompts, 5, 10, seen)
+    for size, order in ((1, np.arange(12)), (5, np.random.default_rng(0).permutation(12))):
+        engine = TorchEngine(case.model, case.trie, case.ids, 0, batch_size=size)
+        other = engine.search([prompts[i] for i in order], 5, 10, [seen[i] for i in order])
+        assert (other.items == together.items[order]).all()
+        assert np.abs(other.scores - together.scores[order]).max() < TOLERANCE
+        assert (other.certified == together.certified[order]).all()
+    other_pad = TorchEngine(case.model, case.trie, case.ids, 77).search(prompts, 5, 10, seen)
+    assert (other_pad.items == together.items).all()
+    assert (other_pad.scores == together.scores).all()
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_ties_go_to_the_smaller_sid(reference: Any, normalizer: str):
+    model = deepcopy(reference.tiny_model())
+    torch.nn.init.zeros_(model.get_input_embeddings().weight)
+    case = Case(reference, model=model, normalizer=normalizer, n_items=40)
+    result = case.engine.search(case.prompts, 7, case.n)
+    truth = case.truth().sum(-1).astype(np.float64).round(5)
+    assert (result.items == reference.ranking(truth, case.codes)[:, :7]).all()
+    if normalizer != "trie":
+        assert len(np.unique(result.scores)) == 1
+        assert (result.items == np.lexsort(case.codes.T[::-1])[:7]).all()
+
+
+def test_many_levels_and_one_item(reference: Any):
+    codes = np.unique(np.random.default_rng(0).integers(0, 2, (12, 40)), axis=0)
+    model, ids = reference.tiny_model(), reference.sid_token_ids(40)
+    prompts = reference.random_prompts(0, 3)
+    engine = TorchEngine(model, SidTrie.build(codes), ids, 0)
+    truth = reference.exhaustive(model, prompts, codes, ids, "full").sum(-1)
+    result = engine.search(prompts, len(codes), len(codes))
+    reference.assert_same_lists(result.items, result.scores, truth, 2e-4)  # a sum of 40 terms
+    one = TorchEngine(model, SidTrie.build(codes[:1]), ids, 0, "trie").search(prompts, 2, 3)
+    assert one.items.tolist() == [[0, -1]] * 3
+    assert one.scores[:, 0].tolist() == [0.0] * 3  # its only child has probability 1
+    assert one.certified.all()
+
+
+def test_the_models_generation_config_has_no_say(reference: Any):
+    case = Case(reference, n_items=40)
+    plain = case.engine.search(case.prompts, 5, 10)
+    model = deepcopy(case.model)
+    odd = dict(top_k=1, top_p=0.1, temperature=7.0, repetition_penalty=5.0, num_beams=3)
+    model.generation_config.update(**odd, do_sample=True, eos_token_id=case.ids[0][0])
+    other = TorchEngine(model, case.trie, case.ids, 0).search(case.prompts, 5, 10)
+    assert (other.items == plain.items).all()
+    assert (other.scores == plain.scores).all()
+
+
+def test_training_mode_is_put_aside_and_restored(reference: Any):
+    case = Case(reference, n_items=40)
+    plain = case.engine.search(case.prompts, 5, 10)
+    model = deepcopy(case.model).train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    result = TorchEngine(model, case.trie, case.ids, 0).search(case.prompts, 5, 10)
+    assert model.training
+    assert (result.scores == plain.scores).all()
+
+
+def test_progress_and_no_prompts(reference: Any):
+    case = Case(reference, batch_size=2)
+    done: list[int] = []
+    case.engine.search(case.prompts, 1, 5, progress=done.append)
+    assert done == [2, 2, 1]
+    empty = case.engine.search([], 3, 5)
+    assert empty.items.shape == (0, 3)
+    assert empty.level_log_probs.shape == (0, 3, 3)
+
+
+def test_wrong_requests_are_refused(reference: Any):
+    case = Case(reference, n_items=20)
+    search = case.engine.search
+    everything = np.arange(case.n)
+    with pytest.raises(ValueError, match="k=6 must lie between 1 and beam_width=5"):
+        search(case.prompts, 6, 5)
+    with pytest.raises(ValueError, match="k=0"):
+        search(case.prompts, 0, 5)
+    with pytest.raises(ValueError, match="seen has 1 entries for 5"):
+        search(case.prompts, 1, 5, [everything])
+    with pytest.raises(ValueError, match="prompt 3 has no allowed item left"):
+        search(case.prompts, 1, 5, [everything[:0]] * 3 + [everything] + [everything[:2]])
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        search([[70], []], 1, 5)
+    with pytest.raises(ValueError, match="prompt 1 with its item needs 129 tokens.*holds 128"):
+        search([[70] * 125, [70] * 126], 1, 5)
+    assert search([[70] * 125], 1, 5).items.shape == (1, 1)
+    with pytest.raises(ValueError, match="there are 0"):
+        case.engine.score(case.prompts, np.full((5, 1), -1))
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("where", ["one_sid_token", "everywhere"])
+def test_nan_is_refused(reference: Any, normalizer: str, where: str):
+    model = deepcopy(reference.tiny_model("llama"))
+    case = Case(reference, model=model, normalizer=normalizer, n_items=40)
+    rows = slice(None) if where == "everywhere" else case.ids[1][int(case.codes[0, 1])]
+    with torch.no_grad():
+        model.lm_head.weight[rows] = -torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        case.engine.search(case.prompts, 3, case.n)
+
+
+def test_models_without_full_attention_are_refused(reference: Any):
+    trie, ids = SidTrie.build(np.array([[0], [1]])), [[1, 2]]
+    size = dict(
+        vocab_size=96,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    sliding = Qwen3Config(**size, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    for model in (
+        MistralForCausalLM(MistralConfig(**size, sliding_window=4)),
+        Qwen3ForCausalLM(sliding),
+    ):
+        with pytest.raises(ValueError, match="sliding window of 4"):
+            TorchEngine(model, trie, ids, 0)
+    chunked = Qwen3ForCausalLM(Qwen3Config(**size))
+    chunked.config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(ValueError, match="chunked_attention"):
+        TorchEngine(chunked, trie, ids, 0)
+    TorchEngine(Qwen3ForCausalLM(Qwen3Config(**size, sliding_window=4)), trie, ids, 0)
