@@ -154,12 +154,18 @@ def load_manifest(run_dir: Path | str, stage: str) -> Manifest | None:
     if not path.exists():
         return None
     value = read_json(path)
-    if value.get("schema_version") != SCHEMA_VERSION:
+    version = value.get("schema_version") if isinstance(value, dict) else None
+    if version != SCHEMA_VERSION:
         raise ValueError(
-            f"{path} has schema_version {value.get('schema_version')}, this genrec reads "
+            f"{path} has schema_version {version}, this genrec reads "
             f"{SCHEMA_VERSION}; rerun: {rerun_command(run_dir, stage)}"
         )
-    return Manifest(**value)
+    try:
+        return Manifest(**value)
+    except TypeError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); rerun: {rerun_command(run_dir, stage)}"
+        ) from error
 
 
 def require(run_dir: Path | str, stage: str) -> Manifest:
@@ -181,7 +187,8 @@ def require(run_dir: Path | str, stage: str) -> Manifest:
         size = path.stat().st_size if path.exists() else None
         if size != output["bytes"]:
             raise ValueError(
-                f"{path} has {size} bytes, its manifest says {output['bytes']}; restore it or rerun: "
+                f"{path} has {size} bytes, its manifest says {output['bytes']}; restore it or "
+                "rerun: "
                 f"{rerun_command(run_dir, stage)}"
             )
     for upstream, recorded in manifest.inputs.items():
@@ -274,21 +281,24 @@ class Stage:
             ValueError: a complete stage with other settings or inputs is there and `overwrite` is
                 False.
         """
-        manifest = load_manifest(self.run_dir, self.name)
-        if manifest is not None and not overwrite:
+        complete = (self.folder / MANIFEST).exists()
+        if complete and not overwrite:
+            manifest = load_manifest(self.run_dir, self.name)
+            assert manifest is not None
             if manifest.fingerprint == self.fingerprint:
                 require(self.run_dir, self.name)
                 logger.info("%s: complete, skipped (%s)", self.name, self.folder)
                 return True
             raise ValueError(
                 f"{self.folder} is complete but was made with other {self._difference(manifest)}; "
-                "use another --run_dir, or --overwrite true (the old folder is kept under a new name)"
+                "use another --run_dir, or --overwrite true (the old folder is kept under a new "
+                "name)"
             )
         progress = self.folder / IN_PROGRESS
         same = progress.exists() and read_json(progress).get("fingerprint") == self.fingerprint
-        if manifest is not None or (
-            self.folder.exists() and any(self.folder.iterdir()) and not same
-        ):
+        # A damaged manifest isn't read here: overwriting is what mends it.
+        kept = [p for p in self.folder.glob("*") if p.name != IN_PROGRESS]
+        if complete or (kept and not same):
             self._set_aside()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(progress, {"fingerprint": self.fingerprint, "config": self.config})

@@ -79,13 +79,10 @@ def parse(*dataclass_types: type, args: list[str] | None = None) -> Any:
         if at + 1 >= len(argv):
             raise ValueError("--config needs a YAML file behind it")
         _check_keys(Path(argv[at + 1]), dataclass_types)
-    parser = TrlParser(dataclass_types, allow_abbrev=False)
+    parser = TrlParser(list(dataclass_types), allow_abbrev=False)  # type: ignore[arg-type]
     parsed = parser.parse_args_and_config(args=argv)
     for settings in parsed:
-        if is_dataclass(settings) and type(settings).__module__.split(".")[0] not in (
-            "trl",
-            "transformers",
-        ):
+        if is_dataclass(settings) and _is_ours(type(settings)):
             check_types(settings)
     return parsed if len(parsed) > 1 else parsed[0]
 
@@ -105,6 +102,22 @@ def _check_keys(path: Path, dataclass_types: tuple[type, ...]) -> None:
 
         hints = [f"{key!r}" + _closest(difflib.get_close_matches(key, known, 1)) for key in unknown]
         raise ValueError(f"{path} has unknown keys: {', '.join(hints)}")
+    # Before `__post_init__` compares the values with limits.
+    for kind in filter(_is_ours, dataclass_types):
+        hints_of = typing.get_type_hints(kind)
+        for item in fields(kind):
+            # Strings are converted by the parser, which also refuses what it can't convert.
+            value = values.get(item.name, "")
+            if not isinstance(value, str) and not _matches(value, hints_of[item.name]):
+                raise ValueError(
+                    f"{path}: {item.name}={value!r} is a {type(value).__name__}; {item.name} takes "
+                    f"{item.type}"
+                )
+
+
+def _is_ours(kind: type) -> bool:
+    """Whether a settings class is a recipe's own; TRL and Transformers check theirs."""
+    return kind.__module__.split(".")[0] not in ("trl", "transformers")
 
 
 def _closest(matches: list[str]) -> str:

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
 ABOUT = "genrec.json"
+TRAINER_STATE = "trainer_state.json"
 
 # From-scratch Qwen3 shapes: (hidden, layers, heads, feed-forward).
 SIZES = {"tiny": (96, 2, 3, 256), "small": (128, 3, 4, 384), "base": (256, 6, 8, 768)}
@@ -122,8 +123,8 @@ def sid_token_ids(tokenizer: PreTrainedTokenizerBase, semantic_ids: SemanticIds)
     broken = [token for token, ids in zip(tokens, encoded, strict=True) if len(ids) != 1]
     if broken:
         raise ValueError(
-            f"the tokenizer has no token {broken[0]} ({len(broken)} of {len(tokens)} SID tokens are missing); "
-            "the model was not trained on this SID map"
+            f"the tokenizer has no token {broken[0]} ({len(broken)} of {len(tokens)} SID tokens "
+            "are missing); the model was not trained on this SID map"
         )
     flat = [ids[0] for ids in encoded]
     ends = np.cumsum(semantic_ids.codebook_sizes)
@@ -134,7 +135,7 @@ def sid_token_ids(tokenizer: PreTrainedTokenizerBase, semantic_ids: SemanticIds)
 
 def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Grow the embedding to the tokenizer, in whole blocks of 64 rows, never below what it has."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = _weight(model.get_input_embeddings()).shape[0]
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
 
@@ -155,7 +156,7 @@ def initialize_from_codebooks(
         n_old: rows that existed before the SID tokens.
         seed: of the rotation.
     """
-    hidden = model.get_input_embeddings().weight.shape[1]
+    hidden = _weight(model.get_input_embeddings()).shape[1]
     dim = codebooks.shape[-1]
     generator = torch.Generator().manual_seed(seed)
     rotation, _ = torch.linalg.qr(
@@ -178,8 +179,8 @@ def initialize_from_titles(
 ) -> None:
     """Set each SID row to the mean of the text-token rows of the titles of its items.
 
-    For pretrained models: the rows start in a region that the model knows, norm-matched. Codes of no
-    item get a random row of the same spread.
+    For pretrained models: the rows start in a region that the model knows, norm-matched. Codes of
+    no item get a random row of the same spread.
 
     Args:
         model: already resized.
@@ -190,37 +191,50 @@ def initialize_from_titles(
         n_old: rows that existed before the SID tokens.
         seed: of the random rows.
     """
-    weight = model.get_input_embeddings().weight[:n_old].float().cpu()
+    weight = _weight(model.get_input_embeddings())[:n_old].float().cpu()
     encoded = tokenizer(list(titles), add_special_tokens=False)["input_ids"]
     item = np.repeat(np.arange(len(encoded)), [len(ids) for ids in encoded])
     token = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
     shape = (len(encoded), n_old)
     counts = scipy.sparse.csr_matrix((np.ones(len(item), np.float32), (item, token)), shape=shape)
     item_rows = torch.from_numpy(counts @ weight.numpy())
+    item_tokens = torch.from_numpy(np.bincount(item, minlength=len(encoded))).float()
     generator = torch.Generator().manual_seed(seed)
     for level, ids in enumerate(token_ids):
         rows = torch.randn(len(ids), weight.shape[1], generator=generator)
         code = torch.from_numpy(semantic_ids.codes[:, level]).long()
-        sums = torch.zeros_like(rows).index_add_(0, code, item_rows)
-        used = torch.bincount(code, minlength=len(ids)) > 0
-        rows[used] = sums[used] / sums[used].std().clamp(min=1e-6)
+        n_tokens = torch.zeros(len(ids)).index_add_(0, code, item_tokens)
+        used = n_tokens > 0
+        means = torch.zeros_like(rows).index_add_(0, code, item_rows)[used]
+        means /= n_tokens[used].unsqueeze(-1)
+        # What all titles have in common says nothing of a code, and would drown what differs.
+        means -= means.mean(0)
+        rows[used] = means / means.std().clamp(min=1e-6)
         # A little noise keeps codes with the same titles apart.
         rows += 0.1 * torch.randn(rows.shape, generator=generator)
         _write_rows(model, ids, rows, n_old)
 
 
 def _write_rows(model: PreTrainedModel, ids: list[int], rows: torch.Tensor, n_old: int) -> None:
-    """Write rows into the input embedding (and an untied head), matched to the old rows' moments."""
-    embeddings = [model.get_input_embeddings()]
+    """Write rows into the input embedding (and an untied head), with the old rows' moments."""
+    weights = [_weight(model.get_input_embeddings())]
     head = model.get_output_embeddings()
-    if head is not None and head.weight.data_ptr() != embeddings[0].weight.data_ptr():
-        embeddings.append(head)
-    rows = (rows - rows.mean(0)) / rows.std().clamp(min=1e-6)
-    for embedding in embeddings:
-        weight = embedding.weight
+    if head is not None and _weight(head).data_ptr() != weights[0].data_ptr():
+        weights.append(_weight(head))
+    rows = rows - rows.mean(0)
+    rows = rows / rows.std().clamp(min=1e-6)
+    for weight in weights:
         old = weight[:n_old].float()
         fitted = rows.to(weight.device) * old.std(0).mean() + old.mean(0)
         weight[torch.tensor(ids, device=weight.device)] = fitted.to(weight.dtype)
+
+
+def _weight(module: torch.nn.Module | None) -> torch.Tensor:
+    """The weight matrix of an embedding or a head."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        raise ValueError(f"{type(module).__name__} has no weight matrix; is this a causal LM?")
+    return weight
 
 
 def lora_config(
@@ -231,7 +245,7 @@ def lora_config(
     Only the SID rows of the embedding (and of an untied head) are trained, not the whole matrix.
     """
     flat = [token for ids in token_ids for token in ids]
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    tied = _weight(model.get_output_embeddings()) is _weight(model.get_input_embeddings())
     name = next(
         n for n, module in model.named_modules() if module is model.get_input_embeddings()
     ).split(".")[-1]
@@ -245,14 +259,15 @@ def lora_config(
     )
 
 
-def expose_head_bias(model: torch.nn.Module) -> None:
+def expose_head_bias(model: Any) -> None:
     """Give a wrapped LM head the ``bias`` attribute that TRL's fused head reads directly.
 
-    PEFT's token wrapper has none. Call it once the trainer is built; without a wrapper it does nothing.
+    PEFT's token wrapper has none. Call it once the trainer is built; without a wrapper it does
+    nothing.
     """
     head = model.get_output_embeddings()
     if not hasattr(head, "bias") and hasattr(head, "original_module"):
-        head.bias = head.original_module.bias
+        head.bias = getattr(head.original_module, "bias", None)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
@@ -277,8 +292,8 @@ def encode_rows(
 ) -> dict[str, list[list[int]]]:
     """Training rows: ``input_ids`` and ``labels`` (−100 on the prompt).
 
-    Prompt and completion are encoded apart and joined, so the served prompt is a token prefix of the
-    row. A completion that ends in text gets EOS; one of SIDs has a fixed length and needs none.
+    Prompt and completion are encoded apart and joined, so the served prompt is a token prefix of
+    the row. A completion that ends in text gets EOS; one of SIDs has a fixed length and needs none.
     """
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     completion_ids = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
@@ -287,6 +302,17 @@ def encode_rows(
         rows["input_ids"].append(prompt + completion + end)
         rows["labels"].append([-100] * len(prompt) + completion + end)
     return rows
+
+
+def last_checkpoint(folder: Path | str) -> str | None:
+    """Newest complete checkpoint of a Transformers trainer below `folder`, None without one.
+
+    The trainer writes a checkpoint in place, its state last: a killed one may lack parts.
+    """
+    states = Path(folder).glob(f"checkpoint-*/{TRAINER_STATE}")
+    steps = [path.parent for path in states if path.stat().st_size > 0]
+    newest = max(steps, key=lambda path: int(path.name.split("-")[-1]), default=None)
+    return None if newest is None else str(newest)
 
 
 def save_model(
@@ -299,7 +325,7 @@ def save_model(
     """Write a serving checkpoint: adapters merged, tokenizer, and what it was trained on."""
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     tokenizer.save_pretrained(folder)
     write_json(Path(folder) / ABOUT, {"semantic_ids_sha256": semantic_ids.sha256, **about})
 
@@ -322,8 +348,9 @@ def load_model(
     about = read_json(Path(folder) / ABOUT)
     if not semantic_ids.descends_from(about["semantic_ids_sha256"]):
         raise ValueError(
-            f"the model in {folder} was trained on SID map {about['semantic_ids_sha256'][:12]}, this one is "
-            f"{semantic_ids.sha256[:12]} and does not extend it; use the model's own map or rerun sft"
+            f"the model in {folder} was trained on SID map {about['semantic_ids_sha256'][:12]}, "
+            f"this one is {semantic_ids.sha256[:12]} and does not extend it; use the model's own "
+            "map or rerun sft"
         )
     model = load_base(str(folder), dtype).eval()
     if device or torch.cuda.is_available():

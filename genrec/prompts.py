@@ -32,6 +32,10 @@ _BRACKETS = str.maketrans(
         "]": ")",
         "［": "(",
         "］": ")",
+        "﹇": "(",
+        "﹈": ")",
+        "≮": "‹",
+        "≯": "›",
     }
 )
 _SPACE = re.compile(r"\s+")
@@ -67,7 +71,8 @@ class PromptRenderer:
     Template names are relative paths without the ending, e.g. ``sequential/seen/01``.
 
     Args:
-        folder: holds ``<family>/seen/*.jinja`` and ``<family>/unseen/*.jinja``; default: genrec's own.
+        folder: holds ``<family>/seen/*.jinja`` and ``<family>/unseen/*.jinja``; default: genrec's
+            own.
     """
 
     def __init__(self, folder: Path | str | None = None) -> None:
@@ -113,7 +118,7 @@ class PromptRenderer:
             texts: fields of untrusted text; escaped.
 
         Raises:
-            ValueError: unknown template, or a field that it needs is missing.
+            ValueError: unknown template, a field that it needs is missing, or it fails otherwise.
         """
         if template not in self._templates:
             raise ValueError(
@@ -122,7 +127,7 @@ class PromptRenderer:
         fields = {name: escape_text(text) for name, text in (texts or {}).items()}
         try:
             return self._templates[template].render(**fields, **(sids or {}))
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it may divide by zero, too
             raise ValueError(f"template {template!r}: {error}") from error
 
     def pick(self, family: str, row_id: str, seed: int, limit: int | None = None) -> str:

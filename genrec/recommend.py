@@ -36,6 +36,7 @@ from genrec.tasks.sequential import history_prompt
 logger = logging.getLogger(__name__)
 
 ENGINES = ("torch", "vllm")
+MODEL_STAGES = ("sft", "grpo")
 
 
 class Engine(Protocol):
@@ -104,7 +105,7 @@ class Recommender:
         stage: str | None = None,
         engine: str = "torch",
         normalizer: Normalizer = "full",
-        dtype: str = "float32",
+        dtype: Any = "float32",
         batch_size: int = 64,
     ) -> Recommender:
         """Load a run folder.
@@ -122,6 +123,10 @@ class Recommender:
         """
         if engine not in ENGINES:
             raise ValueError(f"engine={engine!r} is not known; choose one of {', '.join(ENGINES)}")
+        if stage is not None and stage not in MODEL_STAGES:
+            raise ValueError(
+                f"stage={stage!r} is not known; choose one of {', '.join(MODEL_STAGES)}"
+            )
         stage = stage or ("grpo" if load_manifest(run_dir, "grpo") else "sft")
         require(run_dir, stage)
         data = require(run_dir, "prepare")

@@ -32,9 +32,10 @@ def rule_reward(
 def make_rank_reward(num_generations: int) -> RewardFunction:
     """ReRe's rank reward for groups of `num_generations` items sorted by score.
 
-    A miss at rank i (from 0) gets −(1 / log2(i + 2)) / Σ_j 1 / log2(j + 2): the more confident the miss,
-    the larger the penalty. A hit gets 0. In a group without a hit all rewards are 0: without that
-    gate the reward teaches nothing but to flatten the list (seen as a collapse in reproductions).
+    A miss at rank i (from 0) gets −(1 / log2(i + 2)) / Σ_j 1 / log2(j + 2): the more confident the
+    miss, the larger the penalty. A hit gets 0. In a group without a hit all rewards are 0: without
+    that gate the reward teaches nothing but to flatten the list (seen as a collapse in
+    reproductions).
 
     Raises:
         ValueError: the completions aren't whole groups.

@@ -1,9 +1,9 @@
 """TRL's GRPOTrainer with constrained-beam rollouts and log-probabilities over the trie.
 
-The only module that touches TRL's experimental hooks. Two of them are overridden: generation (a group
-is the beam: distinct, valid items, best first), and the policy's log-probabilities, renormalised over
-what the trie allows. With full-vocabulary log-probabilities, negative advantages push mass onto tokens
-that can never be produced, which the search doesn't see and the loss rewards.
+The only module that touches TRL's experimental hooks. Two of them are overridden: generation (a
+group is the beam: distinct, valid items, best first), and the policy's log-probabilities,
+renormalised over what the trie allows. With full-vocabulary log-probabilities, negative advantages
+push mass onto tokens that can never be produced, which the search doesn't see and the loss rewards.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -26,8 +27,8 @@ from genrec.modeling import encode_prompts
 class BeamGRPOTrainer(GRPOTrainer):
     """GRPO whose rollouts are the served beam search.
 
-    Dataset columns beside `prompt`: what the reward functions read (`target_sid_ids`), and optionally
-    `seen_item_index`, the catalogue rows that evaluation would filter for this row.
+    Dataset columns beside `prompt`: what the reward functions read (`target_sid_ids`), and
+    optionally `seen_item_index`, the catalogue rows that evaluation would filter for this row.
 
     Args:
         trie: trie of the SID map.
@@ -53,7 +54,8 @@ class BeamGRPOTrainer(GRPOTrainer):
         per_process = args.per_device_train_batch_size * args.steps_per_generation
         if per_process % args.num_generations:
             raise ValueError(
-                f"per_device_train_batch_size x steps_per_generation = {per_process} splits groups of "
+                f"per_device_train_batch_size x steps_per_generation = {per_process} splits "
+                "groups of "
                 f"num_generations={args.num_generations} over processes; make it a multiple"
             )
         if args.temperature != 1.0:
@@ -66,12 +68,15 @@ class BeamGRPOTrainer(GRPOTrainer):
                 f"{trie.n_items} items of the catalogue"
             )
         super().__init__(**kwargs)
+        tokenizer = self.processing_class
+        assert isinstance(tokenizer, PreTrainedTokenizerBase), "text models only"
+        self._text_tokenizer = tokenizer
         self.trie, self.sid_token_ids = trie, sid_token_ids
         self.beam_width, self.normalizer = beam_width, normalizer
         device = self.accelerator.device
         self._tensors = TrieTensors(trie, None, device)
         self._sid_ids = [torch.tensor(ids, device=device) for ids in sid_token_ids]
-        self._code_of_token = torch.full((len(self.processing_class),), -1, device=device)
+        self._code_of_token = torch.full((len(tokenizer),), -1, device=device)
         for ids in self._sid_ids:
             self._code_of_token[ids] = torch.arange(len(ids), device=device)
         levels = list(enumerate(sid_token_ids))
@@ -88,7 +93,7 @@ class BeamGRPOTrainer(GRPOTrainer):
         return super()._generate_and_score_completions(inputs)
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return encode_prompts(self.processing_class, prompts), None, {}
+        return encode_prompts(self._text_tokenizer, prompts), None, {}
 
     def _generate_single_turn(
         self,
@@ -109,7 +114,8 @@ class BeamGRPOTrainer(GRPOTrainer):
             items = engine.search(first, num_generations, self.beam_width, seen).items
         if (items < 0).any():
             raise ValueError(
-                f"fewer than num_generations={num_generations} items are left for some row after its "
+                f"fewer than num_generations={num_generations} items are left for some row after "
+                "its "
                 "filters; lower num_generations"
             )
         eos = self._tokenizer.eos_token_id

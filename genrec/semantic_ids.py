@@ -1,7 +1,7 @@
 """SemanticIds: the bijective, append-only map between items, codes and tokens.
 
-Tokens follow the convention that LC-Rec, LETTER and MiniOneRec share: ``<a_12><b_7><c_99>``, a letter
-per level. Row i of ``codes`` is row i of the catalogue.
+Tokens follow the convention that LC-Rec, LETTER and MiniOneRec share: ``<a_12><b_7><c_99>``, a
+letter per level. Row i of ``codes`` is row i of the catalogue.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import polars as pl
 
 from genrec.artifacts import read_json, write_json, write_parquet
 from genrec.columns import ITEM_ID, ITEM_INDEX, SID
+from genrec.quantizers.quality import shared_rows
 
 SID_TOKEN = re.compile(r"<([a-z]+)_(\d+)>")
 
@@ -65,7 +66,8 @@ class SemanticIds:
         if codes.ndim != 2 or codes.shape != (len(self.item_ids), len(self.codebook_sizes)):
             raise ValueError(
                 f"codes have shape {codes.shape}; {len(self.item_ids)} items and "
-                f"{len(self.codebook_sizes)} levels need ({len(self.item_ids)}, {len(self.codebook_sizes)})"
+                f"{len(self.codebook_sizes)} levels need ({len(self.item_ids)}, "
+                f"{len(self.codebook_sizes)})"
             )
         if len(codes) == 0:
             raise ValueError("there are no items; a SID map needs at least one")
@@ -73,7 +75,7 @@ class SemanticIds:
             raise ValueError(f"a code lies outside its codebook (sizes {self.codebook_sizes})")
         if self.item_ids.n_unique() != len(self.item_ids):
             raise ValueError("item ids repeat; each item has one SID")
-        if (shared := _shared_rows(codes)).any():
+        if (shared := shared_rows(codes)).any():
             first = self.item_ids.gather(np.flatnonzero(shared)[:4].tolist()).to_list()
             raise ValueError(
                 f"{int(shared.sum())} items share a SID (first: {first}); resolve collisions first "
@@ -125,13 +127,15 @@ class SemanticIds:
         Raises:
             ValueError: the string is not exactly one well-formed SID of this map's shape.
         """
-        found = SID_TOKEN.findall(sid)
-        names = [level_name(level) for level in range(self.n_levels)]
-        if "".join(f"<{n}_{c}>" for n, c in found) != sid or [n for n, _ in found] != names:
+        codes = tuple(int(code) for _, code in SID_TOKEN.findall(sid))
+        # Written again, so that "<a_01>" and digits of other scripts don't pass.
+        exact = "".join(sid_token(level, code) for level, code in enumerate(codes)) == sid
+        in_range = all(c < size for c, size in zip(codes, self.codebook_sizes, strict=False))
+        if not exact or not in_range or len(codes) != self.n_levels:
             raise ValueError(
                 f"{sid!r} is not a SID of {self.n_levels} levels such as {self.sids()[0]}"
             )
-        return tuple(int(code) for _, code in found)
+        return codes
 
     def index_of(self, codes: Sequence[int]) -> int | None:
         """Catalogue row that has these codes, None if no item has."""
@@ -187,7 +191,8 @@ class SemanticIds:
         )
         if ids.sha256 != about["sha256"]:
             raise ValueError(
-                f"{folder}/items.parquet doesn't match semantic_ids.json (hash {ids.sha256[:12]}, recorded "
+                f"{folder}/items.parquet doesn't match semantic_ids.json (hash {ids.sha256[:12]}, "
+                "recorded "
                 f"{about['sha256'][:12]}); restore both or rerun quantize"
             )
         return ids
@@ -197,30 +202,3 @@ class SemanticIds:
         rows = zip(self.item_ids.to_list(), self.codes.tolist(), strict=True)
         index = {str(i): [sid_token(level, c) for level, c in enumerate(row)] for i, row in rows}
         write_json(path, index)
-
-
-def _shared_rows(codes: np.ndarray) -> np.ndarray:
-    """Boolean (n_items,): which rows of `codes` occur more than once."""
-    _, inverse, counts = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
-    return counts[inverse.ravel()] > 1
-
-
-def collision_rate(codes: np.ndarray) -> float:
-    """Share of items whose SID is shared with another item: items that share a SID / items."""
-    return float(_shared_rows(np.asarray(codes)).mean())
-
-
-def level_usage(codes: np.ndarray, codebook_sizes: Sequence[int]) -> list[dict[str, float]]:
-    """Codes used and perplexity (2 to the entropy in bits) of each level's code distribution."""
-    report = []
-    for level, size in enumerate(codebook_sizes):
-        counts = np.bincount(codes[:, level], minlength=size)
-        p = counts[counts > 0] / counts.sum()
-        report.append(
-            {
-                "size": size,
-                "used": int((counts > 0).sum()),
-                "perplexity": float(2 ** -(p * np.log2(p)).sum()),
-            }
-        )
-    return report

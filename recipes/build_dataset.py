@@ -1,9 +1,10 @@
 """Split rows + semantic ids + prompts -> instruction rows.
 
-    genrec build_dataset --config recipes/configs/quickstart/build_dataset.yaml --run_dir runs/quickstart
+    genrec build_dataset --config recipes/configs/quickstart/build_dataset.yaml
 
-Writes ``dataset/{train,rl,valid,test}.parquet`` with row_id, user_id, task, template, prompt, completion,
-target_item_id and history_item_ids, and a copy of the templates, so that the run explains itself.
+Writes ``dataset/{train,rl,valid,test}.parquet`` with row_id, user_id, task, template, prompt,
+completion, target_item_id and history_item_ids, and a copy of the templates, so that the run
+explains itself.
 """
 
 import shutil
@@ -27,6 +28,7 @@ from genrec.columns import (
     USER_ID,
 )
 from genrec.config import check_choice, parse, run
+from genrec.data.splits import MIN_EVALUATED
 from genrec.prompts import PromptRenderer
 from genrec.semantic_ids import SemanticIds
 from genrec.tasks.item_index import SID_TO_TITLE, TITLE_TO_SID, item_index_rows
@@ -73,10 +75,13 @@ def rl_rows(
     last = train.group_by(USER_ID, maintain_order=True).last()
     last = last.filter(pl.col(HISTORY).list.len() > 0)
     last = last.with_columns(pl.col(HISTORY).list.len().cast(pl.Int32).alias(SUPERVISE_FROM))
+    # Users with fewer than three interactions have no validation and test items.
+    length = pl.len().over(USER_ID).cast(pl.Int64)
+    n_train = pl.when(length < MIN_EVALUATED).then(length).otherwise(length - 2)
     earlier = (
         pl.read_parquet(data / "interactions.parquet")
         # Without validation, test and the RL target itself.
-        .filter(pl.col(POSITION) < pl.len().over(USER_ID) - 3)
+        .filter(pl.col(POSITION) < n_train - 1)
         .group_by(USER_ID)
         .agg(pl.col(ITEM_INDEX).unique().sort().alias(SEEN))
     )

@@ -1,19 +1,19 @@
 """Reinforcement learning with verifiable rewards: TRL's GRPO on constrained-beam rollouts (ReRe).
 
-    accelerate launch recipes/grpo.py --config recipes/configs/quickstart/grpo.yaml --run_dir runs/quickstart
+    accelerate launch recipes/grpo.py --config recipes/configs/quickstart/grpo.yaml
 
-Starts from ``sft/model`` (merged, so that a reference model is the SFT model exactly). Settings of TRL's
-GRPOConfig go into the same YAML or on the command line. Writes ``grpo/model``, ``grpo/validation.json``
-and ``grpo/log.json``. Killed and started again, it resumes at the last checkpoint.
+Starts from ``sft/model`` (merged, so that a reference model is the SFT model exactly). Settings of
+TRL's GRPOConfig go into the same YAML or on the command line. Writes ``grpo/model``,
+``grpo/validation.json`` and ``grpo/log.json``. Killed and started again, it resumes at the last
+checkpoint.
 """
 
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import polars as pl
-from accelerate import PartialState
+from accelerate.state import PartialState
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig
 
 from genrec import modeling
@@ -110,6 +110,7 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=lora,
     )
+    assert trainer.model is not None
     modeling.expose_head_bias(trainer.model)
     validation = None
     if args.eval_rows and len(valid):
@@ -126,9 +127,7 @@ def main() -> None:
             at_start=True,
         )
         trainer.add_callback(validation)
-    checkpoints = stage.folder / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=modeling.last_checkpoint(training.output_dir))
 
     trainer.accelerator.wait_for_everyone()
     trained = trainer.accelerator.unwrap_model(trainer.model)

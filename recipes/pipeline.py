@@ -1,10 +1,11 @@
 """The whole line: every stage whose config lies in a folder, in order; what is done is skipped.
 
     genrec pipeline --configs quickstart --run_dir runs/quickstart
-    genrec pipeline --configs my/configs --run_dir runs/mine --accelerate_args "--multi_gpu --num_processes 4"
+    genrec pipeline --configs my/configs --run_dir runs/mine --accelerate_args "--num_processes 4"
 
-Each stage is the recipe of its name in a process of its own. Killed and started again, the line goes on
-where it stopped. Ends with one user's list and reasons, the metrics table and the report page.
+Each stage is the recipe of its name in a process of its own. Killed and started again, the line
+goes on where it stopped. Ends with one user's list and reasons, the metrics table and the report
+page.
 """
 
 import os
@@ -14,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from rich.console import Console
@@ -21,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from genrec.artifacts import FOLDERS, load_manifest, read_json, stage_folder
-from genrec.chains import Chain
+from genrec.chains import Chain, read_chains
 from genrec.columns import ITEM_ID, ITEM_INDEX, POSITION, RANK, ROW_ID, SCORE, TITLE, USER_ID
 from genrec.config import check_choice, parse, run
 
@@ -51,7 +53,9 @@ class PipelineArgs:
 def main() -> None:
     """Run the stages and show the result."""
     args = parse(PipelineArgs)
-    folder = next((f for f in (Path(args.configs), RECIPES / "configs" / args.configs) if f.is_dir()), None)
+    folder = next(
+        (f for f in (Path(args.configs), RECIPES / "configs" / args.configs) if f.is_dir()), None
+    )
     if folder is None:
         known = sorted(f.name for f in (RECIPES / "configs").iterdir() if f.is_dir())
         raise ValueError(f"configs={args.configs!r} is no folder; shipped ones: {', '.join(known)}")
@@ -106,10 +110,7 @@ def show_list(run_dir: Path, console: Console) -> None:
     """One user's recommendations with titles and, where there is one, the reason for each."""
     lists = pl.read_parquet(stage_folder(run_dir, "recommend") / "recommendations-*.parquet")
     chains_path = stage_folder(run_dir, "explain") / "chains.jsonl"
-    chains = []
-    if chains_path.exists():
-        with open(chains_path, encoding="utf-8") as stream:
-            chains = [Chain.from_json(line) for line in stream]
+    chains = read_chains(chains_path) if chains_path.exists() else []
     row_id = chains[0].row_id if chains else lists[ROW_ID][0]
     reasons = {chain.item_id: chain for chain in chains if chain.row_id == row_id}
     data = stage_folder(run_dir, "prepare")
@@ -119,7 +120,9 @@ def show_list(run_dir: Path, console: Console) -> None:
     user_id = user[USER_ID][0]
     log = pl.read_parquet(data / "interactions.parquet").filter(pl.col(USER_ID) == user_id)
     history = log.sort(POSITION)[ITEM_INDEX].to_list()
-    split = manifest.config["split"] if (manifest := load_manifest(run_dir, "recommend")) else "test"
+    split = (
+        manifest.config["split"] if (manifest := load_manifest(run_dir, "recommend")) else "test"
+    )
     history = history[: -1 if split == "test" else -2]
     console.print(f"\n[bold]User {user_id}[/bold] had {len(history)} items, the last ones:")
     for item in history[-5:]:
@@ -128,10 +131,17 @@ def show_list(run_dir: Path, console: Console) -> None:
     for name in ("#", "item", "score", "why"):
         table.add_column(name, justify="right" if name in ("#", "score") else "left")
     for item_id, rank, score in user.select(ITEM_ID, RANK, SCORE).iter_rows():
-        why = reasons[item_id].summary(titles) if item_id in reasons else ""
+        why = reason(reasons[item_id], titles) if item_id in reasons else ""
         # Text, not markup: titles are other people's.
         table.add_row(str(rank), Text(titles[item_id]), f"{score:.2f}", Text(why))
     console.print(table)
+
+
+def reason(chain: Chain, titles: dict[Any, str]) -> str:
+    """The history items that speak most for a recommendation, as measured by leaving them out."""
+    if not chain.cited_item_ids:
+        return "no item of the history speaks for it"
+    return "; ".join(titles[item] for item in chain.cited_item_ids[:2])
 
 
 def show_metrics(run_dir: Path, console: Console) -> None:

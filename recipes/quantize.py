@@ -2,8 +2,8 @@
 
     genrec quantize --config recipes/configs/quickstart/quantize.yaml --run_dir runs/quickstart
 
-Reads ``embeddings/``; writes ``semantic_ids/``: items.parquet, semantic_ids.json, index.json (LC-Rec's
-form), quantizer.safetensors and quality.json.
+Reads ``embeddings/``; writes ``semantic_ids/``: items.parquet, semantic_ids.json, index.json
+(LC-Rec's form), quantizer.safetensors and quality.json.
 """
 
 from dataclasses import asdict, dataclass
@@ -43,8 +43,9 @@ def main() -> None:
     if stage.is_done(args.overwrite):
         return
     from genrec.quantizers.collisions import resolve_collisions
+    from genrec.quantizers.quality import level_usage
     from genrec.quantizers.residual_kmeans import ResidualKMeans
-    from genrec.semantic_ids import SemanticIds, level_usage
+    from genrec.semantic_ids import SemanticIds
 
     catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet")
     vectors = np.load(stage_folder(args.run_dir, "embed") / "item_embeddings.npy")
@@ -65,7 +66,8 @@ def main() -> None:
     print(
         f"{semantic_ids.n_items:,} items, {args.n_levels} levels x {args.codebook_size} codes, "
         f"perplexity {perplexity}; {report.rate_before:.1%} of the items shared a SID, now none "
-        f"({report.moved} moved, {report.spilled} above the last level), e.g. {semantic_ids.sids()[0]}"
+        f"({report.moved} moved, {report.spilled} above the last level), e.g. "
+        f"{semantic_ids.sids()[0]}"
     )
 
 

@@ -1,21 +1,21 @@
-"""Supervised fine-tuning with TRL's SFTTrainer: from scratch, LoRA on a local or hub model, or full.
+"""Supervised fine-tuning with TRL's SFTTrainer: from scratch, LoRA on any causal LM, or full.
 
-    accelerate launch recipes/sft.py --config recipes/configs/quickstart/sft.yaml --run_dir runs/quickstart
+    accelerate launch recipes/sft.py --config recipes/configs/quickstart/sft.yaml
 
-Settings of TRL's SFTConfig (num_train_epochs, learning_rate, bf16, …) go into the same YAML or on the
-command line. Writes ``sft/model`` (a plain checkpoint, adapters merged), ``sft/adapter`` (with LoRA),
-``sft/validation.json`` and ``sft/log.json``. Killed and started again, it resumes at the last checkpoint.
+Settings of TRL's SFTConfig (num_train_epochs, learning_rate, bf16, …) go into the same YAML or on
+the command line. Writes ``sft/model`` (a plain checkpoint, adapters merged), ``sft/adapter`` (with
+LoRA), ``sft/validation.json`` and ``sft/log.json``. Killed and started again, it resumes at the
+last checkpoint.
 """
 
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import polars as pl
-from accelerate import PartialState
+from accelerate.state import PartialState
 from datasets import Dataset
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from genrec import modeling
@@ -48,6 +48,7 @@ class SftArgs:
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     eval_rows: int = 500  # validation rows for NDCG@10 after each epoch; 0 turns it off
+    filter_seen: bool = True  # leave out what the user has while validating; as in recommend
     eval_every_steps: int | None = None  # measure every so many steps instead
 
     def __post_init__(self) -> None:
@@ -89,7 +90,9 @@ def main() -> None:
     n_text_tokens = len(tokenizer)
     token_ids = modeling.add_sid_tokens(tokenizer, semantic_ids)
     sid_set = {token for level in token_ids for token in level}
-    encoded = modeling.encode_rows(tokenizer, rows[PROMPT], rows[COMPLETION], sid_set)
+    encoded = modeling.encode_rows(
+        tokenizer, rows[PROMPT].to_list(), rows[COMPLETION].to_list(), sid_set
+    )
     longest = max(len(ids) for ids in encoded["input_ids"])
 
     # Model, SID rows, adapters.
@@ -133,6 +136,7 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=lora,
     )
+    assert trainer.model is not None
     modeling.expose_head_bias(trainer.model)
     trie = SidTrie.build(semantic_ids.codes)
     validation = None
@@ -143,13 +147,13 @@ def main() -> None:
             lambda m: TorchEngine(m, trie, token_ids, tokenizer.pad_token_id),
             modeling.encode_prompts(tokenizer, valid_prompts.gather(sample).to_list()),
             valid[TARGET].gather(sample).to_numpy(),
-            [np.array(s) for s in valid[SEEN].gather(sample).to_list()],
+            [np.array(s) for s in valid[SEEN].gather(sample).to_list()]
+            if args.filter_seen
+            else None,
             every_steps=args.eval_every_steps,
         )
         trainer.add_callback(validation)
-    checkpoints = stage.folder / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=modeling.last_checkpoint(training.output_dir))
 
     # Save what is served: the best weights, merged.
     trainer.accelerator.wait_for_everyone()

@@ -7,19 +7,19 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import polars as pl
-import pytest
-
-from genrec.columns import ITEM_ID
-from genrec.data.splits import Splits, leave_one_out
-from genrec.semantic_ids import SemanticIds
-
-# Two spinning OpenMP threads under contention cost far more than they bring on tiny tensors.
+# Read when NumPy and torch load. Two spinning OpenMP threads under contention cost far more than they bring on tiny tensors.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np  # noqa: E402
+import polars as pl  # noqa: E402
+import pytest  # noqa: E402
+
+from genrec.columns import ITEM_ID  # noqa: E402
+from genrec.data.splits import Splits, leave_one_out  # noqa: E402
+from genrec.semantic_ids import SemanticIds  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,7 +40,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     skipped, passed = reporter.stats.get("skipped", []), reporter.stats.get("passed", [])
     if exitstatus == 0 and (skipped or not passed):
-        reporter.write_line(f"{len(skipped)} skipped, {len(passed)} passed: skips are failures here")
+        reporter.write_line(
+            f"{len(skipped)} skipped, {len(passed)} passed: skips are failures here"
+        )
         session.exitstatus = 1
 
 
@@ -59,7 +61,9 @@ class TinyShop:
     splits: Splits
 
 
-def _tiny_sids(n_items: int, n_levels: int = 3, size: int = 4, strings: bool = False) -> SemanticIds:
+def _tiny_sids(
+    n_items: int, n_levels: int = 3, size: int = 4, strings: bool = False
+) -> SemanticIds:
     """Distinct SIDs in no order; item ids start at 100 (or "i100")."""
     every = np.array(list(itertools.product(range(size), repeat=n_levels)), dtype=np.int32)
     codes = every[np.random.default_rng(n_items).permutation(len(every))[:n_items]]
@@ -109,7 +113,9 @@ def _tiny_tokenizer(bos: bool = False):
     tokenizer = train_tokenizer([*TITLES, "Bought so far, oldest first: "], 300)
     if bos:
         tokenizer.bos_token = EOS
-        single = TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, tokenizer.eos_token_id)])
+        single = TemplateProcessing(
+            single=f"{EOS} $A", special_tokens=[(EOS, tokenizer.eos_token_id)]
+        )
         tokenizer.backend_tokenizer.post_processor = single
     return tokenizer
 

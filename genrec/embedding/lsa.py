@@ -43,12 +43,14 @@ def lsa_vectors(texts: list[str], dim: int, seed: int = 0) -> np.ndarray:
         terms = vectorizer.fit_transform(texts)
     except ValueError as error:
         raise ValueError(
-            f"no term occurs in two of the {len(texts)} item texts ({error}); give vectors by `method: npy`"
+            f"no term occurs in two of the {len(texts)} item texts ({error}); give vectors by "
+            "`method: npy`"
         ) from error
     limit = min(terms.shape) - 1
     if dim > limit:
         raise ValueError(
-            f"dim={dim} exceeds what {terms.shape[0]} items with {terms.shape[1]} terms allow; use at most {limit}"
+            f"dim={dim} exceeds what {terms.shape[0]} items with {terms.shape[1]} terms allow; "
+            f"use at most {limit}"
         )
     vectors = TruncatedSVD(dim, random_state=seed).fit_transform(terms)
     norm = np.linalg.norm(vectors, axis=1, keepdims=True)

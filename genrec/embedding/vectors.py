@@ -17,15 +17,20 @@ def load_vectors(path: Path | str, n_items: int) -> np.ndarray:
         vectors = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a plain .npy array: {error}") from error
-    if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.number):
+    if not isinstance(vectors, np.ndarray):
+        raise ValueError(f"{path} is not a plain .npy array: it is an archive of several (.npz)")
+    if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
         raise ValueError(
-            f"{path} has shape {vectors.shape} and dtype {vectors.dtype}; a float (items, dim) is needed"
+            f"{path} has shape {vectors.shape} and dtype {vectors.dtype}; a float (items, dim) is "
+            "needed"
         )
     if len(vectors) != n_items:
         raise ValueError(
-            f"{path} has {len(vectors)} rows, the catalogue has {n_items} items; row i must be catalogue row i"
+            f"{path} has {len(vectors)} rows, the catalogue has {n_items} items; row i must be "
+            "catalogue row i"
         )
-    vectors = vectors.astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 can't hold becomes inf and is refused below
+        vectors = vectors.astype(np.float32)
     check_vectors(vectors, str(path))
     return vectors
 

@@ -292,7 +292,7 @@ def _coordinate_search(
                 trial = _with(best, name, value)
                 if trial not in scores:
                     scores[trial] = score(trial)
-                    logger.info("kNN %s: NDCG %.4f", trial.describe(), scores[trial])
+                    logger.debug("kNN %s: NDCG %.4f", trial.describe(), scores[trial])
             best = max((_with(best, name, v) for v in values), key=scores.__getitem__)
         if best == before:
             break

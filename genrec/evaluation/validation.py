@@ -25,8 +25,8 @@ class BeamValidation(TrainerCallback):
     """Measures the model as it will be served, and keeps the weights of the best measurement.
 
     Runs at the start (optional), at the end of each epoch, or every `every_steps` optimizer steps.
-    The trainable parameters of the best one lie in ``best.safetensors`` beside ``validation.json``; an
-    interrupted training goes on with both.
+    The trainable parameters of the best one lie in ``best.safetensors`` beside ``validation.json``;
+    an interrupted training goes on with both.
 
     Args:
         folder: where they go.
@@ -42,7 +42,7 @@ class BeamValidation(TrainerCallback):
     def __init__(
         self,
         folder: Path | str,
-        make_engine: Callable[[nn.Module], TorchEngine],
+        make_engine: Callable[[Any], TorchEngine],
         prompts: list[list[int]],
         targets: np.ndarray,
         seen: list[np.ndarray] | None,
@@ -69,10 +69,15 @@ class BeamValidation(TrainerCallback):
             f"hr@{self.k}": float(np.mean(hits)),
             f"ndcg@{self.k}": float(np.mean(gains)),
         }
-        best = max((e[f"ndcg@{self.k}"] for e in self.history), default=-1.0)
-        self.history = [e for e in self.history if e["step"] < step] + [entry]
+        metric = f"ndcg@{self.k}"
+        best = max((e[metric] for e in self.history), default=-1.0)
+        # A resumed run measures the steps behind its checkpoint again. A better entry of the lost
+        # part stays: the kept weights may be its own.
+        before = [e for e in self.history if e["step"] == step and e[metric] >= entry[metric]]
+        others = [e for e in self.history if e["step"] != step]
+        self.history = sorted([*others, *(before or [entry])], key=lambda e: e["step"])
         logger.info("validation: %s", entry)
-        if entry[f"ndcg@{self.k}"] > best:
+        if entry[metric] > best:
             trained = {n: p.detach().cpu().contiguous() for n, p in _trainable(model).items()}
             partial = self.folder / "best.safetensors.partial"
             save_file(trained, partial)

@@ -1,8 +1,9 @@
 """Collision resolution: make codes bijective at the least added distortion, at fixed length.
 
 A prefix holds as many items as the levels below it have codes. First, from the top down, items that
-no longer fit below their prefix spill to the nearest sibling that has room; then, inside each prefix
-in which codes are shared, the last level is reassigned by an optimal matching of items to codes.
+no longer fit below their prefix spill to the nearest sibling that has room; then, inside each
+prefix in which codes are shared, the last level is reassigned by an optimal matching of items to
+codes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from genrec.semantic_ids import collision_rate
+from genrec.quantizers.quality import collision_rate
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def resolve_collisions(
     n_levels, size = codebooks.shape[:2]
     if len(codes) > size**n_levels:
         raise ValueError(
-            f"{len(codes)} items exceed the {size**n_levels} SIDs of {n_levels} levels x {size} codes; "
+            f"{len(codes)} items exceed the {size**n_levels} SIDs of {n_levels} levels x {size} "
+            "codes; "
             "add a level or enlarge codebook_size"
         )
     new = codes.astype(np.int32).copy()

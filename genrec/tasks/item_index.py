@@ -38,6 +38,7 @@ def item_index_rows(
     """Instruction rows of one direction, one per catalogue item; `user_id` is null.
 
     Titles that several items share are left out of title -> SID: they don't say which one is meant.
+    Titles count as they are shown, escaped; one of which nothing is left is in neither direction.
 
     Args:
         family: `TITLE_TO_SID` or `SID_TO_TITLE`.
@@ -48,7 +49,9 @@ def item_index_rows(
         seed: of the template draw.
         n_templates: draw from the first so many templates only.
     """
-    table = catalog.select(ITEM_ID, TITLE).with_columns(semantic_ids.sids().alias("sid"))
+    titles = pl.Series(TITLE, [escape_text(t) for t in catalog[TITLE]], dtype=pl.String)
+    table = catalog.select(ITEM_ID).with_columns(titles, semantic_ids.sids().alias("sid"))
+    table = table.filter(pl.col(TITLE) != "")
     if family == TITLE_TO_SID:
         table = table.filter(~pl.col(TITLE).is_duplicated())
     templates, prompts, completions = [], [], []
@@ -60,7 +63,7 @@ def item_index_rows(
             completions.append(sid)
         else:
             prompts.append(renderer.render(template, sids={"sid": sid}))
-            completions.append(escape_text(title))
+            completions.append(title)
     return pl.DataFrame(
         {
             ROW_ID: [f"{family}-{item_id}" for item_id in table[ITEM_ID]],

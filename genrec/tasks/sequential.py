@@ -33,13 +33,16 @@ def history_prompt(renderer: PromptRenderer, template: str, sids: list[str]) -> 
     """Prompt for a history of SID strings, oldest first (empty for a user without history).
 
     Raises:
-        ValueError: the template puts text after the history; then a whole history can't be trained
-            in one pass and the served prompt would be no prefix of the training row.
+        ValueError: the template puts text after the history, or text that depends on it before;
+            then a whole history can't be trained in one pass and the served prompt would be no
+            prefix of the training row.
     """
     history = "".join(sids)
     prompt = renderer.render(template, sids={"history": history})
-    if not prompt.endswith(history):
-        raise ValueError(f"template {template!r} must end with the history")
+    if prompt != renderer.render(template, sids={"history": ""}) + history:
+        raise ValueError(
+            f"template {template!r} must end with the history, behind text that is always the same"
+        )
     return prompt
 
 

@@ -1,0 +1,170 @@
+"""Replay a record: the same prompt, the same search, the same list?
+
+Two independent tests. The search is run again with the recorded settings. And the recorded items
+are teacher-forced one prompt at a time, which tests the recorded log-probabilities without
+depending on the search or on which users were batched together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from genrec.artifacts import sha256_bytes
+from genrec.columns import ITEM_ID, LEVEL_LOG_PROBS, SCORE
+from genrec.explain.evidence import torch_engine
+from genrec.modeling import encode_prompts
+from genrec.recommend import Recommender
+
+EPSILON = 1e-3  # |Δ log-prob| that engines and batch layouts may differ by, in float32
+# Best first; a list that misses all of them is "different".
+LEVELS = ("same bytes", "same ordered list", "same set", "within epsilon", "different")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What one replay found.
+
+    Attributes:
+        record: number of the record.
+        level: one of `LEVELS`. "same bytes": prompt, order and every log-probability bit; "same
+            ordered list" and "same set": of items; "within epsilon": another set, but the
+            recorded log-probabilities hold; "different": none of these.
+        prompt_matches: the rebuilt prompt has the recorded hash.
+        changed_files: recorded files that are absent or have other bytes now.
+        search_difference: largest |Δ log-prob| of the same items in both lists, nats; None if none.
+        forced_difference: largest |Δ log-prob| of the recorded items under teacher forcing.
+        swaps_within_epsilon: all places whose item changed have scores within `EPSILON`.
+    """
+
+    record: int
+    level: str
+    prompt_matches: bool
+    changed_files: list[str]
+    search_difference: float | None
+    forced_difference: float
+    swaps_within_epsilon: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether the record is reproduced: nothing but swaps within `EPSILON` may differ."""
+        return (
+            self.prompt_matches
+            and not self.changed_files
+            and self.level in LEVELS[:4]
+            and self.swaps_within_epsilon
+            and self.forced_difference <= EPSILON
+            and (self.search_difference is None or self.search_difference <= EPSILON)
+        )
+
+    def __str__(self) -> str:
+        """One line."""
+        search = "–" if self.search_difference is None else f"{self.search_difference:.1e}"
+        line = (
+            f"record {self.record}: {'reproduced' if self.passed else 'NOT reproduced'}, "
+            f"{self.level}; largest |Δ log-prob| {search} in the search, "
+            f"{self.forced_difference:.1e} teacher-forced (ε {EPSILON:g})"
+        )
+        if not self.prompt_matches:
+            line += "; the prompt differs"
+        if self.changed_files:
+            line += f"; changed since: {', '.join(self.changed_files)}"
+        return line
+
+
+def load_recommender(run_dir: Path | str, record: Mapping[str, Any]) -> Recommender:
+    """The run as the record says it was served, on the torch engine.
+
+    A list that vLLM made is replayed on torch too: the engines promise the same list within
+    `EPSILON` in float32.
+    """
+    made = record["decoding"]
+    return Recommender.load(
+        run_dir,
+        record["artefacts"]["model_stage"],
+        "torch",
+        made["normalizer"],
+        made["dtype"],
+        batch_size=1,
+    )
+
+
+def replay(
+    record: Mapping[str, Any], recommender: Recommender, current: Mapping[str, str | None]
+) -> Replay:
+    """Replay one record.
+
+    Args:
+        record: as read from the log.
+        recommender: from `load_recommender` for a record with the same settings.
+        current: hashes now, from `genrec.audit.verify.current_hashes`.
+
+    Raises:
+        ValueError: the record names items that the catalogue lacks, or has not a record's fields.
+    """
+    try:
+        return _replay(record, recommender, current)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"record {record.get('record')!r} lacks what replay needs ({error!r}); "
+            "check the log with: genrec audit verify"
+        ) from error
+
+
+def _replay(
+    record: Mapping[str, Any], recommender: Recommender, current: Mapping[str, str | None]
+) -> Replay:
+    given, made = record["input"], record["decoding"]
+    history = recommender.rows_of([entry[ITEM_ID] for entry in given["history"]])
+    recommender.template = given["template"]
+    prompt = recommender.prompts([history])
+    ids = encode_prompts(recommender.tokenizer, prompt)
+    prompt_matches = sha256_bytes(prompt[0].encode()) == given["prompt_sha256"]
+    seen = None
+    if made["filter_seen"]:
+        aside = recommender.rows_of(given["set_aside_item_ids"])
+        seen = [np.unique(np.array([*history, *aside], dtype=np.int64))]
+    result = recommender.engine.search(ids, made["k"], made["beam_width"], seen)
+    listed = result.items[0] >= 0
+    found = result.items[0][listed]
+    levels = result.level_log_probs[0][listed]
+    stated = np.array(recommender.rows_of([item[ITEM_ID] for item in record["items"]]))
+    scores = np.array([item[SCORE] for item in record["items"]], dtype=np.float64)
+    stated_levels = np.array([item[LEVEL_LOG_PROBS] for item in record["items"]], dtype=np.float32)
+    forced = torch_engine(recommender).score(ids, stated[None])[0]  # (k, L)
+    forced_difference = float(np.abs(forced - stated_levels).max())
+    again = dict(zip(found.tolist(), levels, strict=True))
+    differences = [
+        float(np.abs(again[item] - level).max())
+        for item, level in zip(stated.tolist(), stated_levels, strict=True)
+        if item in again
+    ]
+    same_scores = len(found) == len(stated) and bool(
+        (np.abs(result.scores[0][listed] - scores) <= EPSILON).all()
+    )
+    same_bytes = prompt_matches and np.array_equal(levels, stated_levels)
+    return Replay(
+        int(record["record"]),
+        _level(found, stated, same_bytes, forced_difference),
+        prompt_matches,
+        [
+            name
+            for name, sha256 in record["artefacts"]["files"].items()
+            if current.get(name) != sha256
+        ],
+        max(differences, default=None),
+        forced_difference,
+        np.array_equal(found, stated) or same_scores,
+    )
+
+
+def _level(found: np.ndarray, stated: np.ndarray, same_bytes: bool, forced: float) -> str:
+    if np.array_equal(found, stated):
+        return LEVELS[0] if same_bytes else LEVELS[1]
+    if set(found.tolist()) == set(stated.tolist()):
+        return LEVELS[2]
+    return LEVELS[3] if forced <= EPSILON else LEVELS[4]

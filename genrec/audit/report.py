@@ -1,0 +1,240 @@
+"""The report page: one self-contained HTML file, without scripts and without network.
+
+All text from catalogues is untrusted. The template escapes everything; characters that steer the
+display (controls, direction overrides) are removed here, long titles are cut, and a content
+security policy forbids whatever would slip through.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from genrec.artifacts import load_manifest, read_json, stage_folder
+from genrec.audit.custody import AuditKey
+from genrec.audit.records import ExplainedRun
+from genrec.columns import ITEM_ID, ROW_ID, SCORE, TARGET, TITLE
+
+MAX_TITLE_CHARS = 140
+_SPACE = re.compile(r"\s+")
+_CHECKS = {
+    "citations_in_history": "Every cited item lies in the history that the prompt showed",
+    "attributes_match": "Every claimed attribute stands in the catalogue",
+    "score_difference": "The stored score was found again (within 0.001)",
+}
+_MEASURED = {
+    "comprehensiveness": "Fall when all cited items are left out (comprehensiveness)",
+    "comprehensiveness_random": "Fall when as many random uncited items are left out",
+    "comprehensiveness_gain": "Difference of the two",
+    "sufficiency": "Fall when only the cited items are kept (sufficiency; lower is better)",
+    "sufficiency_random": "Fall when only as many random uncited items are kept",
+    "sufficiency_gain": "Difference of the two",
+}
+
+
+def display_text(text: object, max_chars: int = MAX_TITLE_CHARS) -> str:
+    """Untrusted text for display: one line, no control or direction characters, bounded.
+
+    Markup characters stay; the template escapes them.
+    """
+    cut = str(text)[: 4 * max_chars]
+    kept = "".join(
+        " " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c
+        for c in cut
+        if unicodedata.category(c) not in ("Cf", "Cs", "Co", "Cn")
+    )
+    kept = _SPACE.sub(" ", kept).strip()
+    shortened = len(kept) > max_chars or len(str(text)) > len(cut)
+    return kept[: max_chars - 1].rstrip() + "…" if shortened else kept or "(no text)"
+
+
+def render_report(
+    run: ExplainedRun, sealed: Sequence[Mapping[str, Any]], key: AuditKey, users: int = 20
+) -> str:
+    """The page.
+
+    Args:
+        run: the finished stages.
+        sealed: all records of the log.
+        key: the one that signs the log (only its id is shown).
+        users: show the lists of the first so many records.
+    """
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["nats"] = lambda x, digits=2: f"{x:.{digits}f}".replace("-", "−")
+    environment.filters["short"] = lambda x: "–" if not x else str(x)[:12]
+    environment.filters["text"] = display_text
+    source = resources.files("genrec.audit").joinpath("report.html.jinja").read_text("utf-8")
+    metrics = run.manifests["explain"].metrics
+    cards = _cards(run, sealed[:users])
+    widest = max((e["delta"] for c in cards for i in c["items"] for e in i["evidence"]), default=1)
+    return environment.from_string(source).render(
+        name=display_text(run.run_dir.resolve().name),
+        facts=_facts(run),
+        hashes=_hashes(run),
+        evaluation=_evaluation(run),
+        explain=metrics,
+        explain_config=run.manifests["explain"].config,
+        checks=_checks(metrics),
+        cards=cards,
+        widest=widest,
+        n_records=len(sealed),
+        time=sealed[0]["time"] if sealed else "",
+        last=sealed[-1]["sha256"] if sealed else "",
+        key_id=key.key_id,
+    )
+
+
+def _facts(run: ExplainedRun) -> dict[str, str]:
+    """What the run is, label by label."""
+    split = read_json(stage_folder(run.run_dir, "prepare") / "split.json")
+    prepare, quantize = run.manifests["prepare"], run.manifests["quantize"]
+    made, model = run.manifests["recommend"], run.manifests[run.model_stage]
+    decoding, config = made.config, model.config
+    sizes = [f"{split[n]:,} {n}" for n in ("users", "items", "interactions") if n in split]
+    base = config.get("model_name_or_path") or f"from scratch, size {config.get('size', 'unknown')}"
+    parameters, exact = model.metrics.get("parameters"), made.metrics.get("certified_share")
+    over = {"full": "whole vocabulary", "level": "codes of a level", "trie": "trie"}
+    facts = {
+        "Data": f"{prepare.config.get('format', 'unknown format')}: {', '.join(sizes)}",
+        "Split": f"{split.get('protocol', 'unknown')}; ties: {split.get('tie_rule', 'unknown')}; "
+        f"the lists answer the {run.split} rows",
+        "History": f"a prompt shows at most the newest {prepare.config['max_history']} items",
+        "Seen items": "left out of the lists" if decoding["filter_seen"] else "may be recommended",
+        "Model": f"{run.model_stage} stage, {base}"
+        + (f", {parameters:,} parameters" if parameters else ""),
+        "Semantic ids": f"{len(quantize.metrics.get('levels', []))} levels, {quantize.rows:,} "
+        "items, no two share one",
+        "Search": f"constrained beam search ({decoding['engine']}, {decoding['dtype']}), width "
+        f"{decoding['beam_width']}, lists of {decoding['k']}",
+        "Ordering": "by log-probability under the model alone, normalised over the "
+        f"{over[decoding['normalizer']]}; no rule reorders the list afterwards",
+        "Exact lists": "not stated"
+        if exact is None
+        else f"{exact:.1%} of all lists are proven to be the exact top of the allowed catalogue",
+    }
+    return {label: display_text(value, 300) for label, value in facts.items()}
+
+
+def _hashes(run: ExplainedRun) -> dict[str, str]:
+    """Label -> full hash of what decided the lists."""
+    prepare, quantize = run.manifests["prepare"].outputs, run.manifests["quantize"].outputs
+    model = run.manifests[run.model_stage].outputs
+    hashes = {
+        "catalogue": prepare["catalog.parquet"]["sha256"],
+        f"{run.split} rows": prepare[f"{run.split}.parquet"]["sha256"],
+        "semantic ids": quantize["items.parquet"]["sha256"],
+        "prompts": run.manifests["build_dataset"].metrics["prompts_sha256"],
+    }
+    weights = {n: o["sha256"] for n, o in model.items() if n.endswith(".safetensors")}
+    hashes |= {n: sha256 for n, sha256 in weights.items() if n.startswith("model/")}
+    commit = run.manifests["recommend"].git_commit
+    if commit:  # "+dirty" has to stay visible when the hash is cut
+        hashes["code, with changes" if commit.endswith("+dirty") else "code"] = commit
+    return hashes
+
+
+def _evaluation(run: ExplainedRun) -> dict[str, Any] | None:
+    """The metrics table, if evaluate ran on these very lists."""
+    manifest = load_manifest(run.run_dir, "evaluate")
+    made = run.manifests["recommend"].content_hash
+    if manifest is None or manifest.inputs.get("recommend") != made:
+        return None
+    metrics = read_json(stage_folder(run.run_dir, "evaluate") / "metrics.json")
+    ours = manifest.config["system"]
+    columns = [f"{m}@{k}" for k in manifest.config["ks"] for m in ("HR", "NDCG")]
+    return {
+        "dataset": display_text(metrics["dataset"]),
+        "split": metrics["split"],
+        "rows": metrics["rows"],
+        "items": metrics["items"],
+        "filter_seen": metrics["filter_seen"],
+        "columns": columns,
+        "systems": [
+            {"name": display_text(name), "ours": name == ours, "values": [m[c] for c in columns]}
+            for name, m in metrics["systems"].items()
+        ],
+        "differences": [
+            {"name": display_text(name), "values": [m[c] for c in columns]}
+            for name, m in metrics["differences"].items()
+        ],
+    }
+
+
+def _checks(metrics: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the two check tables."""
+    verdicts = [
+        {"label": label, "share": metrics[f"{name}_passed"], "n": metrics[f"{name}_checked"]}
+        for name, label in _CHECKS.items()
+    ]
+    measured = [
+        {"label": label, **metrics[name]} for name, label in _MEASURED.items() if name in metrics
+    ]
+    return {"verdicts": verdicts, "measured": measured}
+
+
+def _cards(run: ExplainedRun, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What is shown of each record."""
+    titles = {i: display_text(t) for i, t in run.catalog.select(ITEM_ID, TITLE).iter_rows()}
+    ids = run.catalog[ITEM_ID]
+    targets = {row: ids[target] for row, target in run.rows.select(ROW_ID, TARGET).iter_rows()}
+    cards = []
+    for record in records:
+        history = [
+            {"id": e[ITEM_ID], "title": titles[e[ITEM_ID]]} for e in record["input"]["history"]
+        ]
+        target = targets[record["row_id"]]
+        listed = [item[ITEM_ID] for item in record["items"]]
+        cards.append(
+            {
+                "record": record["record"],
+                "sha256": record["sha256"],
+                "pseudonym": record["user"]["pseudonym"],
+                "row_id": record["row_id"],
+                "truncated": record["input"]["truncated"],
+                "certified": record["certified"],
+                "history": history,
+                "target": {"id": target, "title": titles[target]},
+                "target_rank": listed.index(target) + 1 if target in listed else None,
+                "items": [_item(item, titles, history) for item in record["items"]],
+            }
+        )
+    return cards
+
+
+def _item(
+    item: Mapping[str, Any], titles: Mapping[Any, str], history: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    shown = {
+        "rank": item["rank"],
+        "id": item[ITEM_ID],
+        "title": titles[item[ITEM_ID]],
+        "sid": item["sid"],
+        "score": item[SCORE],
+        "explained": item["chain"] is not None,
+        "evidence": [],
+        "attributes": [],
+        "note": "",
+    }
+    if item["chain"] is None:
+        return shown
+    steps = {step["type"]: step for step in item["chain"]["steps"]}
+    measured = steps["evidence"]["measured"]
+    shown["evidence"] = [
+        {"position": p, "title": history[p]["title"], "delta": delta}
+        for p, delta in zip(measured["positions"], measured["deltas"], strict=True)
+    ]
+    if not shown["evidence"]:
+        shown["note"] = display_text(steps["evidence"]["text"], 400)
+    if "shared_attributes" in steps:
+        shown["attributes"] = [
+            {"name": s["attribute"], "value": display_text(s["value"]), "share": s["share"]}
+            for s in steps["shared_attributes"]["measured"]["catalogue_shares"]
+        ]
+    return shown

@@ -1,0 +1,247 @@
+"""Chains from measured evidence: the wording is filled into templates and says so.
+
+The model writes none of this text. What is measured is the effect of leaving history items out
+(`genrec.explain.evidence`); what is claimed is read from the catalogue. Shared attributes describe
+the items that the measurement picked. They are not measured causes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from genrec.chains import Chain, ItemId, Step
+from genrec.columns import (
+    BRAND,
+    CATEGORIES,
+    CERTIFIED,
+    ITEM_ID,
+    ITEM_INDEX,
+    LEVEL_LOG_PROBS,
+    RANK,
+    ROW_ID,
+    SCORE,
+    TITLE,
+)
+from genrec.explain.evidence import MIN_DELTA, Evidence, IntArray
+from genrec.prompts import escape_text
+
+COMMON_SHARE = 0.5  # a value that more of the catalogue has says nothing about an item
+_TITLE_CHARS = 80
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What the catalogue says about each item, by catalogue row.
+
+    Attributes:
+        item_ids: identifiers.
+        titles: escaped and cut, for texts.
+        brands: null where unknown.
+        categories: general to specific.
+        shares: (attribute, value) -> share of the catalogue that has it.
+        rows: item id -> catalogue row.
+    """
+
+    item_ids: list[ItemId]
+    titles: list[str]
+    brands: list[str | None]
+    categories: list[list[str]]
+    shares: dict[tuple[str, str], float]
+    rows: dict[ItemId, int]
+
+    @classmethod
+    def from_catalog(cls, catalog: pl.DataFrame) -> Attributes:
+        """Read ``catalog.parquet``."""
+        brands = catalog[BRAND].to_list()
+        categories = [list(dict.fromkeys(c or [])) for c in catalog[CATEGORIES].to_list()]
+        counts = Counter(("brand", b) for b in brands if b)
+        counts.update(("categories", c) for path in categories for c in path)
+        ids = catalog[ITEM_ID].to_list()
+        return cls(
+            ids,
+            [escape_text(t, _TITLE_CHARS) for t in catalog[TITLE].to_list()],
+            brands,
+            categories,
+            {key: count / len(ids) for key, count in counts.items()},
+            dict(zip(ids, range(len(ids)), strict=True)),
+        )
+
+    def shared(self, item: int, other: int) -> dict[str, str | list[str]]:
+        """Attributes that two catalogue rows have in common and not most of the catalogue too."""
+        found: dict[str, str | list[str]] = {}
+        brand = self.brands[item]
+        if brand and brand == self.brands[other] and self.shares["brand", brand] <= COMMON_SHARE:
+            found["brand"] = brand
+        common = [
+            category
+            for category in self.categories[item]
+            if category in self.categories[other]
+            and self.shares["categories", category] <= COMMON_SHARE
+        ]
+        return {**found, "categories": common} if common else found
+
+    def has(self, item: int, attribute: str, value: str | list[str]) -> bool:
+        """Whether the catalogue supports a claim (a list: each of its entries)."""
+        if attribute == "brand":
+            return value == self.brands[item]
+        if attribute == "categories":
+            return isinstance(value, list) and set(value) <= set(self.categories[item])
+        return False
+
+
+def _nats(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
+
+
+def evidence_step(
+    attributes: Attributes,
+    history: IntArray,
+    cited: IntArray,
+    deltas: np.ndarray,
+    log_prob: float,
+) -> Step:
+    """What leaving out single history items did to one recommended item.
+
+    Args:
+        attributes: of the catalogue.
+        history: shown catalogue rows, (n,).
+        cited: positions of the cited items, largest Δ first.
+        deltas: Δ of every position, (n,).
+        log_prob: of the item with the whole history.
+    """
+    measured: dict[str, Any] = {
+        "log_prob": float(log_prob),
+        "history_items": len(history),
+        "min_delta": MIN_DELTA,
+        "positions": cited.tolist(),
+        "deltas": [float(deltas[p]) for p in cited],
+    }
+    if len(history) == 0:
+        return Step(
+            "evidence",
+            "The prompt showed no history, so no history item can support this item: it is what "
+            "the model ranks high for a user of whom nothing is known.",
+            measured=measured,
+        )
+    if len(cited) == 0:
+        text = (
+            "No single history item supports this item: leaving out any one of the "
+            f"{len(history)} shown items does not lower its log-probability ({_nats(log_prob)}) "
+            f"by more than {MIN_DELTA}."
+        )
+        return Step("evidence", text, measured=measured)
+    parts = [
+        f"without “{attributes.titles[history[p]]}” it falls by {deltas[p]:.2f}" for p in cited
+    ]
+    text = (
+        f"With all {len(history)} shown history items the log-probability of this item is "
+        f"{_nats(log_prob)}; {'; '.join(parts)}."
+    )
+    ids = tuple(dict.fromkeys(attributes.item_ids[history[p]] for p in cited))
+    return Step("evidence", text, ids, measured=measured)
+
+
+def shared_attributes_step(
+    attributes: Attributes, item: int, history: IntArray, cited: IntArray
+) -> Step | None:
+    """What the catalogue says that the item and the cited ones have in common; None if nothing."""
+    others = list(dict.fromkeys(int(history[p]) for p in cited))
+    found = {other: attributes.shared(item, other) for other in others}
+    found = {other: values for other, values in found.items() if values}
+    if not found:
+        return None
+    own: dict[str, str | list[str]] = {}
+    parts = []
+    for other, values in found.items():
+        names = []
+        for name, value in values.items():
+            if isinstance(value, list):
+                known = own.get(name, [])
+                own[name] = [*known, *(v for v in value if v not in known)]
+                names.append("category " + " / ".join(escape_text(v, _TITLE_CHARS) for v in value))
+            else:
+                own[name] = value
+                names.append(f"brand {escape_text(value, _TITLE_CHARS)}")
+        parts.append(f"with “{attributes.titles[other]}”: {', '.join(names)}")
+    claims = {attributes.item_ids[other]: values for other, values in found.items()}
+    single = [(n, v) for n, vs in own.items() for v in (vs if isinstance(vs, list) else [vs])]
+    shares = [{"attribute": n, "value": v, "share": attributes.shares[n, v]} for n, v in single]
+    return Step(
+        "shared_attributes",
+        f"By the catalogue, the item shares {'; '.join(parts)}.",
+        tuple(claims),
+        # An item that is recommended again is in its own history: both claims are the same then.
+        {**claims, attributes.item_ids[item]: own},
+        {"catalogue_shares": shares},
+    )
+
+
+def decision_step(rank: int, score: float, level_log_probs: list[float], certified: bool) -> Step:
+    """Where the item stands in the list and why there."""
+    levels = " + ".join(_nats(x) for x in level_log_probs)
+    exact = (
+        "the list is proven to be the exact top of the allowed catalogue"
+        if certified
+        else "the list is not proven to be exact: a pruned prefix could have led to a better item"
+    )
+    return Step(
+        "decision",
+        f"Rank {rank}: the list is ordered by log-probability alone, {_nats(score)} for this item, "
+        f"the sum over its semantic-id levels ({levels}); {exact}.",
+        measured={
+            "rank": rank,
+            "score": score,
+            "level_log_probs": level_log_probs,
+            "certified": certified,
+        },
+    )
+
+
+def assemble(
+    attributes: Attributes,
+    lists: pl.DataFrame,
+    histories: Sequence[IntArray],
+    evidence: Evidence,
+    cited: IntArray,
+) -> list[Chain]:
+    """One chain per recommended item, unchecked.
+
+    Args:
+        attributes: of the catalogue.
+        lists: recommendations, sorted by row then rank; its rows in the order of `histories`.
+        histories: shown histories, one per list.
+        evidence: of these lists.
+        cited: positions, from `Evidence.cited`.
+    """
+    columns = (ROW_ID, RANK, ITEM_ID, ITEM_INDEX, SCORE, LEVEL_LOG_PROBS, CERTIFIED)
+    row = lists[ROW_ID].rle_id().to_list()
+    place = pl.int_range(pl.len()).over(ROW_ID)
+    places = lists.select(place.alias("place"))["place"].to_list()
+    chains = []
+    for r, j, values in zip(row, places, lists.select(columns).iter_rows(), strict=True):
+        row_id, rank, item_id, item, score, level_log_probs, certified = values
+        history, positions = histories[r], cited[r, j][cited[r, j] >= 0]
+        steps = [
+            evidence_step(
+                attributes, history, positions, evidence.deltas[r, j], evidence.log_probs[r, j]
+            ),
+            shared_attributes_step(attributes, item, history, positions),
+            decision_step(rank, score, level_log_probs, certified),
+        ]
+        chains.append(
+            Chain(
+                row_id,
+                item_id,
+                rank,
+                tuple(step for step in steps if step is not None),
+                rationale_origin="template",
+                trained_on_target=False,
+            )
+        )
+    return chains

@@ -1,0 +1,138 @@
+"""Measured evidence: how much less likely an item gets when one history item is left out.
+
+Leave-one-out occlusion (Zeiler & Fergus 2014; Li et al. 2016) at the level of history items: the
+prompt is rendered again without the item, by the same renderer and template, and the same
+recommended item is teacher-forced. Δ = log p(item | history) − log p(item | history without j), in
+nats. It is a property of the model's score and needs no generated text. What it can't see: items
+that only matter together (each Δ is small while another stays), and whatever the prompt cut off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from genrec.decoding.torch_engine import TorchEngine
+from genrec.modeling import encode_prompts
+from genrec.recommend import Recommender
+
+# Scores of the engines agree up to this, so a smaller Δ is not told from none.
+MIN_DELTA = 1e-3
+_BLOCK = 512  # prompts rendered and scored together
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Leave-one-out measurements of lists; R rows, K items per list, H history positions.
+
+    Attributes:
+        log_probs: log p(item | shown history), (R, K); NaN where a list is shorter than K.
+        deltas: fall when history position j is left out, (R, K, H); NaN behind a history's end.
+            Position 0 is the oldest item that the prompt shows.
+    """
+
+    log_probs: FloatArray
+    deltas: FloatArray
+
+    def cited(self, n: int) -> IntArray:
+        """Positions of the (up to) `n` largest Δ above `MIN_DELTA`, (R, K, n), padded with −1.
+
+        The largest comes first; of equal ones the newer item comes first.
+        """
+        values = np.nan_to_num(self.deltas, nan=-np.inf)[..., ::-1]
+        order = np.argsort(-values, axis=-1, kind="stable")[..., :n]
+        best = np.take_along_axis(values, order, axis=-1)
+        positions = np.where(best > MIN_DELTA, values.shape[-1] - 1 - order, -1)
+        missing = n - positions.shape[-1]
+        return np.pad(positions, ((0, 0), (0, 0), (0, missing)), constant_values=-1)
+
+
+def torch_engine(recommender: Recommender) -> TorchEngine:
+    """The recommender's engine, which has to be the one that can score given items.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if not isinstance(recommender.engine, TorchEngine):
+        raise ValueError(
+            f"evidence is measured by teacher forcing, which {type(recommender.engine).__name__} "
+            "doesn't offer; load the run with engine='torch'"
+        )
+    return recommender.engine
+
+
+def shown(recommender: Recommender, histories: Sequence[Sequence[int]]) -> list[IntArray]:
+    """The part of each history that its prompt shows: the newest `max_history` items."""
+    return [np.asarray(h, dtype=np.int64)[-recommender.max_history :] for h in histories]
+
+
+def item_log_probs(
+    recommender: Recommender,
+    histories: Sequence[IntArray],
+    items: IntArray,
+    progress: Callable[[int], object] | None = None,
+) -> FloatArray:
+    """Log-probability of given items after given histories.
+
+    Args:
+        recommender: the run.
+        histories: shown histories of catalogue rows, one per row of `items`.
+        items: catalogue rows, (n, m); −1 pads.
+        progress: called with the number of prompts of each finished block.
+
+    Returns:
+        (n, m) in nats, NaN at padding.
+    """
+    engine = torch_engine(recommender)
+    out = np.full(items.shape, np.nan)
+    order = np.argsort([-len(h) for h in histories], kind="stable")  # alike lengths: little padding
+    for start in range(0, len(order), _BLOCK):
+        rows = order[start : start + _BLOCK]
+        prompts = recommender.prompts([histories[row].tolist() for row in rows])
+        block = items[rows]
+        levels = engine.score(
+            encode_prompts(recommender.tokenizer, prompts), np.maximum(block, 0)
+        )  # (rows, m, L); padding is scored as row 0 and thrown away
+        out[rows] = np.where(block >= 0, levels.astype(np.float64).sum(-1), np.nan)
+        if progress is not None:
+            progress(len(rows))
+    return out
+
+
+def leave_one_out(
+    recommender: Recommender,
+    histories: Sequence[IntArray],
+    items: IntArray,
+    progress: Callable[[int], object] | None = None,
+) -> Evidence:
+    """Measure every shown history position of every list.
+
+    A history that holds an item twice loses one copy at a time. Nothing moves up from the part that
+    the prompt had cut off.
+
+    Args:
+        recommender: the run.
+        histories: shown histories (see `shown`), oldest first.
+        items: recommended catalogue rows, (R, K); −1 pads.
+        progress: called with the number of prompts of each finished block.
+    """
+    lengths = np.array([len(h) for h in histories], dtype=np.int64)
+    full = item_log_probs(recommender, histories, items, progress)
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    position = np.concatenate([np.arange(n) for n in lengths]) if len(row) else row
+    without = [np.delete(histories[int(r)], p) for r, p in zip(row, position, strict=True)]
+    scores = item_log_probs(recommender, without, items[row], progress)
+    deltas = np.full((*items.shape, int(lengths.max(initial=0))), np.nan)
+    deltas[row, :, position] = full[row] - scores
+    return Evidence(full, deltas)
+
+
+def prompts_to_score(histories: Sequence[IntArray]) -> int:
+    """Number of prompts that `leave_one_out` scores, for a progress bar."""
+    return len(histories) + int(sum(len(h) for h in histories))

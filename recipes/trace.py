@@ -1,0 +1,353 @@
+"""Every intermediate value of the line for one user, from the raw rows to the audit record.
+
+    genrec trace --run_dir runs/quickstart --user U01223
+
+Reads only. Without --user it takes the first explained one. Stages that aren't there yet are named
+and left out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from genrec.artifacts import FOLDERS, Manifest, load_manifest, require, sha256_bytes, stage_folder
+from genrec.chains import Chain, read_chains
+from genrec.columns import (
+    HISTORY,
+    ITEM_ID,
+    PROMPT_SHA256,
+    RANK,
+    ROW_ID,
+    SCORE,
+    SEEN,
+    SID,
+    TARGET,
+    TITLE,
+    USER_ID,
+)
+from genrec.config import parse, run
+from genrec.prompts import escape_text
+
+if TYPE_CHECKING:
+    from genrec.recommend import Recommender
+
+_SCORE_TOLERANCE = 1e-3
+_ROWS_SHOWN = 40
+
+
+@dataclass
+class TraceArgs:
+    """Settings of trace."""
+
+    run_dir: str = "runs/default"
+    user: str | None = None  # default: the first explained user, else the first of the split
+    top: int = 5  # prefixes shown per level
+
+    def __post_init__(self) -> None:
+        """Reject settings that can't work before anything is read."""
+        if self.top < 1:
+            raise ValueError(f"top={self.top} must be at least 1")
+
+
+@dataclass
+class View:
+    """What the sections share: the run, the user's row, and where to print."""
+
+    run_dir: str
+    manifests: dict[str, Manifest]
+    split: str
+    catalog: pl.DataFrame
+    row: dict[str, Any]
+    chains: list[Chain]
+    console: Console
+
+    def heading(self, text: str) -> None:
+        """Print a section heading."""
+        self.console.print()
+        self.console.print(Text(text, style="bold cyan"))
+
+    def say(self, text: str) -> None:
+        """Print text as it is."""
+        self.console.print(Text(text))
+
+    def item(self, index: int) -> str:
+        """Id and title of a catalogue row."""
+        title = escape_text(self.catalog[TITLE][index], 60)
+        return f"{self.catalog[ITEM_ID][index]}  {title}"
+
+    def data(self, stage: str, name: str) -> pl.DataFrame:
+        """A Parquet file (or pattern) of a stage."""
+        return pl.read_parquet(stage_folder(self.run_dir, stage) / name)
+
+
+def load_view(args: TraceArgs) -> tuple[View, list[str]]:
+    """The finished stages, the user's row, and the names of the missing stages."""
+    require(args.run_dir, "prepare")
+    done = {s: require(args.run_dir, s) for s in FOLDERS if load_manifest(args.run_dir, s)}
+    split = str(done["recommend"].config["split"]) if "recommend" in done else "test"
+    data = stage_folder(args.run_dir, "prepare")
+    rows = pl.read_parquet(data / f"{split}.parquet")
+    chains = []
+    if "explain" in done:
+        chains = read_chains(stage_folder(args.run_dir, "explain") / "chains.jsonl")
+    users = rows[USER_ID].cast(pl.String)
+    if args.user is not None:
+        mine = rows.filter(users == args.user)
+        if mine.is_empty():
+            raise ValueError(
+                f"user {args.user!r} has no row in the {split} split; users look like "
+                f"{', '.join(users.head(3))}"
+            )
+    else:
+        first = chains[0].row_id if chains else rows[ROW_ID][0]
+        mine = rows.filter(pl.col(ROW_ID) == first)
+    explained = {chain.row_id for chain in chains}
+    # A user with several rows: an explained one, if there is.
+    candidates = list(mine.iter_rows(named=True))
+    row = next((r for r in candidates if r[ROW_ID] in explained), candidates[0])
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=100)
+    view = View(
+        args.run_dir, done, split, pl.read_parquet(data / "catalog.parquet"), row,
+        [chain for chain in chains if chain.row_id == row[ROW_ID]], console,
+    )  # fmt: skip
+    return view, [s for s in FOLDERS if s not in done and s != "grpo"]
+
+
+def show_data(view: View) -> None:
+    """Raw rows, history kept and cut, target."""
+    row = view.row
+    view.heading("1. The user's rows (prepare)")
+    log = view.data("prepare", "interactions.parquet").filter(pl.col(USER_ID) == row[USER_ID])
+    history = row[HISTORY]
+    cut = log.height - (1 if view.split == "test" else 2) - len(history)
+    table = Table(box=None, pad_edge=False)
+    for name in ("position", "item_id", "title", "timestamp", "rating", "used as"):
+        table.add_column(name, overflow="fold")
+    if log.height > _ROWS_SHOWN:
+        view.say(f"(the newest {_ROWS_SHOWN} of {log.height} rows)")
+    for event in log.sort("position").tail(_ROWS_SHOWN).iter_rows(named=True):
+        place = event["position"] - max(cut, 0)
+        role = "cut off" if place < 0 else "history" if place < len(history) else "later"
+        role = "target" if place == len(history) else role
+        table.add_row(
+            str(event["position"]),
+            str(event[ITEM_ID]),
+            Text(escape_text(view.catalog[TITLE][event["item_index"]], 45)),
+            *(str("–" if event[n] is None else event[n]) for n in ("timestamp", "rating")),
+            role,
+        )
+    view.console.print(table)
+    view.say(
+        f"{row[ROW_ID]}: {log.height} interactions; the history keeps {len(history)}, "
+        f"{max(cut, 0)} older ones are cut off; target {view.item(row[TARGET])}"
+    )
+
+
+def show_item(view: View) -> None:
+    """Vector, codes and SID of the last history item."""
+    row = view.row
+    if not row[HISTORY]:
+        view.say("The history is empty.")
+        return
+    last = row[HISTORY][-1]
+    view.heading(f"2. The last history item: {view.item(last)}")
+    if "embed" in view.manifests:
+        path = stage_folder(view.run_dir, "embed") / "item_embeddings.npy"
+        vector = np.load(path, mmap_mode="r")[last].astype(np.float64)
+        head = ", ".join(f"{x:+.3f}" for x in vector[:6])
+        view.say(f"vector  ({len(vector)})  {head}, …  norm {np.linalg.norm(vector):.3f}")
+    if "quantize" in view.manifests:
+        found = view.data("quantize", "items.parquet").row(last, named=True)
+        view.say(f"codes   {list(found['codes'])}   semantic id {found[SID]}")
+
+
+def show_prompt(view: View, recommender: Recommender) -> list[int]:
+    """The rendered prompt and its token ids."""
+    from genrec.modeling import encode_prompts
+
+    view.heading("3. The prompt (build_dataset)")
+    prompt = recommender.prompts([view.row[HISTORY]])
+    view.say(f"template {recommender.template}, sha256 {sha256_bytes(prompt[0].encode())[:16]}")
+    view.say(prompt[0])
+    ids = encode_prompts(recommender.tokenizer, prompt)[0]
+    view.say(f"{len(ids)} token ids: {' '.join(map(str, ids))}")
+    return ids
+
+
+def show_search(view: View, recommender: Recommender, ids: list[int], top: int) -> None:
+    """Trie facts, surviving prefixes per level, and the list beside the stored one."""
+    from genrec.decoding.trie import SidTrie
+    from genrec.explain.evidence import torch_engine
+    from genrec.explain.prefixes import surviving_prefixes
+    from genrec.semantic_ids import sid_token
+
+    engine, codes = torch_engine(recommender), recommender.semantic_ids.codes
+    trie = SidTrie.build(codes)
+    view.heading("4. The search (recommend)")
+    nodes = " → ".join(f"{len(t):,}" for t in trie.tokens)
+    widest = ", ".join(str(trie.max_children(level)) for level in range(trie.n_levels))
+    view.say(
+        f"trie: {trie.n_items:,} items, prefixes per level {nodes}, at most {widest} children, "
+        f"{trie.nbytes / 1024:,.0f} KiB"
+    )
+    made = view.manifests["recommend"].config if "recommend" in view.manifests else {}
+    k, width = made.get("k", 10), made.get("beam_width", 50)
+    seen = np.array(view.row[SEEN] if made.get("filter_seen", True) else [], dtype=np.int64)
+    view.say(f"beam width {width}, scores over: {engine.normalizer}, {len(seen)} items left out")
+    for level, beam in enumerate(surviving_prefixes(engine, ids, codes, seen, width)):
+        view.say(
+            f"level {level + 1}: {len(beam.codes)} of {beam.n_prefixes} prefixes survive "
+            f"({beam.n_excluded} excluded)"
+        )
+        for prefix, log_prob in zip(beam.codes[:top], beam.log_probs[:top], strict=True):
+            sid = "".join(sid_token(i, int(code)) for i, code in enumerate(prefix))
+            view.say(f"    {sid:<30} {log_prob:8.4f}   p {math.exp(log_prob):.2e}")
+    result = engine.search([ids], k, width, [seen])
+    show_list(view, result.items[0], result.scores[0], result.level_log_probs[0])
+    compare_stored(view, recommender, result.items[0], result.scores[0])
+
+
+def show_list(view: View, items: np.ndarray, scores: np.ndarray, levels: np.ndarray) -> None:
+    """The recommended list, the hit marked."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("rank", "item_id", "title", "log p", "per level", ""):
+        table.add_column(name, justify="right" if name in ("rank", "log p") else "left")
+    for rank, item in enumerate(items[items >= 0], start=1):
+        table.add_row(
+            str(rank),
+            str(view.catalog[ITEM_ID][int(item)]),
+            Text(escape_text(view.catalog[TITLE][int(item)], 45)),
+            f"{scores[rank - 1]:.4f}",
+            " ".join(f"{x:.2f}" for x in levels[rank - 1]),
+            Text("← target", style="green") if item == view.row[TARGET] else "",
+        )
+    view.console.print(table)
+    place = np.flatnonzero(items == view.row[TARGET])
+    view.say(f"hit: the target is at rank {place[0] + 1}" if len(place) else "no hit in this list")
+
+
+def compare_stored(
+    view: View, recommender: Recommender, items: np.ndarray, scores: np.ndarray
+) -> None:
+    """Whether the list made now is the stored one."""
+    if "recommend" not in view.manifests:
+        return
+    table = view.data("recommend", "recommendations-*.parquet")
+    stored = table.filter(pl.col(ROW_ID) == view.row[ROW_ID]).sort(RANK)
+    if stored.is_empty():
+        view.say("stored list: none, recommend was not asked for this row")
+        return
+    prompt = recommender.prompts([view.row[HISTORY]])[0]
+    same_prompt = sha256_bytes(prompt.encode()).startswith(stored[PROMPT_SHA256][0])
+    same = stored["item_index"].to_list() == items[items >= 0].tolist()
+    difference = "–"
+    if same:
+        largest = np.abs(stored[SCORE].to_numpy() - scores[items >= 0]).max()
+        difference = f"{largest:.1e}"
+        same = bool(largest <= _SCORE_TOLERANCE)
+    verdict = "EQUAL to the stored list" if same else "DIFFERENT from the stored list"
+    view.say(
+        f"{verdict} (largest |Δ log p| {difference}); prompt hash "
+        f"{'equal' if same_prompt else 'DIFFERENT'}"
+    )
+
+
+def show_metrics(view: View) -> None:
+    """The user's metrics beside the baselines."""
+    if "evaluate" not in view.manifests:
+        return
+    view.heading("5. This user's metrics (evaluate)")
+    table = view.data("evaluate", "per_user.parquet").filter(pl.col(ROW_ID) == view.row[ROW_ID])
+    k = max(view.manifests["evaluate"].config["ks"])
+    for system, rank in table.select("system", "target_rank").iter_rows():
+        hit = 0 < rank <= k
+        ndcg = 1 / math.log2(rank + 1) if hit else 0.0
+        place = f"target at rank {rank}" if rank > 0 else "target not in the list"
+        view.say(f"  {system:<16} HR@{k} {int(hit)}   NDCG@{k} {ndcg:.4f}   {place}")
+    if table.is_empty():
+        view.say("this row was not evaluated")
+
+
+def show_chain(view: View) -> None:
+    """The explanation of the top item."""
+    if "explain" not in view.manifests:
+        return
+    view.heading("6. Why the top item (explain)")
+    if not view.chains:
+        view.say("this list was not explained; add the user to explain's `users`")
+        return
+    chain = min(view.chains, key=lambda chain: chain.rank)
+    view.say(
+        f"item {chain.item_id}; wording: {chain.rationale_origin}; trained on the target: "
+        f"{'yes' if chain.trained_on_target else 'no'}"
+    )
+    for step in chain.steps:
+        view.say(f"[{step.type}] {step.text}")
+    for check in chain.checks:
+        value = "not defined" if check.value is None else f"{check.value:.4g}"
+        verdict = {None: "", True: "  passed", False: "  FAILED"}[check.passed]
+        view.say(f"  {check.name:<26} {value}{verdict}")
+
+
+def show_record(view: View) -> None:
+    """Number and hash of the audit record."""
+    if "audit" not in view.manifests:
+        return
+    from genrec.audit.custody import read_log
+
+    view.heading("7. The audit record (audit)")
+    log = read_log(stage_folder(view.run_dir, "audit"))
+    found = [record for record in log if record.get(ROW_ID) == view.row[ROW_ID]]
+    for record in found:
+        view.say(f"record {record['record']} of {len(log)}, sha256 {record['sha256']}")
+        view.say(
+            f"replay: genrec audit replay --run_dir {view.run_dir} --record {record['record']}"
+        )
+    if not found:
+        view.say("no record of this list")
+
+
+def main() -> None:
+    """Print the sections in the order of the line."""
+    args = parse(TraceArgs)
+    view, missing = load_view(args)
+    view.console.print(Text(f"{args.run_dir}, user {view.row[USER_ID]}", style="bold"))
+    if missing:
+        view.say(f"not there yet, left out below: {', '.join(missing)}")
+    show_data(view)
+    show_item(view)
+    if not {"quantize", "build_dataset"} & set(missing):
+        model = next((s for s in ("grpo", "sft") if s in view.manifests), None)
+        made = view.manifests["recommend"].config if "recommend" in view.manifests else {}
+        if model is None:
+            view.say("There is no model yet, so no prompt is tokenised and nothing is searched.")
+        else:
+            from genrec.recommend import Recommender
+
+            recommender = Recommender.load(
+                args.run_dir,
+                made.get("model_stage", model),
+                "torch",
+                made.get("normalizer", "full"),
+                made.get("dtype", "float32"),
+                batch_size=1,
+            )
+            ids = show_prompt(view, recommender)
+            show_search(view, recommender, ids, args.top)
+    show_metrics(view)
+    show_chain(view)
+    show_record(view)
+
+
+if __name__ == "__main__":
+    run(main)

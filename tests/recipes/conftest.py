@@ -1,0 +1,97 @@
+"""One finished tiny run, made by the recipes as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--disable_tqdm", "true"]
+
+# Flags of each stage of `tiny_run`, in the order of the line.
+TINY = {
+    "prepare": ["--format", "synthetic", "--n_users", "120", "--n_items", "60"],
+    "embed": ["--dim", "16"],
+    "quantize": ["--n_levels", "3", "--codebook_size", "8"],
+    "build_dataset": [],
+    "sft": [
+        *CPU, "--size", "tiny", "--vocab_size", "400", "--max_steps", "12", "--learning_rate", "3e-3",
+        "--per_device_train_batch_size", "16", "--gradient_checkpointing", "false",
+        "--eval_rows", "40", "--eval_every_steps", "6", "--logging_steps", "3",
+        "--save_steps", "6", "--seed", "0",
+    ],
+    "grpo": [
+        *CPU, "--max_steps", "2", "--num_generations", "4", "--per_device_train_batch_size", "8",
+        "--beam_width", "8", "--gradient_checkpointing", "false", "--eval_rows", "40",
+        "--eval_every_steps", "2", "--learning_rate", "1e-4", "--save_strategy", "no", "--seed", "0",
+    ],
+    "recommend": ["--k", "10", "--beam_width", "20", "--shard_size", "50"],
+    "evaluate": ["--samples", "50"],
+}  # fmt: skip
+
+Recipe = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def environment() -> dict[str, str]:
+    """Environment of a recipe: this checkout, offline, one thread."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env.pop("GENREC_DEBUG", None)
+    return env
+
+
+def command(name: str, run_dir: Path, *args: str) -> list[str]:
+    """Command line of a recipe."""
+    return [sys.executable, str(ROOT / "recipes" / f"{name}.py"), "--run_dir", str(run_dir), *args]
+
+
+def run_recipe(name: str, run_dir: Path, *args: str, fails: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a recipe to its end; `fails` says that it must refuse with one line and status 2."""
+    done = subprocess.run(
+        command(name, run_dir, *args), capture_output=True, text=True, env=environment(), timeout=600
+    )
+    if fails:
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+        assert [line[:7] for line in done.stderr.splitlines()].count("error: ") == 1, done.stderr
+    else:
+        assert done.returncode == 0, f"{name}: {done.stderr[-3000:]}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def recipe() -> Recipe:
+    """Runs a recipe as a user does: ``recipe(name, run_dir, *flags, fails=False)``."""
+    return run_recipe
+
+
+@pytest.fixture(scope="session")
+def tiny_flags() -> dict[str, list[str]]:
+    """Flags of each stage of `tiny_run`."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a whole run, from prepare to evaluate, on a shop of 120 users; read only."""
+    folder = tmp_path_factory.mktemp("tiny_run") / "run"
+    for name, flags in TINY.items():
+        run_recipe(name, folder, *flags)
+    return folder
+
+
+@pytest.fixture
+def copied_run(tiny_run: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Copies the named stage folders of `tiny_run`, so that a test may write into them."""
+
+    def copy(*folders: str) -> Path:
+        for name in folders:
+            shutil.copytree(tiny_run / name, tmp_path / "run" / name)
+        return tmp_path / "run"
+
+    return copy

@@ -1,0 +1,149 @@
+"""The README's commands: Make targets by dry run, recipe commands and the snippet on a tiny CSV."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+
+from genrec.columns import (
+    BRAND,
+    CATEGORIES,
+    DESCRIPTION,
+    ITEM_ID,
+    PRICE,
+    RATING,
+    TIMESTAMP,
+    TITLE,
+    USER_ID,
+)
+from genrec.data.synthetic import synthetic_shop
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for kind, block in BLOCKS
+    if kind == "bash"
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+SMALL = {
+    "embed": {"dim": 8},
+    "quantize": {"codebook_size": 8},
+    "build_dataset": {"item_rows": 20},
+    "sft": {"size": "tiny", "vocab_size": 300, "num_train_epochs": 1, "eval_rows": 10, "max_steps": 6,
+            "warmup_steps": 2, "save_strategy": "no"},
+    "recommend": {"beam_width": 20},
+    "evaluate": {"samples": 50},
+    "explain": {"num_rows": 5},
+}  # fmt: skip
+
+
+def targets() -> list[str]:
+    named = re.findall(r"`?\bmake ([a-z-]+)", README)
+    return sorted(set(named))
+
+
+@pytest.mark.parametrize("target", targets())
+def test_make_target_exists(target):
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_make_help_lists_every_target():
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for target in ("install", "quickstart", "test", "test-vllm", "lint"):
+        assert re.search(rf"^{target}\s+\w", done.stdout, flags=re.M), done.stdout
+
+
+@pytest.fixture(scope="module")
+def own_csv(tmp_path_factory) -> tuple[Path, Path]:
+    """A shop's two CSV files with the columns of the own-csv example, and small copies of its configs."""
+    folder = tmp_path_factory.mktemp("own")
+    shop = synthetic_shop(n_users=80, n_items=50, seed=1)
+    (folder / "files").mkdir()
+    when = pl.from_epoch(pl.col(TIMESTAMP), time_unit="s").dt.strftime("%Y-%m-%dT%H:%M:%SZ")
+    shop.interactions.select(
+        pl.col(USER_ID).alias("customer"), pl.col(ITEM_ID).alias("sku"), when.alias("ordered_at"),
+        pl.col(RATING).alias("stars"),
+    ).write_csv(folder / "files" / "orders.csv")  # fmt: skip
+    shop.catalog.select(
+        pl.col(ITEM_ID).alias("sku"), pl.col(TITLE).alias("name"), pl.col(BRAND).alias("maker"),
+        pl.col(CATEGORIES).list.join(" > ").alias("category"), pl.col(PRICE).alias("price"),
+        pl.col(DESCRIPTION).alias("text"),
+    ).write_csv(folder / "files" / "products.csv")  # fmt: skip
+    (folder / "configs").mkdir()
+    for path in (ROOT / "recipes" / "configs" / "own-csv").glob("*.yaml"):
+        values = yaml.safe_load(path.read_text()) | SMALL.get(path.stem, {})
+        (folder / "configs" / path.name).write_text(yaml.safe_dump(values))
+    return folder / "files", folder / "configs"
+
+
+@pytest.fixture(scope="module")
+def run_dir(own_csv, tmp_path_factory) -> Path:
+    """The README's pipeline command on that shop."""
+    files, configs = own_csv
+    (command,) = [c for c in COMMANDS if c[:2] == ["genrec", "pipeline"]]
+    run = tmp_path_factory.mktemp("run") / "mine"
+    values = {"--configs": str(configs), "--run_dir": str(run), "--data_dir": str(files)}
+    for flag, value in values.items():
+        command[command.index(flag) + 1] = value
+    done = call(command)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Report page:" in done.stdout and "item-kNN" in done.stdout
+    assert re.search(r"recommended to", done.stdout)
+    return run
+
+
+def call(command: list[str]) -> subprocess.CompletedProcess:
+    """Run a `genrec …` command line with this interpreter."""
+    assert command[0] == "genrec"
+    start = [sys.executable, "-c", "from genrec.cli import main; main()"]
+    return subprocess.run([*start, *command[1:]], capture_output=True, text=True)
+
+
+def test_pipeline_skips_what_is_done(run_dir, own_csv):
+    before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("manifest.json")}
+    assert len(before) == 9  # all stages but grpo, which own-csv leaves out
+    files, configs = own_csv
+    again = ["genrec", "pipeline", "--configs", str(configs), "--run_dir", str(run_dir)]
+    done = call([*again, "--data_dir", str(files)])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert before == {p: p.stat().st_mtime_ns for p in run_dir.rglob("manifest.json")}
+
+
+@pytest.mark.parametrize("verb", ["trace", "audit verify", "audit replay"])
+def test_commands_on_a_run(run_dir, verb):
+    words = ["genrec", *verb.split()]
+    (command,) = [c for c in COMMANDS if c[: len(words)] == words]
+    command = [str(run_dir) if word == "runs/quickstart" else word for word in command]
+    done = call(command)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.strip()
+
+
+def test_python_snippet(run_dir, capsys):
+    (snippet,) = [block for kind, block in BLOCKS if kind == "python"]
+    catalog = pl.read_parquet(run_dir / "data" / "catalog.parquet")
+    ids = catalog[ITEM_ID].to_list()
+    snippet = snippet.replace("runs/quickstart", str(run_dir))
+    snippet = re.sub(r"\[.*?\]", repr(ids[:2]), snippet)
+    exec(compile(snippet, "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert all(any(title in line for title in catalog[TITLE]) for line in lines)
+
+
+def test_every_recipe_command_names_a_recipe():
+    for command in COMMANDS:
+        if command[0] == "genrec":
+            assert (ROOT / "recipes" / f"{command[1]}.py").is_file()
+        if command[0] == "accelerate":
+            assert (ROOT / command[2]).is_file()
+            assert (ROOT / command[command.index("--config") + 1]).is_file()

@@ -1,0 +1,57 @@
+"""Imports point one way: each part of the package imports only from parts above it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "genrec"
+ORDER = [
+    "columns", "artifacts", "metrics", "data", "embedding", "quantizers", "semantic_ids", "chains",
+    "prompts", "tasks", "modeling", "decoding", "rewards", "rollouts", "recommend", "evaluation",
+    "explain", "audit", "config", "cli",
+]  # fmt: skip
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, at any depth of the code."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    return names
+
+
+def test_every_part_has_a_place():
+    assert {part(path) for path in FILES} - {"__init__"} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_imports_point_up(path):
+    if part(path) == "__init__":
+        return
+    parts = {name.split(".")[1] for name in imported(path) if name.startswith("genrec.")}
+    below = {p for p in parts if ORDER.index(p) > ORDER.index(part(path))}
+    assert not below, f"{path.name} imports {below}, which come after {part(path)}"
+    assert "recipes" not in {name.split(".")[0] for name in imported(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_heavy_packages_stay_where_they_belong(path):
+    roots = {name.split(".")[0] for name in imported(path)}
+    if path.name != "vllm_engine.py":
+        assert "vllm" not in roots
+    if part(path) not in ("rollouts", "config"):  # config uses TRL's argument parser alone
+        assert "trl" not in roots
+    if part(path) in ("columns", "artifacts", "metrics", "data", "quantizers", "semantic_ids"):
+        assert not roots & {"torch", "transformers", "trl", "peft"}
+    if path.name == "trie.py":
+        assert not roots & {"torch", "transformers"}

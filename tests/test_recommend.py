@@ -1,0 +1,224 @@
+"""Recommender and batch generation on a run folder made by library calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from genrec.decoding.torch_engine import TorchEngine
+from genrec.decoding.trie import SidTrie
+from genrec.modeling import encode_prompts
+from genrec.recommend import Recommender, generate
+
+MAX_HISTORY = 6
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["integer ids", "string ids"])
+def world(request, tiny, tmp_path_factory):
+    """(run folder, shop, recommender)"""
+    run = tmp_path_factory.mktemp("run")
+    shop = tiny.shop(strings=request.param, max_history=MAX_HISTORY)
+    model, tokenizer, _ = tiny.sid_lm(shop.semantic_ids)
+    tiny.save_run(run, shop, model, tokenizer, MAX_HISTORY)
+    return run, shop, Recommender.load(run)
+
+
+def test_a_list_by_the_contract(world):
+    _, shop, recommender = world
+    ids = shop.catalog["item_id"].to_list()
+    history = [ids[3], ids[0], ids[3], ids[7]]
+    made = recommender.recommend(history, k=5)
+    assert [r.rank for r in made] == [1, 2, 3, 4, 5]
+    assert len({r.item_id for r in made}) == 5 and not {r.item_id for r in made} & set(history)
+    sids = shop.semantic_ids.sids().to_list()
+    for r in made:
+        row = ids.index(r.item_id)
+        assert type(r.item_id) is type(ids[0])
+        assert r.title == shop.catalog["title"][row] and r.sid == sids[row]
+        assert len(r.level_log_probs) == 3
+        assert r.score == pytest.approx(sum(r.level_log_probs), abs=1e-5)
+    assert [r.score for r in made] == sorted((r.score for r in made), reverse=True)
+
+
+def test_scores_are_those_of_a_plain_forward_pass(world):
+    import torch
+
+    _, shop, recommender = world
+    ids = shop.catalog["item_id"].to_list()
+    made = recommender.recommend(ids[:2], k=20, filter_seen=False)
+    assert len(made) == 20  # the whole catalogue
+    sids = shop.semantic_ids.sids().to_list()
+    (prompt,) = encode_prompts(
+        recommender.tokenizer, [f"Bought so far, oldest first: {sids[0]}{sids[1]}"]
+    )
+    for r in made[:3]:
+        tokens = recommender.tokenizer(r.sid)["input_ids"]
+        with torch.no_grad():
+            logits = recommender.engine.model(torch.tensor([prompt + tokens])).logits[0]
+        steps = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        expected = steps[torch.arange(3), torch.tensor(tokens)]
+        assert r.level_log_probs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_seen_items_are_filtered_or_not(world):
+    _, shop, recommender = world
+    ids = shop.catalog["item_id"].to_list()
+    best = recommender.recommend([ids[5]], k=20, filter_seen=False)
+    assert {r.item_id for r in best} == set(ids)
+    filtered = recommender.recommend([ids[5]], k=20)
+    assert {r.item_id for r in filtered} == set(ids) - {ids[5]}
+    # A filter masks; it changes no score.
+    scores = {r.item_id: r.score for r in best}
+    assert all(r.score == pytest.approx(scores[r.item_id], abs=1e-5) for r in filtered)
+    # Items that the prompt no longer shows are filtered as well.
+    long = ids[:12]
+    assert not {r.item_id for r in recommender.recommend(long, k=8)} & set(long)
+    assert len(recommender.recommend(ids[:-1], k=5)) == 1
+    with pytest.raises(ValueError, match="no allowed item left"):
+        recommender.recommend(ids, k=5)
+
+
+def test_unknown_items_and_ids_of_the_other_type(world):
+    _, shop, recommender = world
+    first = shop.catalog["item_id"][0]
+    other = str(first) + "x" if isinstance(first, str) else str(first)
+    with pytest.raises(ValueError, match=r"1 items of the history are not in the catalogue") as error:
+        recommender.recommend([first, other])
+    assert repr(other) in str(error.value) and f"ids look like {first!r}" in str(error.value)
+
+
+def test_nobody_known_and_long_histories(world):
+    _, shop, recommender = world
+    ids = shop.catalog["item_id"].to_list()
+    assert len(recommender.recommend([], k=4)) == 4
+    long = [ids[i % 10] for i in range(200)]
+    assert recommender.prompts([list(range(10)) * 3]) == recommender.prompts([[4, 5, 6, 7, 8, 9]])
+    assert recommender.recommend(long, k=3, filter_seen=False) == recommender.recommend(
+        long[-MAX_HISTORY:], k=3, filter_seen=False
+    )
+    other = recommender.recommend(long[-MAX_HISTORY + 1 :], k=3, filter_seen=False)
+    assert other != recommender.recommend(long, k=3, filter_seen=False)
+
+
+def test_k_and_width(world):
+    _, _, recommender = world
+    with pytest.raises(ValueError, match="k=10 must lie between 1 and beam_width=5"):
+        recommender.recommend([], k=10, beam_width=5)
+    with pytest.raises(ValueError, match="k=0 must lie between"):
+        recommender.recommend([], k=0)
+
+
+def test_what_load_refuses(world, tiny, tmp_path: Path):
+    run, *_ = world
+    with pytest.raises(ValueError, match="engine='triton' is not known; choose one of torch, vllm"):
+        Recommender.load(run, engine="triton")
+    with pytest.raises(ValueError, match="stage='embed' is not known; choose one of sft, grpo"):
+        Recommender.load(run, stage="embed")
+    with pytest.raises(ValueError, match="stage 'grpo' has not finished"):
+        Recommender.load(run, stage="grpo")
+    with pytest.raises(ValueError, match="stage 'sft' has not finished"):
+        Recommender.load(tmp_path)
+    shop = tiny.shop(n_items=12)
+    model, tokenizer, _ = tiny.sid_lm(shop.semantic_ids)
+    tiny.save_run(tmp_path, shop, model, tokenizer)
+    weights = next((tmp_path / "sft" / "model").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=f"{weights.name} has .* bytes, its manifest says"):
+        Recommender.load(tmp_path)
+
+
+def tables(folder: Path) -> pl.DataFrame:
+    return pl.read_parquet(folder / "recommendations-*.parquet")
+
+
+def test_shards_resume_and_nothing_is_doubled(world, tmp_path: Path):
+    _, shop, recommender = world
+    rows = shop.splits.test
+    seen = rows["seen_item_index"]
+    ticks: list[int] = []
+    whole, cut, one = tmp_path / "whole", tmp_path / "cut", tmp_path / "one"
+    assert generate(recommender, rows, whole, 4, 10, seen, 7, ticks.append) == len(rows) == 30
+    assert sum(ticks) == 30
+    names = sorted(p.name for p in whole.iterdir())
+    assert names == [f"recommendations-{i:05}.parquet" for i in range(5)]
+    generate(recommender, rows, cut, 4, 10, seen, 7)
+    (cut / names[2]).unlink()
+    kept = {n: (cut / n).stat().st_mtime_ns for n in names if n != names[2]}
+    assert generate(recommender, rows, cut, 4, 10, seen, 7) == 7
+    assert {n: (cut / n).stat().st_mtime_ns for n in kept} == kept
+    assert generate(recommender, rows, cut, 4, 10, seen, 7) == 0
+    for name in names:
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    table = tables(whole)
+    assert len(table) == 30 * 4 and table.select("row_id", "rank").is_duplicated().sum() == 0
+    generate(recommender, rows, one, 4, 10, seen)  # one shard: the same table
+    assert_frame_equal(tables(one), table, abs_tol=1e-5)
+
+
+def test_the_table_says_what_was_recommended(world, tmp_path: Path):
+    from genrec.artifacts import sha256_bytes
+
+    _, shop, recommender = world
+    rows = shop.splits.test
+    generate(recommender, rows, tmp_path, 4, 20, rows["seen_item_index"], 16)
+    table = tables(tmp_path)
+    assert table.columns == [
+        "row_id", "user_id", "rank", "item_id", "item_index", "sid", "score", "level_log_probs",
+        "certified", "prompt_sha256",
+    ]  # fmt: skip
+    assert table.schema["rank"] == pl.Int32 and table.schema["score"] == pl.Float32
+    assert table.schema["level_log_probs"] == pl.List(pl.Float32)
+    assert table.schema["item_id"] == shop.catalog.schema["item_id"]
+    joined = table.join(shop.catalog, on="item_index", suffix="_true")
+    assert (joined["item_id"] == joined["item_id_true"]).all()
+    sids = shop.semantic_ids.sids()
+    for row_id, user_id, history, seen in rows.select(
+        "row_id", "user_id", "history_item_index", "seen_item_index"
+    ).iter_rows():
+        mine = table.filter(pl.col("row_id") == row_id)
+        assert mine["rank"].to_list() == [1, 2, 3, 4] and set(mine["user_id"]) == {user_id}
+        assert not set(mine["item_index"]) & set(seen)
+        assert mine["sid"].to_list() == [sids[i] for i in mine["item_index"]]
+        sums = [sum(x) for x in mine["level_log_probs"].to_list()]
+        assert mine["score"].to_list() == pytest.approx(sums, abs=1e-4)
+        (prompt,) = recommender.prompts([history])
+        assert set(mine["prompt_sha256"]) == {sha256_bytes(prompt.encode())[:16]}
+    # One by one, as the API serves it, gives the same lists.
+    ids = shop.catalog["item_id"]
+    history = rows["history_item_index"][0].to_list()
+    served = recommender.recommend([ids[i] for i in history], 4, filter_seen=False, beam_width=20)
+    unfiltered = tmp_path / "unfiltered"
+    generate(recommender, rows[:1], unfiltered, 4, 20, None)
+    assert [r.item_id for r in served] == tables(unfiltered)["item_id"].to_list()
+
+
+def test_short_lists_where_little_is_left(world, tmp_path: Path):
+    _, shop, recommender = world
+    rows = shop.splits.test[:2]
+    seen = pl.Series([list(range(18)), []], dtype=pl.List(pl.Int32))
+    generate(recommender, rows, tmp_path, 4, 20, seen)
+    counts = dict(tables(tmp_path).group_by("row_id").len().iter_rows())
+    assert [counts[r] for r in rows["row_id"]] == [2, 4]
+
+
+def test_prompt_of_serving_is_that_of_evaluation(world):
+    from genrec.tasks.sequential import sequential_rows
+
+    _, shop, recommender = world
+    rows = sequential_rows(
+        shop.splits.test, shop.semantic_ids, recommender.renderer, recommender.template
+    )
+    assert recommender.prompts(shop.splits.test["history_item_index"].to_list()) == rows["prompt"].to_list()
+
+
+def test_the_engine_is_the_one_declared(world):
+    run, shop, _ = world
+    trie = Recommender.load(run, normalizer="trie")
+    assert isinstance(trie.engine, TorchEngine) and trie.engine.normalizer == "trie"
+    assert np.array_equal(trie.engine.trie.codes(), SidTrie.build(shop.semantic_ids.codes).codes())
+    made = trie.recommend([], k=20)
+    assert sum(np.exp(r.score) for r in made) == pytest.approx(1.0, abs=1e-4)
