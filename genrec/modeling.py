@@ -330,13 +330,13 @@ def save_model(
     write_json(Path(folder) / ABOUT, {"semantic_ids_sha256": semantic_ids.sha256, **about})
 
 
-def load_model(
-    folder: Path | str, semantic_ids: SemanticIds, dtype: str = "float32", device: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-    """Read a model folder; refuses a SID map that isn't the model's own or a descendant.
+def load_tokenizer(
+    folder: Path | str, semantic_ids: SemanticIds
+) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """Tokenizer of a model folder; refuses a SID map that isn't the model's or a descendant of it.
 
     Returns:
-        The model (eval mode), its tokenizer, and the content of ``genrec.json``.
+        The tokenizer, and the content of ``genrec.json``.
 
     Raises:
         ValueError: the folder holds no genrec model, or it was trained on another SID map.
@@ -352,7 +352,22 @@ def load_model(
             f"this one is {semantic_ids.sha256[:12]} and does not extend it; use the model's own "
             "map or rerun sft"
         )
+    return AutoTokenizer.from_pretrained(folder), about
+
+
+def load_model(
+    folder: Path | str, semantic_ids: SemanticIds, dtype: str = "float32", device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+    """Model folder in eval mode, on `device` (default: a GPU where there is one).
+
+    Returns:
+        The model, its tokenizer, and the content of ``genrec.json``.
+
+    Raises:
+        ValueError: as `load_tokenizer`.
+    """
+    tokenizer, about = load_tokenizer(folder, semantic_ids)
     model = load_base(str(folder), dtype).eval()
     if device or torch.cuda.is_available():
         model = model.to(device or "cuda")
-    return model, AutoTokenizer.from_pretrained(folder), about
+    return model, tokenizer, about

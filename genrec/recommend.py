@@ -28,7 +28,7 @@ from genrec.columns import (
 )
 from genrec.decoding.beam import BeamResult, Normalizer, default_beam_width
 from genrec.decoding.trie import CatalogueView, SidTrie
-from genrec.modeling import encode_prompts, load_model, sid_token_ids
+from genrec.modeling import encode_prompts, load_model, load_tokenizer, sid_token_ids
 from genrec.prompts import PromptRenderer
 from genrec.semantic_ids import SemanticIds
 from genrec.tasks.sequential import history_prompt
@@ -134,17 +134,18 @@ class Recommender:
         semantic_ids = SemanticIds.load(stage_folder(run_dir, "quantize"))
         trie = SidTrie.build(semantic_ids.codes)
         folder = stage_folder(run_dir, stage) / "model"
-        model, tokenizer, _ = load_model(folder, semantic_ids, dtype)
-        token_ids = sid_token_ids(tokenizer, semantic_ids)
         built: Engine
         if engine == "vllm":
             from genrec.decoding.vllm_engine import VllmEngine
 
-            del model  # vLLM loads the checkpoint itself
-            built = VllmEngine(folder, trie, token_ids, normalizer=normalizer, dtype=dtype)
+            tokenizer, _ = load_tokenizer(folder, semantic_ids)
+            token_ids = sid_token_ids(tokenizer, semantic_ids)
+            built = VllmEngine(folder, trie, token_ids, normalizer, batch_size, dtype=dtype)
         else:
             from genrec.decoding.torch_engine import TorchEngine
 
+            model, tokenizer, _ = load_model(folder, semantic_ids, dtype)
+            token_ids = sid_token_ids(tokenizer, semantic_ids)
             pad = tokenizer.pad_token_id
             pad = tokenizer.eos_token_id if pad is None else pad
             built = TorchEngine(model, trie, token_ids, pad, normalizer, batch_size)
@@ -225,7 +226,7 @@ class Recommender:
         """Long table of lists: one row per recommended item (see `genrec.columns`)."""
         row, rank = np.nonzero(result.items >= 0)
         item = result.items[row, rank]
-        hashes = np.array([sha256_bytes(p.encode())[:16] for p in prompts])
+        hashes = np.array([sha256_bytes(p.encode()) for p in prompts])
         return pl.DataFrame(
             {
                 ROW_ID: rows[ROW_ID].gather(row),

@@ -47,7 +47,7 @@ class AuditArgs:
 
 
 @dataclass
-class VerifyArgs:
+class VerifySettings:
     """Settings of `genrec audit verify`."""
 
     run_dir: str = "runs/default"
@@ -55,7 +55,7 @@ class VerifyArgs:
 
 
 @dataclass
-class ReplayArgs:
+class ReplaySettings:
     """Settings of `genrec audit replay`."""
 
     run_dir: str = "runs/default"
@@ -117,7 +117,7 @@ def write() -> None:
 
 def verify() -> None:
     """Verify a log; exit status 1 on any finding."""
-    args = parse(VerifyArgs, args=sys.argv[2:])
+    args = parse(VerifySettings, args=sys.argv[2:])
     from genrec.audit.verify import verify as verify_log
 
     found = verify_log(args.run_dir, args.key_file)
@@ -134,7 +134,7 @@ def verify() -> None:
 
 def replay() -> None:
     """Replay one record or all; exit status 1 if a list isn't reproduced."""
-    args = parse(ReplayArgs, args=sys.argv[2:])
+    args = parse(ReplaySettings, args=sys.argv[2:])
     from genrec.audit.custody import read_log
     from genrec.audit.replay import load_recommender
     from genrec.audit.replay import replay as replay_record

@@ -123,11 +123,11 @@ def main() -> None:
     settings["dtype"] = args.dtype or made["dtype"]
     inputs = ["prepare", "quantize", "build_dataset", made["model_stage"], "recommend"]
     stage = Stage(args.run_dir, "explain", settings, inputs, ignore=["batch_size"])
-    if stage.is_done(args.overwrite):
-        return
     data = stage_folder(args.run_dir, "prepare")
     source = stage_folder(args.run_dir, "recommend")
     rows = chosen_rows(pl.read_parquet(source / "rows.parquet"), args)
+    if stage.is_done(args.overwrite):
+        return
     table = pl.read_parquet(source / "recommendations-*.parquet").filter(pl.col(RANK) <= args.k)
     lists = table.join(rows.select(ROW_ID), on=ROW_ID, how="semi").sort(ROW_ID, RANK)
     if lists[ROW_ID].n_unique() < rows.height:

@@ -9,11 +9,12 @@ page.
 """
 
 import os
+import runpy
 import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,30 @@ def main() -> None:
         stages = stages[: stages.index(args.until) + 1] if args.until in stages else stages
     if not stages:
         raise ValueError(f"{folder} holds no <stage>.yaml; the stages are {', '.join(FOLDERS)}")
+    pending = [stage for stage in stages if load_manifest(args.run_dir, stage) is None]
+    for stage in pending:  # a typo in the last file must not show after hours in the first stages
+        check_config(stage, folder / f"{stage}.yaml")
     console = Console()
     for number, stage in enumerate(stages, 1):
         console.rule(f"[bold]{number}/{len(stages)} {stage}", align="left")
         run_stage(args, stage, folder / f"{stage}.yaml")
     show(Path(args.run_dir), console)
+
+
+def check_config(stage: str, config: Path) -> None:
+    """Parse a stage's YAML as the stage will, so that a mistake in it is found before any work."""
+    recipe = runpy.run_path(str(RECIPES / f"{stage}.py"))
+    types = [
+        kind
+        for name, kind in recipe.items()
+        if isinstance(kind, type)
+        and is_dataclass(kind)
+        and (name.endswith("Args") or name in ("SFTConfig", "GRPOConfig"))
+    ]
+    try:
+        parse(*types, args=["--config", str(config)])
+    except ValueError as error:
+        raise ValueError(f"{config}: {error}") from error
 
 
 def run_stage(args: PipelineArgs, stage: str, config: Path) -> None:

@@ -105,7 +105,9 @@ def main() -> None:
                 "prepare with a smaller max_history"
             )
     else:
-        context = -(-(longest + 32) // 64) * 64
+        # Rotary positions cost nothing: hold a full history also where no training row has one.
+        full = (stage.upstream["prepare"].config["max_history"] + 1) * semantic_ids.n_levels
+        context = -(-(longest + full + 32) // 64) * 64
         model = modeling.from_scratch(
             args.size, len(tokenizer), context, training.seed, args.dropout
         )

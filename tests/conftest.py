@@ -7,7 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-# Read when NumPy and torch load. Two spinning OpenMP threads under contention cost far more than they bring on tiny tensors.
+# Read when NumPy and torch load. Two spinning OpenMP threads under contention cost far more than
+# they bring on tiny tensors.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -30,7 +30,7 @@ def test_config_parses(path, tmp_path):
     types = settings_types(path.stem)
     extra = ["--output_dir", str(tmp_path)] if path.stem in TRAINERS else []
     if path.parent.name == "lora":  # the base model is named on the command line
-        extra += ["--model_name_or_path", "some/model"]
+        extra += ["--model_name_or_path", "some/model", "--use_cpu", "true"]
     parsed = parse(*types, args=["--config", str(path), *extra])
     first = parsed[0] if isinstance(parsed, tuple) else parsed
     for key, value in yaml.safe_load(path.read_text()).items():

@@ -105,7 +105,7 @@ def test_the_embedding_grows_in_blocks_and_never_shrinks(tiny, tied: bool):
 
 
 def initialised(tiny, how: str, tied: bool, size: int = 8):
-    """A model with SID rows, its weights before, and the ids; codes 6 and 7 of a level are of no item."""
+    """A model with SID rows, its weights before, and the ids; codes 6 and 7 are of no item."""
     semantic_ids, tokenizer = tiny.sids(40, size=6), tiny.tokenizer()
     semantic_ids = type(semantic_ids)(semantic_ids.item_ids, semantic_ids.codes, (size,) * 3)
     n_old = len(tokenizer)
@@ -361,3 +361,14 @@ def test_a_folder_that_is_not_genrecs_is_refused(tiny, tmp_path: Path):
     (tmp_path / ABOUT).write_text(json.dumps({"semantic_ids_sha256": semantic_ids.sha256})[:-9])
     with pytest.raises(ValueError, match=f"{ABOUT} is not valid JSON"):
         load_model(tmp_path, semantic_ids)
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_the_last_one(tmp_path: Path):
+    assert modeling.last_checkpoint(tmp_path / "absent") is None
+    for step, state in ((8, "{}"), (10, "{}"), (12, ""), (14, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"x")
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert modeling.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")

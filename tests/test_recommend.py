@@ -86,7 +86,9 @@ def test_unknown_items_and_ids_of_the_other_type(world):
     _, shop, recommender = world
     first = shop.catalog["item_id"][0]
     other = str(first) + "x" if isinstance(first, str) else str(first)
-    with pytest.raises(ValueError, match=r"1 items of the history are not in the catalogue") as error:
+    with pytest.raises(
+        ValueError, match=r"1 items of the history are not in the catalogue"
+    ) as error:
         recommender.recommend([first, other])
     assert repr(other) in str(error.value) and f"ids look like {first!r}" in str(error.value)
 
@@ -212,7 +214,10 @@ def test_prompt_of_serving_is_that_of_evaluation(world):
     rows = sequential_rows(
         shop.splits.test, shop.semantic_ids, recommender.renderer, recommender.template
     )
-    assert recommender.prompts(shop.splits.test["history_item_index"].to_list()) == rows["prompt"].to_list()
+    assert (
+        recommender.prompts(shop.splits.test["history_item_index"].to_list())
+        == rows["prompt"].to_list()
+    )
 
 
 def test_the_engine_is_the_one_declared(world):

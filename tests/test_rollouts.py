@@ -27,7 +27,9 @@ N_ITEMS = 20
 class World:
     """A catalogue of 20 items; the next item is a fixed function of the last one."""
 
-    def __init__(self, tiny, folder: Path, tied: bool = True, bos: bool = False, prompts: int = N_ITEMS):
+    def __init__(
+        self, tiny, folder: Path, tied: bool = True, bos: bool = False, prompts: int = N_ITEMS
+    ):
         self.semantic_ids, self.tokenizer = tiny.sids(N_ITEMS), tiny.tokenizer(bos)
         self.trie = SidTrie.build(self.semantic_ids.codes)
         self.token_ids = add_sid_tokens(self.tokenizer, self.semantic_ids)
@@ -43,28 +45,57 @@ class World:
         self.columns: dict = {
             "prompt": self.prompts,
             "target_sid_ids": [
-                [self.token_ids[level][c] for level, c in enumerate(codes[t].tolist())] for t in self.targets
+                [self.token_ids[level][c] for level, c in enumerate(codes[t].tolist())]
+                for t in self.targets
             ],
         }
 
     def engine(self, model=None, normalizer: str = "trie") -> TorchEngine:
         model = self.model if model is None else model
-        return TorchEngine(model, self.trie, self.token_ids, self.tokenizer.pad_token_id, normalizer)
+        return TorchEngine(
+            model, self.trie, self.token_ids, self.tokenizer.pad_token_id, normalizer
+        )
 
-    def trainer(self, group: int = 4, beam_width: int = 10, normalizer: str = "trie", peft=None, rewards=None,
-                **changes) -> BeamGRPOTrainer:  # fmt: skip
+    def trainer(
+        self,
+        group: int = 4,
+        beam_width: int = 10,
+        normalizer: str = "trie",
+        peft=None,
+        rewards=None,
+        **changes,
+    ) -> BeamGRPOTrainer:
         settings = dict(
-            output_dir=str(self.folder / "out"), num_generations=group, per_device_train_batch_size=2 * group,
-            max_completion_length=4, learning_rate=1e-3, beta=0.0, loss_type="dr_grpo", use_cpu=True,
-            bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
-            logging_steps=1, max_steps=1, disable_tqdm=True, seed=0, lr_scheduler_type="constant",
-        )  # fmt: skip
+            output_dir=str(self.folder / "out"),
+            num_generations=group,
+            per_device_train_batch_size=2 * group,
+            max_completion_length=4,
+            learning_rate=1e-3,
+            beta=0.0,
+            loss_type="dr_grpo",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            max_steps=1,
+            disable_tqdm=True,
+            seed=0,
+            lr_scheduler_type="constant",
+        )
         trainer = BeamGRPOTrainer(
-            trie=self.trie, sid_token_ids=self.token_ids, beam_width=beam_width, normalizer=normalizer,
-            model=self.model, args=GRPOConfig(**{**settings, **changes}),
+            trie=self.trie,
+            sid_token_ids=self.token_ids,
+            beam_width=beam_width,
+            normalizer=normalizer,
+            model=self.model,
+            args=GRPOConfig(**{**settings, **changes}),
             reward_funcs=rewards or [rule_reward, make_rank_reward(group)],
-            train_dataset=Dataset.from_dict(self.columns), processing_class=self.tokenizer, peft_config=peft,
-        )  # fmt: skip
+            train_dataset=Dataset.from_dict(self.columns),
+            processing_class=self.tokenizer,
+            peft_config=peft,
+        )
         expose_head_bias(trainer.model)
         return trainer
 
@@ -88,7 +119,9 @@ def world(tiny, tmp_path: Path) -> World:
 
 def inputs_of(world: World, rows: list[int], group: int) -> list[dict]:
     return [
-        {name: column[row] for name, column in world.columns.items()} for row in rows for _ in range(group)
+        {name: column[row] for name, column in world.columns.items()}
+        for row in rows
+        for _ in range(group)
     ]
 
 
@@ -152,10 +185,14 @@ def test_trie_normalised_log_probs_leave_other_tokens_alone(world: World):
     vocab = len(world.tokenizer)
     rows = [0, 5, 11]
     codes = torch.from_numpy(world.semantic_ids.codes[rows]).long()
-    tokens = torch.stack([torch.tensor(world.token_ids[level])[codes[:, level]] for level in range(3)], 1)
+    tokens = torch.stack(
+        [torch.tensor(world.token_ids[level])[codes[:, level]] for level in range(3)], 1
+    )
     for normalizer in ("trie", "full"):
         trainer.normalizer = normalizer
-        logits = torch.randn(3, 3, vocab, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        logits = torch.randn(
+            3, 3, vocab, generator=torch.Generator().manual_seed(0), requires_grad=True
+        )
         log_probs, _ = trainer._score_completions(logits, tokens)
         (-log_probs.sum()).backward()  # what a negative advantage does
         gradient = logits.grad
@@ -221,7 +258,10 @@ def test_training_mode_and_eval_mode(world: World):
     [
         ({"temperature": 0.7}, r"temperature=0.7: beam rollouts are those of temperature 1.0"),
         ({"group": 4, "beam_width": 3}, "num_generations=4 exceeds beam_width=3 or the 20 items"),
-        ({"group": 24, "beam_width": 50}, "num_generations=24 exceeds beam_width=50 or the 20 items"),
+        (
+            {"group": 24, "beam_width": 50},
+            "num_generations=24 exceeds beam_width=50 or the 20 items",
+        ),
         ({"per_device_train_batch_size": 6}, r"num_generations"),
         (
             {"per_device_train_batch_size": 2, "steps_per_generation": 3, "group": 4},
@@ -237,15 +277,24 @@ def test_settings_under_which_rollouts_would_be_wrong(world: World, changes: dic
 def test_groups_may_not_be_split_over_processes(world: World):
     # As a second process would see it: the global batch holds whole groups, the own part doesn't.
     args = GRPOConfig(
-        output_dir=str(world.folder), num_generations=4, per_device_train_batch_size=4, use_cpu=True, bf16=False
+        output_dir=str(world.folder),
+        num_generations=4,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        bf16=False,
     )
     args.per_device_train_batch_size = 2
     with pytest.raises(ValueError, match="= 2 splits groups of num_generations=4 over processes"):
         BeamGRPOTrainer(
-            trie=world.trie, sid_token_ids=world.token_ids, beam_width=10, model=world.model, args=args,
-            reward_funcs=[rule_reward], train_dataset=Dataset.from_dict(world.columns),
+            trie=world.trie,
+            sid_token_ids=world.token_ids,
+            beam_width=10,
+            model=world.model,
+            args=args,
+            reward_funcs=[rule_reward],
+            train_dataset=Dataset.from_dict(world.columns),
             processing_class=world.tokenizer,
-        )  # fmt: skip
+        )
 
 
 def test_fewer_items_than_a_group_after_the_filter(world: World):

@@ -98,6 +98,10 @@ class ExplainedRun:
         """Serving template."""
         return str(self.manifests["build_dataset"].metrics["serving_template"])
 
+    def prompts(self) -> PromptRenderer:
+        """The run's own copy of the templates."""
+        return PromptRenderer(stage_folder(self.run_dir, "build_dataset") / "prompts")
+
 
 def artifact_hashes(run: ExplainedRun) -> dict[str, str]:
     """Path below the run folder -> SHA-256 of each file that decided or explains the lists."""
@@ -132,7 +136,7 @@ def run_facts(run: ExplainedRun) -> dict[str, Any]:
             "versions": made.versions,
             "model_stage": run.model_stage,
             "sid_map_sha256": SemanticIds.load(stage_folder(run.run_dir, "quantize")).sha256,
-            "prompts_sha256": run.manifests["build_dataset"].metrics["prompts_sha256"],
+            "prompts_sha256": run.prompts().sha256(),
             "files": artifact_hashes(run),
         },
         "decoding": {
@@ -155,7 +159,7 @@ def run_facts(run: ExplainedRun) -> dict[str, Any]:
 def inputs(run: ExplainedRun) -> list[dict[str, Any]]:
     """The input part of each record, in the order of `run.rows`."""
     semantic_ids = SemanticIds.load(stage_folder(run.run_dir, "quantize"))
-    renderer = PromptRenderer(stage_folder(run.run_dir, "build_dataset") / "prompts")
+    renderer = run.prompts()
     tokenizer = AutoTokenizer.from_pretrained(stage_folder(run.run_dir, run.model_stage) / "model")
     sids, ids = semantic_ids.sids().to_list(), run.catalog[ITEM_ID].to_list()
     limit = run.manifests["prepare"].config["max_history"]

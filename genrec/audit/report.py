@@ -130,7 +130,7 @@ def _hashes(run: ExplainedRun) -> dict[str, str]:
         "catalogue": prepare["catalog.parquet"]["sha256"],
         f"{run.split} rows": prepare[f"{run.split}.parquet"]["sha256"],
         "semantic ids": quantize["items.parquet"]["sha256"],
-        "prompts": run.manifests["build_dataset"].metrics["prompts_sha256"],
+        "prompts": run.prompts().sha256(),
     }
     weights = {n: o["sha256"] for n, o in model.items() if n.endswith(".safetensors")}
     hashes |= {n: sha256 for n, sha256 in weights.items() if n.startswith("model/")}

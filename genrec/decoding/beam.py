@@ -9,7 +9,7 @@ Shapes: U users, B beams, M children per beam, L levels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -296,3 +296,67 @@ def finish(tensors: TrieTensors, beams: Beams, k: int, prompt_rows: np.ndarray) 
         ),
         certified.cpu().numpy(),
     )
+
+
+def length_batches(
+    prompts: Sequence[Sequence[int]], n_levels: int, context: int | None, batch_size: int
+) -> list[np.ndarray]:
+    """Row numbers of the users decoded together, after a check of all prompts.
+
+    Longest first, so that a lack of memory shows at once.
+
+    Raises:
+        ValueError: a prompt is empty, or too long for the context (None: no limit known).
+    """
+    lengths = np.array([len(prompt) for prompt in prompts])
+    if len(lengths) == 0:
+        return []
+    if lengths.min() == 0:
+        raise ValueError(f"prompt {int(lengths.argmin())} is empty")
+    longest = int(lengths.max()) + n_levels
+    if context is not None and longest > context:
+        raise ValueError(
+            f"prompt {int(lengths.argmax())} with its item needs {longest} tokens, the model's "
+            f"context holds {context}; lower max_history"
+        )
+    order = np.argsort(-lengths, kind="stable")
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def search_in_batches(
+    search_batch: Callable[[np.ndarray, list[Tensor] | None], BeamResult],
+    batches: list[np.ndarray],
+    tensors: TrieTensors,
+    k: int,
+    beam_width: int,
+    seen: Sequence[np.ndarray] | None,
+    progress: Callable[[int], object] | None,
+) -> BeamResult:
+    """Run an engine's search batch by batch and put the lists back into the prompts' order.
+
+    Args:
+        search_batch: searches the given rows under the given per-level dead keys.
+        batches: from `length_batches`.
+        tensors: the trie and its view.
+        k: items per list; at most `beam_width`.
+        beam_width: prefixes kept per level.
+        seen: catalogue rows that each user must not get, one entry per prompt, or None.
+        progress: called with the number of users of each finished batch.
+    """
+    if not 1 <= k <= beam_width:
+        raise ValueError(f"k={k} must lie between 1 and beam_width={beam_width}")
+    n, levels = sum(map(len, batches)), tensors.trie.n_levels
+    if seen is not None and len(seen) != n:
+        raise ValueError(f"seen has {len(seen)} entries for {n} prompts")
+    items = np.full((n, k), -1, dtype=np.int64)
+    scores = np.full((n, k), -np.inf, dtype=np.float32)
+    level_log_probs = np.full((n, k, levels), -np.inf, dtype=np.float32)
+    certified = np.zeros(n, dtype=bool)
+    for rows in batches:
+        dead = tensors.exclusions(None if seen is None else [np.asarray(seen[r]) for r in rows])
+        result = search_batch(rows, dead)
+        items[rows], scores[rows] = result.items, result.scores
+        level_log_probs[rows], certified[rows] = result.level_log_probs, result.certified
+        if progress is not None:
+            progress(len(rows))
+    return BeamResult(items, scores, level_log_probs, certified)

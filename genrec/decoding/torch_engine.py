@@ -24,7 +24,9 @@ from genrec.decoding.beam import (
     check_sid_token_ids,
     child_log_probs,
     finish,
+    length_batches,
     normalize,
+    search_in_batches,
 )
 from genrec.decoding.trie import CatalogueView, SidTrie
 
@@ -98,31 +100,14 @@ class TorchEngine:
         Returns:
             Lists in the order of `prompts`.
         """
-        if not 1 <= k <= beam_width:
-            raise ValueError(f"k={k} must lie between 1 and beam_width={beam_width}")
-        if seen is not None and len(seen) != len(prompts):
-            raise ValueError(f"seen has {len(seen)} entries for {len(prompts)} prompts")
         tensors = TrieTensors(self.trie, view, self.device)
-        n, levels = len(prompts), self.trie.n_levels
-        items = np.full((n, k), -1, dtype=np.int64)
-        scores = np.full((n, k), -np.inf, dtype=np.float32)
-        level_log_probs = np.full((n, k, levels), -np.inf, dtype=np.float32)
-        certified = np.zeros(n, dtype=bool)
-        for rows in self._batches(prompts):
-            batch_seen = None if seen is None else [np.asarray(seen[row]) for row in rows]
-            result = self._search_batch(
-                [prompts[row] for row in rows],
-                k,
-                beam_width,
-                tensors,
-                tensors.exclusions(batch_seen),
-                rows,
-            )
-            items[rows], scores[rows] = result.items, result.scores
-            level_log_probs[rows], certified[rows] = result.level_log_probs, result.certified
-            if progress is not None:
-                progress(len(rows))
-        return BeamResult(items, scores, level_log_probs, certified)
+
+        def search_batch(rows: np.ndarray, dead: list[Tensor] | None) -> BeamResult:
+            batch = [prompts[row] for row in rows]
+            return self._search_batch(batch, k, beam_width, tensors, dead, rows)
+
+        batches = self._batches(prompts)
+        return search_in_batches(search_batch, batches, tensors, k, beam_width, seen, progress)
 
     def score(self, prompts: Sequence[Sequence[int]], items: np.ndarray) -> np.ndarray:
         """Log-probabilities of given items, by teacher forcing over the shared prompt.
@@ -143,20 +128,8 @@ class TorchEngine:
         return out
 
     def _batches(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        lengths = np.array([len(prompt) for prompt in prompts])
-        if len(lengths) == 0:
-            return []
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        longest = int(lengths.max()) + self.trie.n_levels
-        if lengths.min() == 0:
-            raise ValueError(f"prompt {int(lengths.argmin())} is empty")
-        if limit is not None and longest > limit:
-            raise ValueError(
-                f"prompt {int(lengths.argmax())} with its item needs {longest} tokens, the "
-                f"model's context holds {limit}; lower max_history"
-            )
-        order = np.argsort(-lengths, kind="stable")  # longest first: a lack of memory shows at once
-        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        return length_batches(prompts, self.trie.n_levels, context, self.batch_size)
 
     @torch.inference_mode()
     def _search_batch(
@@ -172,9 +145,8 @@ class TorchEngine:
             cache, visible, lengths, logits = self._prefill(prompts)
             beams = Beams.start(len(prompts), self.device)
             logits = logits.unsqueeze(1)  # (U, 1, V)
-            ancestors: Tensor | None = (
-                None  # (U, B, decoded so far): which decoded positions a beam sees
-            )
+            # Which decoded positions a beam sees, (U, B, decoded so far).
+            ancestors: Tensor | None = None
             for level in range(self.trie.n_levels):
                 nodes = beams.nodes if level else torch.zeros_like(beams.nodes)
                 child, exists = tensors.expand(level, nodes)

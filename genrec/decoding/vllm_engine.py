@@ -33,8 +33,10 @@ from genrec.decoding.beam import (
     check_sid_token_ids,
     child_log_probs,
     finish,
+    length_batches,
     normalize,
     rank_key,
+    search_in_batches,
 )
 from genrec.decoding.trie import CatalogueView, SidTrie
 
@@ -336,26 +338,14 @@ class VllmEngine:
         Returns:
             Lists in the order of `prompts`.
         """
-        if not 1 <= k <= beam_width:
-            raise ValueError(f"k={k} must lie between 1 and beam_width={beam_width}")
-        if seen is not None and len(seen) != len(prompts):
-            raise ValueError(f"seen has {len(seen)} entries for {len(prompts)} prompts")
         tensors = TrieTensors(self.trie, view, torch.device("cpu"))
-        n, levels = len(prompts), self.trie.n_levels
-        items = np.full((n, k), -1, dtype=np.int64)
-        scores = np.full((n, k), -np.inf, dtype=np.float32)
-        level_log_probs = np.full((n, k, levels), -np.inf, dtype=np.float32)
-        certified = np.zeros(n, dtype=bool)
-        for rows in self._batches(prompts):
-            dead = tensors.exclusions(None if seen is None else [np.asarray(seen[r]) for r in rows])
-            result = self._search_batch(
-                [_plain(prompts[row]) for row in rows], k, beam_width, tensors, dead, rows
-            )
-            items[rows], scores[rows] = result.items, result.scores
-            level_log_probs[rows], certified[rows] = result.level_log_probs, result.certified
-            if progress is not None:
-                progress(len(rows))
-        return BeamResult(items, scores, level_log_probs, certified)
+
+        def search_batch(rows: np.ndarray, dead: list[Tensor] | None) -> BeamResult:
+            batch = [_plain(prompts[row]) for row in rows]
+            return self._search_batch(batch, k, beam_width, tensors, dead, rows)
+
+        batches = self._batches(prompts)
+        return search_in_batches(search_batch, batches, tensors, k, beam_width, seen, progress)
 
     def score(self, prompts: Sequence[Sequence[int]], items: np.ndarray) -> np.ndarray:
         """Log-probabilities of given items, one request per item and level.
@@ -392,22 +382,14 @@ class VllmEngine:
 
     def _batches(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Rows of the users decoded together, after a check of all prompts."""
-        lengths = np.array([len(prompt) for prompt in prompts])
-        if len(lengths) == 0:
-            return []
-        if lengths.min() == 0:
-            raise ValueError(f"prompt {int(lengths.argmin())} is empty")
-        longest = int(lengths.max()) + self.trie.n_levels
-        if longest > self.context:
-            raise ValueError(
-                f"prompt {int(lengths.argmax())} with its item needs {longest} tokens, the context "
-                f"holds {self.context}; lower max_history or raise max_model_len"
-            )
-        low, high = min(map(min, prompts)), max(map(max, prompts))
-        if low < 0 or high >= self.vocab_size:
-            raise ValueError(f"prompts hold tokens {low}..{high}; the model has {self.vocab_size}")
-        order = np.argsort(-lengths, kind="stable")
-        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        batches = length_batches(prompts, self.trie.n_levels, self.context, self.batch_size)
+        if batches:
+            low, high = min(map(min, prompts)), max(map(max, prompts))
+            if low < 0 or high >= self.vocab_size:
+                raise ValueError(
+                    f"prompts hold tokens {low}..{high}; the model has {self.vocab_size}"
+                )
+        return batches
 
     def _search_batch(
         self,

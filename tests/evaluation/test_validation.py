@@ -124,7 +124,10 @@ def test_what_is_called_the_best_is_what_is_restored(world, tmp_path: Path, newe
     assert best is not None
     items = make(model).search(prompts, 10, 50).items
     restored = np.mean(
-        [1 / np.log2(2 + list(row).index(t)) if t in row else 0 for row, t in zip(items, targets, strict=True)]
+        [
+            1 / np.log2(2 + list(row).index(t)) if t in row else 0
+            for row, t in zip(items, targets, strict=True)
+        ]
     )
     assert restored == pytest.approx(best["ndcg@10"], abs=1e-5)
     assert best["ndcg@10"] == max(e["ndcg@10"] for e in again.history)

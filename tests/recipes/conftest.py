@@ -12,28 +12,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--disable_tqdm", "true"]
-
+CPU = (
+    "--use_cpu true --bf16 false --report_to none --disable_tqdm true "
+    "--gradient_checkpointing false --seed 0 --eval_rows 40"
+)
+_FLAGS = {
+    "prepare": "--format synthetic --n_users 120 --n_items 60",
+    "embed": "--dim 16",
+    "quantize": "--n_levels 3 --codebook_size 8",
+    "build_dataset": "",
+    "sft": f"{CPU} --size tiny --vocab_size 400 --max_steps 12 --learning_rate 3e-3 "
+    "--per_device_train_batch_size 16 --eval_every_steps 6 --logging_steps 3 --save_steps 6",
+    "grpo": f"{CPU} --max_steps 2 --num_generations 4 --per_device_train_batch_size 8 "
+    "--beam_width 8 --eval_every_steps 2 --learning_rate 1e-4 --save_strategy no",
+    "recommend": "--k 10 --beam_width 20 --shard_size 50",
+    "evaluate": "--samples 50",
+}
 # Flags of each stage of `tiny_run`, in the order of the line.
-TINY = {
-    "prepare": ["--format", "synthetic", "--n_users", "120", "--n_items", "60"],
-    "embed": ["--dim", "16"],
-    "quantize": ["--n_levels", "3", "--codebook_size", "8"],
-    "build_dataset": [],
-    "sft": [
-        *CPU, "--size", "tiny", "--vocab_size", "400", "--max_steps", "12", "--learning_rate", "3e-3",
-        "--per_device_train_batch_size", "16", "--gradient_checkpointing", "false",
-        "--eval_rows", "40", "--eval_every_steps", "6", "--logging_steps", "3",
-        "--save_steps", "6", "--seed", "0",
-    ],
-    "grpo": [
-        *CPU, "--max_steps", "2", "--num_generations", "4", "--per_device_train_batch_size", "8",
-        "--beam_width", "8", "--gradient_checkpointing", "false", "--eval_rows", "40",
-        "--eval_every_steps", "2", "--learning_rate", "1e-4", "--save_strategy", "no", "--seed", "0",
-    ],
-    "recommend": ["--k", "10", "--beam_width", "20", "--shard_size", "50"],
-    "evaluate": ["--samples", "50"],
-}  # fmt: skip
+TINY = {name: flags.split() for name, flags in _FLAGS.items()}
 
 Recipe = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -50,10 +46,16 @@ def command(name: str, run_dir: Path, *args: str) -> list[str]:
     return [sys.executable, str(ROOT / "recipes" / f"{name}.py"), "--run_dir", str(run_dir), *args]
 
 
-def run_recipe(name: str, run_dir: Path, *args: str, fails: bool = False) -> subprocess.CompletedProcess[str]:
+def run_recipe(
+    name: str, run_dir: Path, *args: str, fails: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Run a recipe to its end; `fails` says that it must refuse with one line and status 2."""
     done = subprocess.run(
-        command(name, run_dir, *args), capture_output=True, text=True, env=environment(), timeout=600
+        command(name, run_dir, *args),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=600,
     )
     if fails:
         assert done.returncode == 2, done.stderr
@@ -68,6 +70,12 @@ def run_recipe(name: str, run_dir: Path, *args: str, fails: bool = False) -> sub
 def recipe() -> Recipe:
     """Runs a recipe as a user does: ``recipe(name, run_dir, *flags, fails=False)``."""
     return run_recipe
+
+
+@pytest.fixture(scope="session")
+def recipe_command() -> Callable[..., tuple[list[str], dict[str, str]]]:
+    """Command line and environment of a recipe, for tests that start it themselves."""
+    return lambda name, run_dir, *args: (command(name, run_dir, *args), environment())
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,178 @@
+"""The report page: structure, hostile text, and a browser that has nothing to complain about."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from genrec.audit.custody import AuditKey, read_log
+from genrec.audit.records import ExplainedRun
+from genrec.audit.report import MAX_TITLE_CHARS, display_text, render_report
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes and text; raises on wrong nesting."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        assert len(dict(attrs)) == len(attrs), f"<{tag}> repeats an attribute"
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data):
+        if self.open:
+            self.texts.append((self.open[-1], data))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def text(self, *tags: str) -> list[str]:
+        return [data for tag, data in self.texts if not tags or tag in tags]
+
+
+@pytest.fixture(scope="module")
+def html(audited_run) -> str:
+    return (audited_run / "audit" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html) -> Page:
+    return Page(html)
+
+
+def test_it_is_one_self_contained_page(html, page):
+    assert html.startswith("<!doctype html>") and page.all("html") == [{"lang": "en"}]
+    assert not page.all("script") and not page.all("iframe") and not page.all("img")
+    links = [a["href"] for a in page.all("a")] + [a["href"] for a in page.all("link")]
+    assert all(link.startswith("#") or link == "data:," for link in links)
+    assert not re.search(r"url\(|@import|https?:", html)
+    names = {
+        attributes.get("name") or attributes.get("http-equiv") for attributes in page.all("meta")
+    }
+    assert {"viewport", "color-scheme", "Content-Security-Policy"} <= names
+    assert "prefers-color-scheme: dark" in html and "@media print" in html
+
+
+def test_links_and_labels_lead_somewhere(page):
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    targets = [a["href"][1:] for a in page.all("a") if a["href"].startswith("#")]
+    assert len([t for t in targets if re.fullmatch(r"r\d+-h\d+", t)]) > 5  # evidence
+    labels = [a["aria-labelledby"] for _, a in page.elements if a.get("aria-labelledby")]
+    assert set(targets) | set(labels) <= set(ids)
+
+
+def test_headings_tables_and_landmarks(page):
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert len(page.all("main")) == 1 and len(page.all("nav")) == 1
+    assert all(a.get("scope") in ("col", "row", "rowgroup") for a in page.all("th"))
+    assert all(a.get("aria-labelledby") for a in page.all("table"))
+    scrolling = [a for _, a in page.elements if a.get("class") == "scroll"]
+    assert scrolling and all(a.get("tabindex") == "0" for a in scrolling)  # reachable by keyboard
+
+
+def test_what_it_says(page, html, audited_run):
+    text = " ".join(page.text())
+    records = read_log(audited_run / "audit")
+    assert len(page.all("article")) == 5 and "6 lists on record" in text  # --report_users 5
+    for record in records[:5]:
+        assert f'id="record-{record["record"]}"' in html and record["sha256"][:12] in text
+        assert record["user"]["pseudonym"][:12] in text
+        for place in range(len(record["input"]["history"])):
+            assert f'id="r{record["record"]}-h{place}"' in html
+    assert records[-1]["sha256"] in text
+    assert "They are not the model’s reasoning" in text and "origin: template" in text
+    assert "Not measured: the evaluate stage has not run" in text
+    assert "Not explained: beyond the explained top 5." in text
+    assert "genrec audit verify" in text
+    users = {f"u{i}" for i in range(14)}
+    assert not users & set(re.findall(r"[\w]+", text))
+
+
+@pytest.fixture(scope="module")
+def hostile(audited_run) -> str:
+    """A page that shows every list, and so every hostile title."""
+    run = ExplainedRun.load(audited_run)
+    sealed = read_log(audited_run / "audit")
+    return render_report(run, sealed, AuditKey.load(audited_run / "audit.key"), users=100)
+
+
+def test_hostile_titles_stay_text(hostile):
+    page = Page(hostile)
+    assert not page.all("script") and len(page.all("h1")) == 1 and len(page.all("b")) == 0
+    shown = page.text("bdi")
+    assert "<script>alert(document.domain)</script>" in shown
+    assert "\"quoted\" 'title' & </bdi></ol><h1>" in shown
+    assert "{{ 7 * 7 }} {% raw %} <a_1><b_2> line break" in shown
+    assert "שלום ברוך הבא" in shown
+    assert max(map(len, shown)) <= MAX_TITLE_CHARS
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\x00-\x08]", hostile)
+    assert "A" * 200 not in hostile and all(
+        "on" != name[:2] for _, a in page.elements for name in a
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\u202eb\u2066c\u200b", "abc"),
+        ("  2\n\tlines\u2028x ", "2 lines x"),
+        ("", "(no text)"), ("\u200b", "(no text)"), (None, "None"), (7, "7"),
+        ("é" * 20, "é" * 9 + "…"), ("\ud800x", "x"), ("x" * 10, "x" * 10),
+        ("x" * 11, "x" * 9 + "…"),
+        ("\u200b" * 100 + "x", "…"),
+    ],
+)  # fmt: skip
+def test_display_text(text, shown):
+    assert display_text(text, 10) == shown
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+def browse(path: Path, profile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync", *quiet,
+        f"--user-data-dir={profile}", "--enable-logging=stderr", *flags, path.as_uri(),
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: nothing to render the page with")
+def test_a_browser_renders_it_without_a_word(hostile, tmp_path):
+    noisy, page = tmp_path / "noisy.html", tmp_path / "report.html"
+    noisy.write_text("<script>console.error('seen')</script>")
+    said = browse(noisy, tmp_path / "a", "--dump-dom").stderr
+    assert "CONSOLE" in said and "seen" in said  # silence below means something
+    page.write_text(hostile, encoding="utf-8")
+    done = browse(page, tmp_path / "b", "--dump-dom")
+    assert "CONSOLE" not in done.stderr
+    assert done.stdout.count("<article") == 6 and done.stdout.count("<h1") == 1
+    for width in (500, 1400):
+        shot = tmp_path / f"{width}.png"
+        browse(page, tmp_path / "c", f"--screenshot={shot}", f"--window-size={width},1200")
+        assert shot.stat().st_size > 20_000

@@ -1,0 +1,240 @@
+"""The explain, audit and trace recipes as a user runs them, on a run around a random model."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shutil
+import stat
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from genrec.artifacts import load_manifest
+from genrec.chains import read_chains
+
+_shared = runpy.run_path(str(Path(__file__).resolve().parents[1] / "explain" / "conftest.py"))
+make_listed_run, call = _shared["make_listed_run"], _shared["call_recipe"]
+EXPLAIN = ("--num_rows", "5", "--samples", "50")
+
+
+@pytest.fixture(scope="module")
+def listed(tiny, tmp_path_factory) -> Path:
+    """Stages prepare … recommend, read only."""
+    return make_listed_run(tiny, tmp_path_factory.mktemp("listed") / "run", strings=False)
+
+
+@pytest.fixture(scope="module")
+def finished(listed, tmp_path_factory) -> Path:
+    """Explained and audited, read only."""
+    run = shutil.copytree(listed, tmp_path_factory.mktemp("finished") / "run")
+    call("explain", "--run_dir", str(run), *EXPLAIN)
+    call("audit", "--run_dir", str(run))
+    return run
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def refused(capsys, name: str, *args: str) -> str:
+    """Error line of a recipe that must end with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        call(name, *args)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and error.count("error: ") == 1
+    return error
+
+
+def test_explain_writes_chains_and_evidence(finished):
+    chains = read_chains(finished / "explanations" / "chains.jsonl")
+    evidence = pl.read_parquet(finished / "explanations" / "evidence.parquet")
+    manifest = load_manifest(finished, "explain")
+    assert manifest is not None and manifest.rows == len(chains) == 5 * 6
+    upstream = {"prepare", "quantize", "build_dataset", "sft", "recommend"}
+    assert set(manifest.inputs) == upstream and manifest.config["normalizer"] == "full"
+    assert {c.rationale_origin for c in chains} == {"template"}
+    rows = dict(
+        pl.read_parquet(finished / "data" / "test.parquet")
+        .select("row_id", "history_item_index")
+        .iter_rows()
+    )
+    ids = pl.read_parquet(finished / "data" / "catalog.parquet")["item_id"]
+    assert evidence.columns == [
+        "row_id", "rank", "item_id", "position", "history_item_id", "delta", "cited",
+    ]  # fmt: skip
+    assert len(evidence) == sum(6 * len(rows[r]) for r in {c.row_id for c in chains})
+    for row_id, position, item in evidence.select(
+        "row_id", "position", "history_item_id"
+    ).iter_rows():
+        assert ids[rows[row_id][position]] == item
+    keys = ["row_id", "item_id"]
+    cited = {
+        k: v
+        for *k, v in evidence.filter("cited").group_by(keys).len().iter_rows()
+        for k in [tuple(k)]
+    }
+    for chain in chains:
+        step = chain.step("evidence")
+        assert step is not None and len(step.measured["positions"]) == cited.get(
+            (chain.row_id, chain.item_id), 0
+        )
+        deltas = evidence.filter(row_id=chain.row_id, item_id=chain.item_id).sort("position")[
+            "delta"
+        ]
+        assert [deltas[p] for p in step.measured["positions"]] == step.measured["deltas"]
+        assert all(np.diff(step.measured["deltas"]) <= 0)
+    assert "sentence" in manifest.metrics and manifest.metrics["score_difference_passed"] == 1
+
+
+def test_the_same_settings_give_the_same_bytes(finished, copied):
+    path = copied / "explanations" / "manifest.json"
+    before = path.stat().st_mtime_ns
+    call("explain", "--run_dir", str(copied), *EXPLAIN)
+    call("audit", "--run_dir", str(copied))
+    assert path.stat().st_mtime_ns == before  # skipped
+    assert not (copied / "audit.old-1").exists()
+    call("explain", "--run_dir", str(copied), *EXPLAIN, "--overwrite", "true")
+    for name in ("chains.jsonl", "evidence.parquet"):
+        old, new = (run / "explanations" / name for run in (finished, copied))
+        assert old.read_bytes() == new.read_bytes()
+
+
+def test_named_users_are_explained_too(listed, tmp_path):
+    run = shutil.copytree(listed, tmp_path / "run")
+    rows = pl.read_parquet(run / "recommendations" / "rows.parquet")
+    last = rows.row(-1, named=True)
+    call(
+        "explain", "--run_dir", str(run), "--num_rows", "1", "--users", last["user_id"], "--k", "2"
+    )
+    chains = read_chains(run / "explanations" / "chains.jsonl")
+    assert last["row_id"] in {c.row_id for c in chains} and {c.rank for c in chains} == {1, 2}
+
+
+def test_bad_explain_input(capsys, listed, tmp_path):
+    error = refused(capsys, "explain", "--run_dir", str(listed), "--users", "nobody")
+    assert "['nobody'] have no list" in error and "e.g. of users u" in error
+    error = refused(capsys, "explain", "--run_dir", str(listed), "--k", "0")
+    assert "k=0 must be at least 1" in error
+    error = refused(capsys, "explain", "--run_dir", str(tmp_path / "none"))
+    assert "has not finished" in error and "genrec recommend" in error
+    assert not (listed / "explanations").exists()
+
+
+def test_audit_without_what_it_needs(capsys, listed):
+    error = refused(capsys, "audit", "--run_dir", str(listed))
+    assert "stage 'explain' has not finished" in error
+    assert not (listed / "audit.key").exists() and not (listed / "audit").exists()
+    error = refused(capsys, "audit", "verfy", "--run_dir", str(listed))
+    assert "'verfy' is no verb of audit; use verify, replay" in error
+    assert "does not exist" in refused(capsys, "audit", "verify", "--run_dir", str(listed))
+
+
+def test_verify_and_its_exit_status(capsys, copied):
+    call("audit", "verify", "--run_dir", str(copied))
+    assert "OK: 5 records, chain and numbering whole" in capsys.readouterr().out
+    path = copied / "audit" / "audit.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join(lines[:-2]) + b"\n")
+    with pytest.raises(SystemExit) as stop:
+        call("audit", "verify", "--run_dir", str(copied))
+    said = capsys.readouterr().out
+    assert (
+        stop.value.code == 1 and "the head states 5" in said and "NOT verified: 2 findings" in said
+    )
+
+
+def test_replay_and_its_exit_status(capsys, copied):
+    call("audit", "replay", "--run_dir", str(copied), "--record", "0")
+    assert "record 0: reproduced, same" in capsys.readouterr().out
+    call("audit", "replay", "--run_dir", str(copied), "--all")
+    assert "5 of 5 records reproduced" in capsys.readouterr().out
+    path = copied / "audit" / "audit.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records[1]["items"].reverse()
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    with pytest.raises(SystemExit) as stop:
+        call("audit", "replay", "--run_dir", str(copied), "--all")
+    said = capsys.readouterr().out
+    assert stop.value.code == 1
+    assert "record 1: NOT reproduced, same set" in said and "4 of 5 records reproduced" in said
+    for flags in ((), ("--record", "0", "--all")):
+        assert "name one record" in refused(capsys, "audit", "replay", *flags)
+    error = refused(capsys, "audit", "replay", "--run_dir", str(copied), "--record", "5")
+    assert "record=5 is not in the log; it has 0..4" in error
+
+
+def test_the_key_stays_outside_the_log(capsys, finished, copied, tmp_path):
+    assert stat.S_IMODE((finished / "audit.key").stat().st_mode) == 0o600
+    manifest = load_manifest(finished, "audit")
+    assert manifest is not None and set(manifest.outputs) == {
+        "audit.jsonl", "head.json", "report.html", "config.yaml",
+    }  # fmt: skip
+    secret = (finished / "audit.key").read_text().strip()
+    assert not any(secret in p.read_text() for p in (finished / "audit").iterdir())
+    (copied / "audit.key").unlink()
+    error = refused(capsys, "audit", "--run_dir", str(copied))
+    assert "a log was signed already" in error and not (copied / "audit.key").exists()
+    key = tmp_path / "safe" / "k"
+    call("audit", "--run_dir", str(copied), "--key_file", str(key), "--overwrite", "true")
+    call("audit", "verify", "--run_dir", str(copied), "--key_file", str(key))
+    assert (copied / "audit.old-1" / "audit.jsonl").exists()
+
+
+def test_a_rebuilt_upstream_stage_is_refused(capsys, copied):
+    manifest = copied / "recommendations" / "manifest.json"
+    value = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**value, "content_hash": "0" * 64}))
+    error = refused(capsys, "audit", "--run_dir", str(copied))
+    assert "was built from 'recommend'" in error and "genrec explain" in error
+
+
+def test_trace_of_the_first_explained_user(capsys, finished):
+    call("trace", "--run_dir", str(finished))
+    said = capsys.readouterr().out
+    first = read_chains(finished / "explanations" / "chains.jsonl")[0]
+    assert first.row_id in said and "record 0 of 5, sha256" in said
+    for part in (
+        "1. The user's rows", "Bought so far, oldest first:", "token ids:", "trie: 20 items",
+"EQUAL to the stored list", "prompt hash equal",
+        "[decision] Rank 1", "wording: template", "score_difference",
+        "not there yet, left out below: embed, evaluate",
+    ):  # fmt: skip
+        assert part in said, part
+    assert re.search(r"level 3: \d+ of 20 prefixes survive", said)
+    assert max(map(len, said.splitlines())) <= 100
+    assert "\u202e" not in said and "\x07" not in said
+
+
+def test_trace_says_when_the_stored_list_is_another(capsys, copied):
+    path = copied / "recommendations" / "recommendations-00000.parquet"
+    table = pl.read_parquet(path)
+    table.with_columns(pl.col("item_index").reverse().over("row_id")).write_parquet(path)
+    manifest = copied / "recommendations" / "manifest.json"
+    value = json.loads(manifest.read_text())
+    value["outputs"][path.name]["bytes"] = path.stat().st_size
+    manifest.write_text(json.dumps(value))
+    call("trace", "--run_dir", str(copied))
+    assert "DIFFERENT from the stored list" in capsys.readouterr().out
+
+
+def test_trace_of_a_run_that_is_not_finished(capsys, listed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(listed / "data", run / "data")
+    call("trace", "--run_dir", str(run), "--user", "u3")
+    said = capsys.readouterr().out
+    assert "left out below: embed, quantize, build_dataset, sft, recommend" in said
+    assert "target" in said and "user u3" in said
+    call("trace", "--run_dir", str(listed), "--user", "u3")
+    said = capsys.readouterr().out
+    assert "left out below: embed, evaluate, explain, audit" in said and "EQUAL" in said
+
+
+def test_trace_of_an_unknown_user(capsys, finished):
+    error = refused(capsys, "trace", "--run_dir", str(finished), "--user", "nobody")
+    assert "user 'nobody' has no row in the test split; users look like u" in error
