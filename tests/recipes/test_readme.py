@@ -37,9 +37,8 @@ SMALL = {
     "embed": {"dim": 8},
     "quantize": {"codebook_size": 8},
     "build_dataset": {"item_rows": 20},
-    "sft": {"size": "tiny", "vocab_size": 300, "num_train_epochs": 1, "eval_rows": 10, "max_steps":
-    6,
-            "warmup_steps": 2, "save_strategy": "no"},
+    "sft": {"size": "tiny", "vocab_size": 300, "num_train_epochs": 1, "eval_rows": 10,
+            "max_steps": 6, "warmup_steps": 2, "save_strategy": "no"},
     "recommend": {"beam_width": 20},
     "evaluate": {"samples": 50},
     "explain": {"num_rows": 5},
@@ -65,10 +64,12 @@ def test_make_help_lists_every_target():
 
 @pytest.fixture(scope="module")
 def own_csv(tmp_path_factory) -> tuple[Path, Path]:
-    """A shop's two CSV files with the columns of the own-csv example, and small copies of its
-    configs.""" folder = tmp_path_factory.mktemp("own") shop = synthetic_shop(n_users=80,
-    n_items=50, seed=1) (folder / "files").mkdir() when = pl.from_epoch(pl.col(TIMESTAMP),
-    time_unit="s").dt.strftime("%Y-%m-%dT%H:%M:%SZ") shop.interactions.select(
+    """A shop as two CSV files in the columns of the own-csv example, and small configs."""
+    folder = tmp_path_factory.mktemp("own")
+    shop = synthetic_shop(n_users=80, n_items=50, seed=1)
+    (folder / "files").mkdir()
+    when = pl.from_epoch(pl.col(TIMESTAMP), time_unit="s").dt.strftime("%Y-%m-%dT%H:%M:%SZ")
+    shop.interactions.select(
         pl.col(USER_ID).alias("customer"), pl.col(ITEM_ID).alias("sku"), when.alias("ordered_at"),
         pl.col(RATING).alias("stars"),
     ).write_csv(folder / "files" / "orders.csv")  # fmt: skip
