@@ -25,7 +25,7 @@ install-vllm: $(VENV_VLLM)/.installed ## Install the package with the CPU build 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) torch
-	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -e ".[dev,quant]"
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -e ".[dev]"
 	$(VENV)/bin/python -c "from transformers import Qwen3ForCausalLM; import trl, peft"
 	touch $@
 
@@ -46,13 +46,13 @@ QUICKSTART_VENV := $(VENV)
 endif
 
 quickstart: $(QUICKSTART_VENV)/.installed ## Run the whole line on a synthetic shop (ENGINE=vllm: decode with vLLM).
-	$(QUICKSTART_VENV)/bin/genrec pipeline --configs quickstart --run_dir runs/quickstart --engine $(ENGINE)
+	$(QUICKSTART_VENV)/bin/genrec pipeline --configs quickstart --run_dir runs/quickstart$(if $(filter vllm,$(ENGINE)),-vllm) --engine $(ENGINE)
 
 test: $(VENV)/.installed ## Run the tests that need neither vLLM nor a GPU nor minutes.
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow and not gpu and not vllm" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm" $(ARGS)
 
 test-slow: $(VENV)/.installed ## Run the slow tests too (GENREC_DATA=<datasets> adds those on real data).
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not gpu and not vllm" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not gpu and not vllm" $(ARGS)
 
 test-vllm: $(VENV_VLLM)/.installed ## Run the vLLM tests on CPU; a skip counts as a failure.
 	OMP_NUM_THREADS=1 GENREC_FORBID_SKIPS=1 $(VENV_VLLM)/bin/python -m pytest -m vllm $(ARGS)

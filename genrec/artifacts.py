@@ -122,6 +122,19 @@ def write_parquet(path: Path | str, table: pl.DataFrame) -> None:
             partial.unlink()
 
 
+def read_shards(folder: Path | str, prefix: str) -> pl.DataFrame:
+    """All of ``<folder>/<prefix>-*.parquet`` as one table, in the order of their names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    # Not by Polars' own pattern: a run folder may have brackets or stars in its name.
+    paths = sorted(Path(folder).glob(f"{prefix}-*.parquet"))
+    if not paths:
+        raise ValueError(f"{folder} holds no {prefix}-*.parquet; run its stage first")
+    return pl.concat([pl.read_parquet(path, glob=False) for path in paths])
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a finished stage says about itself (the content of ``manifest.json``)."""

@@ -52,6 +52,4 @@ def main() -> None:
     else:
         path = folder / f"{name}.py"
         sys.argv = [str(path), *sys.argv[2:]]
-        # As `python recipes/<name>.py` would have it.
-        sys.path.insert(0, str(folder))
         runpy.run_path(str(path), run_name="__main__")

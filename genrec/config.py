@@ -127,19 +127,12 @@ def _closest(matches: list[str]) -> str:
 def training_fingerprint(training: Any) -> dict[str, Any]:
     """Settings of a Transformers/TRL training config that can change the trained weights."""
     volatile = (
-        "dir",
-        "report",
-        "run_name",
-        "tqdm",
-        "logging",
-        "log_",
-        "push",
-        "hub",
-        "save_",
-        "resume",
-    )
+        "dir", "report", "run_name", "tqdm", "logging", "log_", "push", "hub", "save_", "resume",
+        "dataloader_", "ddp_", "debug", "skip_memory",
+    )  # fmt: skip
     values = training.to_dict()
-    return {key: v for key, v in values.items() if not any(part in key for part in volatile)}
+    kept = {key: v for key, v in values.items() if not any(part in key for part in volatile)}
+    return {**kept, "world_size": training.world_size}  # a factor of the batch
 
 
 def dataset_path(path: str, data_dir: str | None = None) -> Path:

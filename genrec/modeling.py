@@ -245,16 +245,17 @@ def lora_config(
     Only the SID rows of the embedding (and of an untied head) are trained, not the whole matrix.
     """
     flat = [token for ids in token_ids for token in ids]
-    tied = _weight(model.get_output_embeddings()) is _weight(model.get_input_embeddings())
-    name = next(
-        n for n, module in model.named_modules() if module is model.get_input_embeddings()
-    ).split(".")[-1]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = _weight(head) is _weight(embedding)
+    names = {id(module): name.split(".")[-1] for name, module in model.named_modules()}
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules="all-linear",
-        trainable_token_indices=flat if tied else {name: flat, "lm_head": flat},
+        trainable_token_indices=flat
+        if tied
+        else {names[id(embedding)]: flat, names[id(head)]: flat},
         task_type="CAUSAL_LM",
     )
 

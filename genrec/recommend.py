@@ -79,6 +79,7 @@ class Recommender:
         engine: a decoding engine over the same map.
         max_history: items of a history that the prompt keeps (the newest).
         model_stage: which stage the model came from.
+        filter_seen: the rule under which it was validated.
     """
 
     def __init__(
@@ -91,10 +92,12 @@ class Recommender:
         engine: Engine,
         max_history: int,
         model_stage: str,
+        filter_seen: bool = True,
     ) -> None:
         self.catalog, self.semantic_ids = catalog, semantic_ids
         self.renderer, self.template, self.tokenizer = renderer, template, tokenizer
         self.engine, self.max_history, self.model_stage = engine, max_history, model_stage
+        self.filter_seen = filter_seen
         self.sids = np.array(semantic_ids.sids().to_list(), dtype=object)
         self._row_of = dict(zip(catalog[ITEM_ID].to_list(), range(len(catalog)), strict=True))
 
@@ -128,7 +131,7 @@ class Recommender:
                 f"stage={stage!r} is not known; choose one of {', '.join(MODEL_STAGES)}"
             )
         stage = stage or ("grpo" if load_manifest(run_dir, "grpo") else "sft")
-        require(run_dir, stage)
+        trained = require(run_dir, stage)
         data = require(run_dir, "prepare")
         dataset = require(run_dir, "build_dataset")
         semantic_ids = SemanticIds.load(stage_folder(run_dir, "quantize"))
@@ -158,6 +161,7 @@ class Recommender:
             built,
             data.config["max_history"],
             stage,
+            trained.config.get("filter_seen", True),
         )
 
     def prompts(self, histories: Sequence[Sequence[int]]) -> list[str]:
@@ -190,7 +194,7 @@ class Recommender:
         self,
         history: Sequence[Any],
         k: int = 10,
-        filter_seen: bool = True,
+        filter_seen: bool | None = None,
         beam_width: int | None = None,
     ) -> list[Recommendation]:
         """The k best items after a history of item ids, oldest first (empty: nobody known).
@@ -198,11 +202,12 @@ class Recommender:
         Args:
             history: the user's item ids.
             k: length of the list.
-            filter_seen: leave out items of the history.
+            filter_seen: leave out items of the history; default: the rule of the run.
             beam_width: prefixes kept per level; default max(2k, 50).
         """
         rows = self.rows_of(history)
         prompt = self.prompts([rows])
+        filter_seen = self.filter_seen if filter_seen is None else filter_seen
         seen = [np.array(rows, dtype=np.int64)] if filter_seen else None
         result = self.engine.search(
             encode_prompts(self.tokenizer, prompt), k, beam_width or default_beam_width(k), seen

@@ -147,6 +147,8 @@ class BeamGRPOTrainer(GRPOTrainer):
                 logits = model(
                     input_ids=ids[:, :-2],
                     attention_mask=mask[:, :-2],
+                    # TRL pads on the left; the search counts positions from the prompt's start.
+                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-2],
                     logits_to_keep=self.trie.n_levels,
                 ).logits
             lp, entropy = self._score_completions(logits, ids[:, -logits_to_keep:-1])

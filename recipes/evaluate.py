@@ -9,7 +9,7 @@ Parquet or CSV with `user_id` or `row_id`, `item_id`, and `rank` (1 is best) or 
 
 Writes metrics.json, per_user.parquet and baselines/*.parquet. Baselines are fitted on the training
 rows, which is what the model saw, and tuned on the validation rows; like the model they read the
-validation item as part of a test row's history. Every read of the test split is noted in
+validation item as part of a test row's history. Every evaluation on the test split is noted in
 `<run_dir>/test_reads.jsonl`. CPU only; two minutes for Beauty.
 """
 
@@ -30,6 +30,7 @@ from rich.console import Console
 from genrec.artifacts import (
     Manifest,
     Stage,
+    read_shards,
     require,
     sha256_file,
     stage_folder,
@@ -46,7 +47,14 @@ from genrec.evaluation.comparison import (
     comparison_table,
     describe_difference,
 )
-from genrec.evaluation.knn import ITEM_KNN_GRID, SEQUENTIAL_KNN_GRID, ItemKNN, KNNSettings, tune_knn
+from genrec.evaluation.knn import (
+    ITEM_KNN_GRID,
+    SELF_WEIGHTS,
+    SEQUENTIAL_KNN_GRID,
+    ItemKNN,
+    KNNSettings,
+    tune_knn,
+)
 from genrec.evaluation.lists import align, check_unseen, read_recommendations
 
 logger = logging.getLogger("genrec.evaluate")
@@ -147,7 +155,9 @@ def baseline_lists(
         else:
             sequential = name == "sequential-kNN"
             start = KNNSettings(lag_power=0.5 if sequential else None)
-            grid = SEQUENTIAL_KNN_GRID if sequential else ITEM_KNN_GRID
+            grid = dict(SEQUENTIAL_KNN_GRID if sequential else ITEM_KNN_GRID)
+            if not args.filter_seen:  # then repeats can be targets, for kNN as for the model
+                grid["self_weight"] = SELF_WEIGHTS
             # Always tuned with train rows only: train+valid would hold the validation targets.
             best, trials = tune_knn(train, valid, seen(valid), n_items, start, grid, 10, args.seed)
             history = ItemLists.from_column(rows[HISTORY])
@@ -234,7 +244,7 @@ def main() -> None:
         split, folder, inputs = recommended_split(args, stage), stage.folder, stage.inputs
         if stage.is_done(args.overwrite):
             return
-        table = pl.read_parquet(source / "recommendations-*.parquet")
+        table = read_shards(source, "recommendations")
     else:
         split, folder = args.split or "test", Path(str(args.output_dir))
         if folder.exists() and any(folder.iterdir()):

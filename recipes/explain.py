@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from genrec.artifacts import Stage, require, stage_folder, write_parquet
+from genrec.artifacts import Stage, read_shards, require, stage_folder, write_parquet
 from genrec.chains import write_chains
 from genrec.columns import (
     HISTORY,
@@ -128,7 +128,7 @@ def main() -> None:
     rows = chosen_rows(pl.read_parquet(source / "rows.parquet"), args)
     if stage.is_done(args.overwrite):
         return
-    table = pl.read_parquet(source / "recommendations-*.parquet").filter(pl.col(RANK) <= args.k)
+    table = read_shards(source, "recommendations").filter(pl.col(RANK) <= args.k)
     lists = table.join(rows.select(ROW_ID), on=ROW_ID, how="semi").sort(ROW_ID, RANK)
     if lists[ROW_ID].n_unique() < rows.height:
         raise ValueError(

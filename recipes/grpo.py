@@ -10,7 +10,6 @@ checkpoint.
 
 from dataclasses import asdict, dataclass, field
 
-import numpy as np
 import polars as pl
 from accelerate.state import PartialState
 from datasets import Dataset
@@ -114,15 +113,16 @@ def main() -> None:
     modeling.expose_head_bias(trainer.model)
     validation = None
     if args.eval_rows and len(valid):
-        sample = np.random.default_rng(training.seed).permutation(len(valid))[: args.eval_rows]
-        seen = [np.array(s) for s in valid[SEEN].gather(sample).to_list()]
-        validation = BeamValidation(
+        validation = BeamValidation.of_split(
             stage.folder,
             # Measured as it is served: full-vocabulary scores.
             lambda m: TorchEngine(m, trie, token_ids, tokenizer.pad_token_id),
-            modeling.encode_prompts(tokenizer, valid_prompts.gather(sample).to_list()),
-            valid[TARGET].gather(sample).to_numpy(),
-            seen if args.filter_seen else None,
+            tokenizer,
+            valid,
+            valid_prompts,
+            args.eval_rows,
+            training.seed,
+            args.filter_seen,
             every_steps=args.eval_every_steps,
             at_start=True,
         )
@@ -131,8 +131,8 @@ def main() -> None:
 
     trainer.accelerator.wait_for_everyone()
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    best = validation.restore_best(trained) if validation else None
-    if trainer.accelerator.is_main_process:
+    if trainer.accelerator.is_main_process:  # it alone has measured, and saves
+        best = validation.restore_best(trained) if validation else None
         write_json(stage.folder / "log.json", trainer.state.log_history)
         if args.use_lora:
             trained.save_pretrained(stage.folder / "adapter")

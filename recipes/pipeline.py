@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from genrec.artifacts import FOLDERS, load_manifest, read_json, stage_folder
+from genrec.artifacts import FOLDERS, load_manifest, read_json, read_shards, stage_folder
 from genrec.chains import Chain, read_chains
 from genrec.columns import ITEM_ID, ITEM_INDEX, POSITION, RANK, ROW_ID, SCORE, TITLE, USER_ID
 from genrec.config import check_choice, parse, run
@@ -40,6 +40,7 @@ class PipelineArgs:
     run_dir: str = "runs/quickstart"
     engine: str | None = None  # torch or vllm; default: what recommend.yaml says
     until: str | None = None  # stop after this stage
+    overwrite_from: str | None = None  # redo this stage and all behind it; old folders are kept
     data_dir: str | None = None  # where relative dataset paths start; else here, then $GENREC_DATA
     accelerate_args: str | None = None  # launch sft and grpo by `accelerate launch <these>`
 
@@ -49,6 +50,8 @@ class PipelineArgs:
             check_choice("engine", self.engine, ("torch", "vllm"))
         if self.until is not None:
             check_choice("until", self.until, FOLDERS)
+        if self.overwrite_from is not None:
+            check_choice("overwrite_from", self.overwrite_from, FOLDERS)
 
 
 def main() -> None:
@@ -58,15 +61,14 @@ def main() -> None:
         (f for f in (Path(args.configs), RECIPES / "configs" / args.configs) if f.is_dir()), None
     )
     if folder is None:
-        known = sorted(f.name for f in (RECIPES / "configs").iterdir() if f.is_dir())
+        known = sorted(f.parent.name for f in (RECIPES / "configs").glob("*/prepare.yaml"))
         raise ValueError(f"configs={args.configs!r} is no folder; shipped ones: {', '.join(known)}")
     stages = [stage for stage in FOLDERS if (folder / f"{stage}.yaml").is_file()]
     if args.until is not None:
         stages = stages[: stages.index(args.until) + 1] if args.until in stages else stages
     if not stages:
         raise ValueError(f"{folder} holds no <stage>.yaml; the stages are {', '.join(FOLDERS)}")
-    pending = [stage for stage in stages if load_manifest(args.run_dir, stage) is None]
-    for stage in pending:  # a typo in the last file must not show after hours in the first stages
+    for stage in stages:  # a typo in the last file must not show after hours in the first stages
         check_config(stage, folder / f"{stage}.yaml")
     console = Console()
     for number, stage in enumerate(stages, 1):
@@ -93,12 +95,15 @@ def check_config(stage: str, config: Path) -> None:
 
 def run_stage(args: PipelineArgs, stage: str, config: Path) -> None:
     """Run one recipe; its failure ends the pipeline with its own message."""
-    command = [sys.executable]
+    command = [sys.executable, "-P"]  # recipes must not shadow modules of the same name
     if stage in TRAINING and args.accelerate_args:
         command += ["-m", "accelerate.commands.launch", *shlex.split(args.accelerate_args)]
     command += [str(RECIPES / f"{stage}.py"), "--config", str(config), "--run_dir", args.run_dir]
     if stage == "recommend" and args.engine:
         command += ["--engine", args.engine]
+    order = list(FOLDERS)
+    if args.overwrite_from and order.index(stage) >= order.index(args.overwrite_from):
+        command += ["--overwrite", "true"]
     if stage in ("prepare", "embed") and args.data_dir:
         command += ["--data_dir", args.data_dir]
     started = time.perf_counter()
@@ -128,7 +133,7 @@ def show(run_dir: Path, console: Console) -> None:
 
 def show_list(run_dir: Path, console: Console) -> None:
     """One user's recommendations with titles and, where there is one, the reason for each."""
-    lists = pl.read_parquet(stage_folder(run_dir, "recommend") / "recommendations-*.parquet")
+    lists = read_shards(stage_folder(run_dir, "recommend"), "recommendations")
     chains_path = stage_folder(run_dir, "explain") / "chains.jsonl"
     chains = read_chains(chains_path) if chains_path.exists() else []
     row_id = chains[0].row_id if chains else lists[ROW_ID][0]

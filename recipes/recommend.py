@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import polars as pl
 from tqdm import tqdm
 
-from genrec.artifacts import Stage, load_manifest, stage_folder, write_parquet
+from genrec.artifacts import Stage, load_manifest, read_shards, stage_folder, write_parquet
 from genrec.columns import CERTIFIED, RANK, ROW_ID, SEEN, USER_ID
 from genrec.config import check_choice, parse, run
 
@@ -61,6 +61,11 @@ def main() -> None:
         return
     from genrec.recommend import Recommender, generate
 
+    if (rule := stage.upstream[model_stage].config.get("filter_seen")) not in (
+        None,
+        args.filter_seen,
+    ):
+        print(f"warning: {model_stage} was validated with filter_seen={rule}, this differs")
     rows = pl.read_parquet(stage_folder(args.run_dir, "prepare") / f"{args.split}.parquet")
     if args.max_rows is not None and args.max_rows < len(rows):
         rows = rows.sample(args.max_rows, seed=args.seed).sort(ROW_ID)
@@ -82,7 +87,7 @@ def main() -> None:
             bar.update,
         )
     seconds = time.perf_counter() - started
-    table = pl.read_parquet(stage.folder / "recommendations-*.parquet")
+    table = read_shards(stage.folder, "recommendations")
     first = table.filter(pl.col(RANK) == 1)
     metrics = {
         "users_per_s": round(done / seconds, 1) if done else None,

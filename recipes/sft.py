@@ -10,7 +10,6 @@ last checkpoint.
 
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import polars as pl
 from accelerate.state import PartialState
 from datasets import Dataset
@@ -20,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from genrec import modeling
 from genrec.artifacts import Stage, stage_folder, write_json
-from genrec.columns import COMPLETION, PROMPT, SEEN, TARGET, TITLE
+from genrec.columns import COMPLETION, PROMPT, TITLE
 from genrec.config import check_choice, parse, run, training_fingerprint
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
@@ -94,6 +93,9 @@ def main() -> None:
         tokenizer, rows[PROMPT].to_list(), rows[COMPLETION].to_list(), sid_set
     )
     longest = max(len(ids) for ids in encoded["input_ids"])
+    # What is served later may be longer than any training row.
+    served = modeling.encode_prompts(tokenizer, valid_prompts.to_list())
+    longest = max(longest, *(len(ids) + semantic_ids.n_levels for ids in served), 0)
 
     # Model, SID rows, adapters.
     if args.model_name_or_path:
@@ -112,7 +114,9 @@ def main() -> None:
             args.size, len(tokenizer), context, training.seed, args.dropout
         )
     modeling.resize_embeddings(model, tokenizer)
-    if args.sid_init == "codebooks":
+    if len(tokenizer) == n_text_tokens:
+        print("the base model has these SID tokens already; their rows are kept")
+    elif args.sid_init == "codebooks":
         quantizer = load_file(stage_folder(args.run_dir, "quantize") / "quantizer.safetensors")
         modeling.initialize_from_codebooks(
             model, token_ids, quantizer["codebooks"], n_text_tokens, training.seed
@@ -143,15 +147,15 @@ def main() -> None:
     trie = SidTrie.build(semantic_ids.codes)
     validation = None
     if args.eval_rows and len(valid):
-        sample = np.random.default_rng(training.seed).permutation(len(valid))[: args.eval_rows]
-        validation = BeamValidation(
+        validation = BeamValidation.of_split(
             stage.folder,
             lambda m: TorchEngine(m, trie, token_ids, tokenizer.pad_token_id),
-            modeling.encode_prompts(tokenizer, valid_prompts.gather(sample).to_list()),
-            valid[TARGET].gather(sample).to_numpy(),
-            [np.array(s) for s in valid[SEEN].gather(sample).to_list()]
-            if args.filter_seen
-            else None,
+            tokenizer,
+            valid,
+            valid_prompts,
+            args.eval_rows,
+            training.seed,
+            args.filter_seen,
             every_steps=args.eval_every_steps,
         )
         trainer.add_callback(validation)
@@ -160,8 +164,8 @@ def main() -> None:
     # Save what is served: the best weights, merged.
     trainer.accelerator.wait_for_everyone()
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    best = validation.restore_best(trained) if validation else None
-    if trainer.accelerator.is_main_process:
+    if trainer.accelerator.is_main_process:  # it alone has measured, and saves
+        best = validation.restore_best(trained) if validation else None
         write_json(stage.folder / "log.json", trainer.state.log_history)
         if args.use_lora:
             trained.save_pretrained(stage.folder / "adapter")

@@ -18,7 +18,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from genrec.artifacts import FOLDERS, Manifest, load_manifest, require, sha256_bytes, stage_folder
+from genrec.artifacts import (
+    FOLDERS,
+    Manifest,
+    load_manifest,
+    read_shards,
+    require,
+    sha256_bytes,
+    stage_folder,
+)
 from genrec.chains import Chain, read_chains
 from genrec.columns import (
     HISTORY,
@@ -84,7 +92,7 @@ class View:
         return f"{self.catalog[ITEM_ID][index]}  {title}"
 
     def data(self, stage: str, name: str) -> pl.DataFrame:
-        """A Parquet file (or pattern) of a stage."""
+        """A Parquet file of a stage."""
         return pl.read_parquet(stage_folder(self.run_dir, stage) / name)
 
 
@@ -242,7 +250,7 @@ def compare_stored(
     """Whether the list made now is the stored one."""
     if "recommend" not in view.manifests:
         return
-    table = view.data("recommend", "recommendations-*.parquet")
+    table = read_shards(stage_folder(view.run_dir, "recommend"), "recommendations")
     stored = table.filter(pl.col(ROW_ID) == view.row[ROW_ID]).sort(RANK)
     if stored.is_empty():
         view.say("stored list: none, recommend was not asked for this row")

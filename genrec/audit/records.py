@@ -14,7 +14,7 @@ from typing import Any
 import polars as pl
 from transformers import AutoTokenizer
 
-from genrec.artifacts import FOLDERS, Manifest, require, sha256_bytes, stage_folder
+from genrec.artifacts import FOLDERS, Manifest, read_shards, require, sha256_bytes, stage_folder
 from genrec.audit.custody import SCHEMA, AuditKey
 from genrec.chains import Chain, read_chains
 from genrec.columns import (
@@ -73,7 +73,7 @@ class ExplainedRun:
         wanted = pl.DataFrame({ROW_ID: pl.Series([c.row_id for c in chains], dtype=pl.String)})
         data = stage_folder(run_dir, "prepare")
         split = pl.read_parquet(data / f"{recommend.config['split']}.parquet")
-        lists = pl.read_parquet(stage_folder(run_dir, "recommend") / "recommendations-*.parquet")
+        lists = read_shards(stage_folder(run_dir, "recommend"), "recommendations")
         return cls(
             Path(run_dir),
             {**manifests, "recommend": recommend, "explain": explain},

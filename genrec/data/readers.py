@@ -389,6 +389,11 @@ def _require_columns(
         if name is not None and name not in table.columns:
             close = difflib.get_close_matches(name, table.columns, 1, cutoff=0.4)
             hint = f"; did you mean {setting}: {close[0]}?" if close else f"; set {setting}"
+            if len(table.columns) == 1 and (found := set(table.columns[0]) & set(";|\t")):
+                hint = (
+                    f"; the file looks separated by {found.pop()!r}: save it with commas, or with "
+                    "tabs as .tsv"
+                )
             raise ValueError(
                 f"{path} has no column {name!r} ({setting}); it has "
                 f"{', '.join(table.columns)}{hint}"

@@ -47,6 +47,11 @@ def lsa_vectors(texts: list[str], dim: int, seed: int = 0) -> np.ndarray:
             "`method: npy`"
         ) from error
     limit = min(terms.shape) - 1
+    if limit < 1:
+        raise ValueError(
+            "the item texts don't tell items apart (no titles given?); name a title column in "
+            "prepare, or bring vectors by `method: npy`"
+        )
     if dim > limit:
         raise ValueError(
             f"dim={dim} exceeds what {terms.shape[0]} items with {terms.shape[1]} terms allow; "

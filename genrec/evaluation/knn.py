@@ -54,6 +54,7 @@ class KNNSettings:
         lag_power: None for the cosine over users; else pairs weigh ``lag ** -lag_power``.
         backward: weight of pairs against the order of time (only with `lag_power`).
         window: largest lag that counts (only with `lag_power`).
+        self_weight: how much an item of the history speaks for itself; 0 leaves repeats to chance.
     """
 
     decay: float = 0.7
@@ -62,6 +63,7 @@ class KNNSettings:
     lag_power: float | None = None
     backward: float = 0.5
     window: int = 20
+    self_weight: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -71,6 +73,7 @@ class KNNSettings:
             f"shrinkage={self.shrinkage} must not be negative": self.shrinkage >= 0,
             f"backward={self.backward} must not be negative": self.backward >= 0,
             f"window={self.window} must be at least 1": self.window >= 1,
+            f"self_weight={self.self_weight} must not be negative": self.self_weight >= 0,
         }
         if broken := [rule for rule, holds in rules.items() if not holds]:
             raise ValueError("; ".join(broken))
@@ -161,6 +164,7 @@ class ItemKNN:
         seen: ItemLists,
         k: int,
         decay: float | None = None,
+        self_weight: float | None = None,
     ) -> IntArray:
         """The `k` nearest items to each history, filled up by popularity.
 
@@ -169,11 +173,13 @@ class ItemKNN:
             seen: items to leave out, per row (`no_items` for none).
             k: list length.
             decay: used instead of the settings' (it does not enter the fit).
+            self_weight: likewise.
 
         Returns:
             Item indices, padded with `EMPTY` where the catalogue is used up. ``# (n_rows, k)``
         """
         decay = self.settings.decay if decay is None else decay
+        own = self.settings.self_weight if self_weight is None else self_weight
         lists = np.full((len(history), k), EMPTY, dtype=np.int64)
         for start in range(0, len(history), BATCH_ROWS):
             batch = np.arange(start, min(start + BATCH_ROWS, len(history)))
@@ -183,7 +189,8 @@ class ItemKNN:
                 (decay ** age.astype(np.float64), (part.rows, part.values)),
                 shape=(len(batch), self.n_items),
             )
-            scores = (profile @ self.similarity).tocsr()
+            scores = (profile @ self.similarity + own * profile).tocsr()
+            scores.eliminate_zeros()
             row = np.repeat(np.arange(len(batch)), np.diff(scores.indptr))
             keys = row * self.n_items + scores.indices
             scores.data[contains(banned.keys(self.n_items), keys)] = -np.inf
@@ -228,6 +235,8 @@ SEQUENTIAL_KNN_GRID: dict[str, list[float]] = {
     "neighbours": [100, 400],
     "decay": [0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
 }
+# Only where items that a user has are not left out: how much an item speaks for itself.
+SELF_WEIGHTS = [0.0, 0.01, 0.03, 0.1, 0.3, 1.0]
 
 
 def tune_knn(
@@ -268,11 +277,11 @@ def tune_knn(
     fitted: dict[KNNSettings, ItemKNN] = {}
 
     def score(settings: KNNSettings) -> float:
-        key = replace(settings, decay=1.0)
+        key = replace(settings, decay=1.0, self_weight=0.0)
         if key not in fitted:
             fitted.clear()  # one model at a time in memory
             fitted[key] = ItemKNN(rows, n_items, key, seed)
-        lists = fitted[key].recommend(history, seen, k, settings.decay)
+        lists = fitted[key].recommend(history, seen, k, settings.decay, settings.self_weight)
         return float(gains(target_rank(lists, target), k).mean())
 
     return _coordinate_search(start, grid, score)

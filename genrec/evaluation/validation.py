@@ -8,15 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from genrec.artifacts import read_json, write_json
+from genrec.columns import SEEN, TARGET
 from genrec.decoding.beam import default_beam_width
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.metrics import hit_rate_at_k, ndcg_at_k
+from genrec.modeling import encode_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +64,46 @@ class BeamValidation(TrainerCallback):
         self.every_steps, self.at_start = every_steps, at_start
         path = self.folder / "validation.json"
         self.history: list[dict[str, Any]] = read_json(path) if path.exists() else []
+
+    @classmethod
+    def of_split(
+        cls,
+        folder: Path | str,
+        make_engine: Callable[[Any], TorchEngine],
+        tokenizer: PreTrainedTokenizerBase,
+        rows: pl.DataFrame,
+        prompts: pl.Series,
+        n_rows: int,
+        seed: int,
+        filter_seen: bool,
+        every_steps: int | None = None,
+        at_start: bool = False,
+    ) -> BeamValidation:
+        """Validate on a seeded sample of a split.
+
+        Args:
+            folder: as above.
+            make_engine: as above.
+            tokenizer: encodes the prompts.
+            rows: the split's rows, with targets and seen items.
+            prompts: their rendered prompts, row for row.
+            n_rows: size of the sample.
+            seed: of the sample.
+            filter_seen: leave out the items that a user has, as recommend will.
+            every_steps: as above.
+            at_start: as above.
+        """
+        sample = np.random.default_rng(seed).permutation(len(rows))[:n_rows]
+        seen = [np.array(items) for items in rows[SEEN].gather(sample).to_list()]
+        return cls(
+            folder,
+            make_engine,
+            encode_prompts(tokenizer, prompts.gather(sample).to_list()),
+            rows[TARGET].gather(sample).to_numpy(),
+            seen if filter_seen else None,
+            every_steps=every_steps,
+            at_start=at_start,
+        )
 
     def measure(self, model: nn.Module, step: int, epoch: float) -> dict[str, Any]:
         """Measure now; record the result and, if it is the best so far, the weights."""

@@ -386,3 +386,10 @@ def test_movielens_with_other_fields(tmp_path):
     write(tmp_path, "u.user", "5|24|M\n")
     with pytest.raises(ValueError, match=r"u.user has 3 fields a row, MovieLens 100K has 5"):
         read_movielens_100k(tmp_path)
+
+
+def test_semicolon_file_says_so(tmp_path):
+    path = tmp_path / "orders.csv"
+    path.write_text("user_id;item_id\n1;2\n")
+    with pytest.raises(ValueError, match="separated by ';'"):
+        read_table(path)

@@ -199,3 +199,14 @@ def test_knn_is_as_strong_as_it_should_be(genrec_data: Path, name, cosine, seque
         hit_rate, ndcg = scores(splits, n_items, start, grid)
         assert hit_rate >= bar[0] and ndcg >= bar[1]
         assert hit_rate < 1.2 * bar[0], "too good: does a target leak into the fit?"
+
+
+def test_self_weight_lets_an_item_speak_for_itself():
+    """With items allowed again, a heavy self weight puts the newest item of the history first."""
+    history = ItemLists.from_column(pl.Series([[0, 1], [2]], dtype=pl.List(pl.Int32)))
+    plain = ItemKNN(FOUR_USERS, N_ITEMS, KNNSettings())
+    lists = plain.recommend(history, no_items(2), 1, self_weight=100.0)
+    assert lists[:, 0].tolist() == [1, 2]
+    same = ItemKNN(FOUR_USERS, N_ITEMS, KNNSettings(self_weight=100.0))
+    assert (same.recommend(history, no_items(2), 1) == lists).all()
+    assert (plain.recommend(history, history, 3, self_weight=100.0)[0] != 1).all()

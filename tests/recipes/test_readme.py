@@ -89,7 +89,7 @@ def own_csv(tmp_path_factory) -> tuple[Path, Path]:
 def run_dir(own_csv, tmp_path_factory) -> Path:
     """The README's pipeline command on that shop."""
     files, configs = own_csv
-    (command,) = [c for c in COMMANDS if c[:2] == ["genrec", "pipeline"]]
+    command = next(list(c) for c in COMMANDS if c[:2] == ["genrec", "pipeline"])
     run = tmp_path_factory.mktemp("run") / "mine"
     values = {"--configs": str(configs), "--run_dir": str(run), "--data_dir": str(files)}
     for flag, value in values.items():
@@ -138,6 +138,10 @@ def test_python_snippet(run_dir, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert all(any(title in line for title in catalog[TITLE]) for line in lines)
+
+
+def test_no_placeholder_is_left():
+    assert not re.findall(r"^[A-Z_]{6,}$", README, flags=re.M)
 
 
 def test_every_recipe_command_names_a_recipe():
