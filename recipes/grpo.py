@@ -139,7 +139,10 @@ def main() -> None:
         about = {"stage": "grpo", "base": about["base"]}
         modeling.save_model(trained, tokenizer, semantic_ids, stage.folder / "model", about)
         start = validation.history[0] if validation else None
-        metrics = {"start": start, "best": best, "rewards": args.rewards}
+        parameters = sum(p.numel() for p in trained.parameters())
+        metrics = {
+            "parameters": parameters, "start": start, "best": best, "rewards": args.rewards
+        }  # fmt: skip
         stage.finish(len(rows), training.seed, metrics, skip=["checkpoints", "best.safetensors"])
         print(f"{len(rows):,} RL rows; validation before: {start}; best: {best}")
 

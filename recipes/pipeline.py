@@ -173,19 +173,20 @@ def show_metrics(run_dir: Path, console: Console) -> None:
     """The metrics table as evaluate stored it."""
     results = read_json(stage_folder(run_dir, "evaluate") / "metrics.json")
     systems = results["systems"]
-    columns = list(next(iter(systems.values())))
+    # What fits a terminal; metrics.json has the rest.
+    columns = [c for c in next(iter(systems.values())) if c.startswith(("HR@", "NDCG@"))]
     rule = "seen items left out" if results["filter_seen"] else "seen items allowed"
     title = f"{results['dataset']}, {results['split']}: {results['rows']:,} rows, {rule}"
     table = Table(title=title, title_justify="left", box=None)
-    table.add_column("system")
+    table.add_column("system", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     best = {c: max(systems[s][c]["value"] for s in systems) for c in columns}
     for system, values in systems.items():
         cells = []
         for column in columns:
             value, low, high = (values[column].get(key) for key in ("value", "low", "high"))
-            text = f"{value:.4f}" + (f" ±{(high - low) / 2:.4f}" if low is not None else "")
+            text = f"{value:.4f}" + (f" ±{(high - low) / 2:.3f}" if low is not None else "")
             cells.append(Text(text, style="bold" if value == best[column] else ""))
         table.add_row(Text(system), *cells)
     console.print()
