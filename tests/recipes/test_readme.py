@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,38 @@ def test_commands_on_a_run(run_dir, verb):
     done = call(command)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.strip()
+
+
+def test_lora_on_a_pretrained_model(run_dir, own_csv, tiny, tmp_path):
+    """The README's way to LoRA, with a tiny local model in place of the hub's, on CPU."""
+    run, base = tmp_path / "lora", tmp_path / "base"
+    tiny.lm(512, tied=True, context=256).save_pretrained(base)
+    tiny.tokenizer().save_pretrained(base)
+    for folder in ("data", "embeddings", "semantic_ids"):
+        shutil.copytree(run_dir / folder, run / folder)
+    files, configs = own_csv
+    until, launch, recommend = (list(c) for c in COMMANDS if "runs/lora" in c)
+    cpu = "--use_cpu true --bf16 false --dtype float32 --max_steps 2 --eval_rows 5".split()
+    small = configs / "recommend.yaml"
+    values = {
+        "runs/lora": str(run), "path/to/your/files": str(files), "Qwen/Qwen3-0.6B": str(base),
+        "recipes/configs/own-csv": str(configs),
+        "recipes/configs/own-csv/recommend.yaml": str(small),
+    }  # fmt: skip
+    for command in (until, launch, recommend):
+        command[:] = [values.get(word, word) for word in command]
+    for done in (
+        call(until),
+        subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.launch", *launch[2:], *cpu],
+            cwd=ROOT, capture_output=True, text=True,
+        ),
+        call(recommend),
+    ):  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (run / "sft" / "adapter" / "adapter_config.json").is_file()
+    lists = pl.read_parquet(run / "recommendations" / "recommendations-00000.parquet")
+    assert lists["rank"].max() == 10
 
 
 def test_python_snippet(run_dir, capsys):
