@@ -27,7 +27,11 @@ HISTORY = "history_item_index"
 TARGET = "target_item_index"
 SUPERVISE_FROM = "supervise_from"
 TARGET_TIME = "target_timestamp"
+TARGET_POSITION = "target_position"  # place of the target in the user's ordered sequence
 SEEN = "seen_item_index"  # all that the user had before the target, for filters
+# Only where a row has several right answers (time-cutoff): the distinct items of the period, in
+# the order of time; the first is the target.
+RELEVANT = "relevant_item_index"
 
 # Instruction rows.
 TASK = "task"

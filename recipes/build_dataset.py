@@ -28,7 +28,7 @@ from genrec.columns import (
     USER_ID,
 )
 from genrec.config import check_choice, parse, run
-from genrec.data.splits import MIN_EVALUATED
+from genrec.data.splits import read_split
 from genrec.prompts import PromptRenderer
 from genrec.semantic_ids import SemanticIds
 from genrec.tasks.item_index import SID_TO_TITLE, TITLE_TO_SID, item_index_rows
@@ -72,16 +72,17 @@ def rl_rows(
     serving: str,
 ) -> pl.DataFrame:
     """One RL row per user: the last training interaction, with what was bought before it."""
+    # How many of a user's interactions are in training, whatever the protocol holds out.
+    supervised = pl.col(HISTORY).list.len().cast(pl.Int64) + 1 - pl.col(SUPERVISE_FROM)
+    trained = train.group_by(USER_ID).agg(supervised.sum().alias("_trained"))
     last = train.group_by(USER_ID, maintain_order=True).last()
     last = last.filter(pl.col(HISTORY).list.len() > 0)
     last = last.with_columns(pl.col(HISTORY).list.len().cast(pl.Int32).alias(SUPERVISE_FROM))
-    # Users with fewer than three interactions have no validation and test items.
-    length = pl.len().over(USER_ID).cast(pl.Int64)
-    n_train = pl.when(length < MIN_EVALUATED).then(length).otherwise(length - 2)
     earlier = (
         pl.read_parquet(data / "interactions.parquet")
+        .join(trained, on=USER_ID)
         # Without validation, test and the RL target itself.
-        .filter(pl.col(POSITION) < n_train - 1)
+        .filter(pl.col(POSITION) < pl.col("_trained") - 1)
         .group_by(USER_ID)
         .agg(pl.col(ITEM_INDEX).unique().sort().alias(SEEN))
     )
@@ -105,7 +106,7 @@ def main() -> None:
     data = stage_folder(args.run_dir, "prepare")
     semantic_ids = SemanticIds.load(stage_folder(args.run_dir, "quantize"))
     catalog = pl.read_parquet(data / "catalog.parquet")
-    train = pl.read_parquet(data / "train.parquet")
+    train = read_split(args.run_dir, "train", "build_dataset")
     rows = explode(train) if args.sequential_mode == "per_item" else train
     parts = [sequential_rows(rows, semantic_ids, renderer, None, args.seed, args.n_templates)]
     for family in (TITLE_TO_SID, SID_TO_TITLE):
@@ -121,7 +122,7 @@ def main() -> None:
     write_parquet(stage.folder / "train.parquet", table)
     serving = renderer.names(FAMILY)[0]
     for split in ("valid", "test"):
-        split_rows = pl.read_parquet(data / f"{split}.parquet")
+        split_rows = read_split(args.run_dir, split, "build_dataset")
         write_parquet(
             stage.folder / f"{split}.parquet",
             sequential_rows(split_rows, semantic_ids, renderer, serving),

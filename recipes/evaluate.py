@@ -1,25 +1,28 @@
 """Evaluate: recommendations against what came next, beside baselines under the same rules.
 
     genrec evaluate --config recipes/configs/quickstart/evaluate.yaml --run_dir runs/quickstart
-    genrec evaluate --run_dir runs/beauty --recommendations lists.csv --system SASRec \
-        --output_dir results/sasrec
+    genrec evaluate --run_dir runs/beauty --recommendations s0.csv s1.csv s2.csv \
+        --system "my model" --output_dir results/my-model
 
 The first form scores the recommend stage of the run; the second anybody's lists on the run's split:
-Parquet or CSV with `user_id` or `row_id`, `item_id`, and `rank` (1 is best) or `score`.
+Parquet or CSV with `user_id` or `row_id`, `item_id`, and `rank` (1 is best) or `score`. Several
+files are training seeds of one system.
 
-Writes metrics.json, per_user.parquet and baselines/*.parquet. Baselines are fitted on the training
-rows, which is what the model saw, and tuned on the validation rows; like the model they read the
-validation item as part of a test row's history. Every evaluation on the test split is noted in
-`<run_dir>/test_reads.jsonl`. CPU only; two minutes for Beauty.
+Baselines are fitted on the training rows, which is what the model saw, and tuned on the validation
+rows; like the model they read the validation item as part of a test row's history. They are cached
+by the hash of the split. SASRec and BERT4Rec take hours on a CPU: `genrec baselines` trains them,
+and they join every table of that dataset from then on.
+
+Writes report.html, metrics.json, per_user, slices and curves.parquet, examples.json and
+baselines/*.parquet. Every evaluation on the test split is noted in `<run_dir>/test_reads.jsonl`.
+CPU only; five minutes for Beauty, most of them for tuning baselines the first time.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,39 +31,62 @@ import polars as pl
 from rich.console import Console
 
 from genrec.artifacts import (
-    Manifest,
     Stage,
+    load_manifest,
+    read_json,
     read_shards,
     require,
     sha256_file,
     stage_folder,
-    write_json,
-    write_parquet,
+    write_text,
 )
-from genrec.columns import HISTORY, ITEM_ID, ITEM_INDEX, RANK, ROW_ID, SEEN, TARGET, USER_ID
+from genrec.columns import (
+    CATEGORIES,
+    HISTORY,
+    RANK,
+    RELEVANT,
+    ROW_ID,
+    SEEN,
+    TARGET,
+    TRAIN_COUNT,
+    USER_ID,
+)
 from genrec.config import check_choice, parse, run
-from genrec.evaluation import baselines as b
-from genrec.evaluation.baselines import ItemLists
+from genrec.data.splits import read_split
+from genrec.evaluation.beyond_accuracy import category_matrix
 from genrec.evaluation.comparison import (
     Comparison,
+    ItemFacts,
     compare,
     comparison_table,
     describe_difference,
 )
-from genrec.evaluation.knn import (
-    ITEM_KNN_GRID,
-    SELF_WEIGHTS,
-    SEQUENTIAL_KNN_GRID,
-    ItemKNN,
-    KNNSettings,
-    tune_knn,
+from genrec.evaluation.lists import (
+    RecommendedLists,
+    align,
+    check_unseen,
+    read_recommendations,
+    read_sid_map,
 )
-from genrec.evaluation.lists import align, check_unseen, read_recommendations
+from genrec.evaluation.pages import render_run_page
+from genrec.evaluation.results import write_results
+from genrec.evaluation.slices import gaps, make_slices, score_slices
+from genrec.evaluation.suite import (
+    BASELINES,
+    FIT_ON,
+    FITTED,
+    TRAINED,
+    SplitData,
+    baseline,
+    cache_folder,
+    is_cached,
+    load_split_data,
+)
+from genrec.item_lists import ItemLists
 
 logger = logging.getLogger("genrec.evaluate")
 
-BASELINES = ("random", "popularity", "item-kNN", "sequential-kNN")
-FIT_ON = ("train", "train+valid")
+MAX_DEPTH = 100  # places of a list that are scored
 
 
 @dataclass
@@ -71,14 +97,20 @@ class EvaluateArgs:
     overwrite: bool = False
     dataset: str | None = None  # name printed above the table; default: the run folder's
     system: str = "genrec"  # name of the scored system in the table
-    recommendations: str | None = None  # anybody's lists; default: the recommend stage's
+    # Anybody's lists, one file per training seed; default: the recommend stage's
+    recommendations: list[str] | None = None
     output_dir: str | None = None  # where results of `recommendations` go (a new folder)
     split: str | None = None  # default: the recommend stage's, test for `recommendations`
     filter_seen: bool = True  # one rule per table: the recommend stage must have used the same
     ks: list[int] = field(default_factory=lambda: [5, 10])
-    baselines: list[str] = field(default_factory=lambda: list(BASELINES))
+    # Cached SASRec and BERT4Rec lists join in without being named.
+    baselines: list[str] = field(default_factory=lambda: list(FITTED))
+    training_seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of SASRec and BERT4Rec
+    cache_dir: str | None = None  # of baselines; default: baselines-cache beside the run folder
     fit_on: str = "train"  # rows that popularity and kNN count: those the model trained on
+    sid_map: str | None = None  # index.json whose shared semantic ids share credit, too
     samples: int = 1000  # bootstrap samples of the 95% intervals
+    permutations: int = 10_000  # of the randomisation test
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,12 +120,15 @@ class EvaluateArgs:
         check_choice("fit_on", self.fit_on, FIT_ON)
         for name in self.baselines:
             check_choice("baselines", name, BASELINES)
-        if self.system in self.baselines:
+        if self.system in BASELINES:
             raise ValueError(f"system={self.system!r} is the name of a baseline; choose another")
         if not self.ks or min(self.ks) < 1 or len(set(self.ks)) < len(self.ks):
             raise ValueError(f"ks={self.ks} must be distinct list lengths of at least 1")
-        if self.samples < 1:
-            raise ValueError(f"samples={self.samples} must be at least 1")
+        for name in ("samples", "permutations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.training_seeds or len(set(self.training_seeds)) < len(self.training_seeds):
+            raise ValueError(f"training_seeds={self.training_seeds} must be distinct, at least one")
         if (self.recommendations is None) != (self.output_dir is None):
             raise ValueError("--recommendations FILE and --output_dir FOLDER belong together")
 
@@ -114,81 +149,6 @@ def recommended_split(args: EvaluateArgs, stage: Stage) -> str:
     return str(made["split"])
 
 
-def note_test_read(run_dir: str, prepare: Manifest, rows: int, system: str) -> None:
-    """Append a line to test_reads.jsonl: how often the test split was looked at is a result."""
-    line = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "stage": "evaluate",
-        "split": "test",
-        "split_sha256": prepare.outputs["test.parquet"]["sha256"],
-        "rows": rows,
-        "system": system,
-    }
-    with open(Path(run_dir) / "test_reads.jsonl", "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line) + "\n")
-
-
-def baseline_lists(
-    args: EvaluateArgs, data: Path, rows: pl.DataFrame, n_items: int
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Lists of the chosen baselines for `rows`, and how each was set."""
-    train, valid = (pl.read_parquet(data / f"{name}.parquet") for name in ("train", "valid"))
-    fit = train
-    if args.fit_on == "train+valid":
-        fit = pl.concat([train, valid.select(train.columns)])
-
-    def seen(table: pl.DataFrame) -> ItemLists:
-        return ItemLists.from_column(table[SEEN]) if args.filter_seen else b.no_items(len(table))
-
-    k, banned = max(args.ks), seen(rows)
-    lists: dict[str, np.ndarray] = {}
-    settings: dict[str, Any] = {}
-    for name in args.baselines:
-        started = time.perf_counter()
-        if name == "random":
-            lists[name] = b.random_lists(n_items, banned, k, args.seed)
-            settings[name] = {"seed": args.seed}
-        elif name == "popularity":
-            order = b.popularity_order(b.item_counts(fit, n_items), args.seed)
-            lists[name] = b.popularity(order, banned, k)
-            settings[name] = {"counts": args.fit_on}
-        else:
-            sequential = name == "sequential-kNN"
-            start = KNNSettings(lag_power=0.5 if sequential else None)
-            grid = dict(SEQUENTIAL_KNN_GRID if sequential else ITEM_KNN_GRID)
-            if not args.filter_seen:  # then repeats can be targets, for kNN as for the model
-                grid["self_weight"] = SELF_WEIGHTS
-            # Always tuned with train rows only: train+valid would hold the validation targets.
-            best, trials = tune_knn(train, valid, seen(valid), n_items, start, grid, 10, args.seed)
-            history = ItemLists.from_column(rows[HISTORY])
-            lists[name] = ItemKNN(fit, n_items, best, args.seed).recommend(history, banned, k)
-            settings[name] = {
-                "chosen": asdict(best),
-                "description": best.describe(),
-                "fit_on": args.fit_on,
-                "grid": grid,
-                "trials": trials,
-                "valid_ndcg@10": max(trial["ndcg"] for trial in trials),
-            }
-        settings[name]["seconds"] = round(time.perf_counter() - started, 1)
-    return lists, settings
-
-
-def long_table(lists: np.ndarray, rows: pl.DataFrame, catalog: pl.DataFrame) -> pl.DataFrame:
-    """Item lists as one row per recommended item."""
-    row, place = np.nonzero(lists >= 0)
-    index = lists[row, place]
-    return (
-        rows[row]
-        .select(ROW_ID, USER_ID)
-        .with_columns(
-            pl.Series(RANK, place + 1, dtype=pl.Int32),
-            catalog[ITEM_ID].gather(index),
-            pl.Series(ITEM_INDEX, index, dtype=pl.Int32),
-        )
-    )
-
-
 def evaluated_rows(split_rows: pl.DataFrame, source: Path, split: str) -> pl.DataFrame:
     """The split rows that the recommend stage was asked for (all, if it doesn't say)."""
     if not (source / "rows.parquet").exists():
@@ -203,100 +163,160 @@ def evaluated_rows(split_rows: pl.DataFrame, source: Path, split: str) -> pl.Dat
     return rows
 
 
-def write(
-    folder: Path,
-    results: dict[str, Any],
-    comparison: Comparison,
-    lists: dict[str, np.ndarray],
-    rows: pl.DataFrame,
-    catalog: pl.DataFrame,
-) -> None:
-    """Write the baselines' lists, the rank of every target, and the metrics."""
-    for name, items in lists.items():
-        write_parquet(folder / "baselines" / f"{name}.parquet", long_table(items, rows, catalog))
-    ranks = [
-        rows.select(ROW_ID, USER_ID).with_columns(
-            pl.lit(name).alias("system"), pl.Series("target_rank", rank, dtype=pl.Int32)
-        )
-        for name, rank in comparison.ranks.items()
+def list_depth(tables: Sequence[pl.DataFrame], ks: list[int]) -> int:
+    """How many places of the lists are scored: all that they have, up to `MAX_DEPTH`."""
+    key = ROW_ID if all(ROW_ID in table.columns for table in tables) else USER_ID
+    longest = [
+        table[RANK].cast(pl.Int64, strict=False).max()
+        if RANK in table.columns
+        else table.group_by(key).len()["len"].max()
+        for table in tables
+        if key in table.columns
     ]
-    write_parquet(folder / "per_user.parquet", pl.concat(ranks))
-    scores = {
-        name: {metric: asdict(value) for metric, value in metrics.items()}
-        for name, metrics in comparison.metrics.items()
-    }
-    differences = {
-        f"{comparison.reference} - {name}": {m: asdict(value) for m, value in metrics.items()}
-        for name, metrics in comparison.differences.items()
-    }
-    write_json(folder / "metrics.json", {**results, "systems": scores, "differences": differences})
+    known = [int(n) for n in longest if isinstance(n, int)]
+    return max(max(ks), min([MAX_DEPTH, *known[:1], *known]))
+
+
+def baseline_lists(
+    args: EvaluateArgs, data: SplitData
+) -> tuple[dict[str, list[np.ndarray]], dict[str, Any], dict[str, str]]:
+    """Lists of the chosen baselines per seed, their settings, and which could not run, and why."""
+    cache = cache_folder(args.run_dir, args.cache_dir)
+    known = [n for n in TRAINED if is_cached(n, data, cache, args.seed, args.training_seeds)]
+    lists, settings, not_run = {}, {}, {}
+    for name in dict.fromkeys([*args.baselines, *known]):
+        try:
+            found = baseline(name, data, cache, args.seed, args.training_seeds)
+        except ValueError as error:
+            logger.warning("%s is left out: %s", name, error)
+            not_run[name] = str(error)
+            continue
+        lists[name], settings[name] = found.lists, found.settings
+    return lists, settings, not_run
 
 
 def main() -> None:
     """Read the lists, make the baselines, score, write, print."""
     args = parse(EvaluateArgs)
     prepare = require(args.run_dir, "prepare")
-    data = stage_folder(args.run_dir, "prepare")
     source = stage_folder(args.run_dir, "recommend")
     stage, inputs = None, {"prepare": prepare.content_hash}
     if args.recommendations is None:
-        stage = Stage(args.run_dir, "evaluate", asdict(args), inputs=["prepare", "recommend"])
+        made = [s for s in ("embed",) if load_manifest(args.run_dir, s) is not None]
+        stage = Stage(
+            args.run_dir,
+            "evaluate",
+            asdict(args),
+            inputs=["prepare", "recommend", *made],
+            files={"sid_map": args.sid_map} if args.sid_map else None,
+            ignore=["cache_dir"],
+        )
         split, folder, inputs = recommended_split(args, stage), stage.folder, stage.inputs
         if stage.is_done(args.overwrite):
             return
-        table = read_shards(source, "recommendations")
+        tables = [read_shards(source, "recommendations")]
     else:
         split, folder = args.split or "test", Path(str(args.output_dir))
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"--output_dir {folder} is not empty; name a new folder")
-        table = read_recommendations(args.recommendations)
-        inputs["recommendations"] = sha256_file(args.recommendations)
+        tables = [read_recommendations(path) for path in args.recommendations]
+        for path in args.recommendations:
+            inputs[f"recommendations {Path(path).name}"] = sha256_file(path)
 
-    catalog = pl.read_parquet(data / "catalog.parquet")
-    split_rows = pl.read_parquet(data / f"{split}.parquet")
+    catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet")
+    split_rows = read_split(args.run_dir, split, "evaluate", system=args.system)
     rows = evaluated_rows(split_rows, source, split) if stage else split_rows
-    if split == "test":
-        note_test_read(args.run_dir, prepare, rows.height, args.system)
-    found = align(table, rows, catalog, max(args.ks), split_rows)
+    depth = list_depth(tables, args.ks)
+    found = [align(table, rows, catalog, depth, split_rows) for table in tables]
     if args.filter_seen:
-        check_unseen(found.items, ItemLists.from_column(rows[SEEN]), catalog.height)
-    lists, settings = baseline_lists(args, data, rows, catalog.height)
-    comparison = compare(
-        {**lists, args.system: found.items},
-        rows[TARGET].to_numpy().astype(np.int64),
-        catalog.height,
-        args.ks,
-        reference=args.system,
-        samples=args.samples,
-        seed=args.seed,
-        groups=rows[USER_ID].rank("dense").to_numpy().astype(np.int64) - 1,
-    )
+        for one in found:
+            check_unseen(one.items, ItemLists.from_column(rows[SEEN]), catalog.height)
+    facts = read_json(stage_folder(args.run_dir, "prepare") / "split.json")
+    data = load_split_data(args.run_dir, rows, split, depth, args.filter_seen, args.fit_on)
+    lists, settings, not_run = baseline_lists(args, data)
+    lists[args.system] = [one.items for one in found]
+    comparison, groups = scored(args, data, lists, catalog)
+    users_file = stage_folder(args.run_dir, "prepare") / "users.parquet"
+    users = pl.read_parquet(users_file) if users_file.exists() else None
+    slicings = make_slices(rows, catalog, users)
+    k = max(args.ks)
     results = {
-        "dataset": args.dataset or Path(args.run_dir).name,
+        "dataset": args.dataset or Path(args.run_dir).resolve().name,
         "split": split,
         "split_sha256": prepare.outputs[f"{split}.parquet"]["sha256"],
-        "rows": rows.height,
+        **{name: facts.get(name) for name in ("protocol", "tie_rule", "rating_rule")},
+        **counts(rows, found),
         "items": catalog.height,
+        "ks": args.ks,
+        "depth": depth,
         "filter_seen": args.filter_seen,
         "fit_on": args.fit_on,
-        "targets_seen_before": int(
-            rows.select(pl.col(SEEN).list.contains(pl.col(TARGET)).sum()).item()
-        ),
-        "rows_without_list": found.rows_without_list,
-        "unknown_items": found.unknown_items,
-        "ignored_lists": found.ignored_lists,
-        "interval": "95% percentile bootstrap over users; coverage has none",
+        "reference": args.system,
+        "interval": "95% percentile bootstrap over users and training seeds; coverage, Gini: none",
+        "test": "paired randomisation test over users (two-sided); p_holm adjusts for the systems",
         "samples": args.samples,
+        "permutations": args.permutations,
         "seed": args.seed,
         "inputs": inputs,
         "baselines": settings,
+        "not_run": not_run,
+        "gaps": gaps(slicings, comparison.ranks, groups, k, samples=args.samples, seed=args.seed),
     }
-    write(folder, results, comparison, lists, rows, catalog)
+    slices = score_slices(slicings, comparison.ranks, groups, k, args.samples, args.seed)
+    write_results(folder, results, comparison, slices, lists, rows, catalog)
+    page = render_run_page(folder, Path(args.run_dir) if stage else None)
+    write_text(folder / "report.html", page)
     if stage is not None:
         flat = {metric: value.value for metric, value in comparison.metrics[args.system].items()}
         stage.finish(rows=rows.height, seed=args.seed, metrics=flat)
     show(args, comparison, results)
-    print(f"details: {folder}/metrics.json, per_user.parquet, baselines/")
+    print(f"page: {folder}/report.html; figures: metrics.json, *.parquet beside it")
+
+
+def scored(
+    args: EvaluateArgs,
+    data: SplitData,
+    lists: dict[str, list[np.ndarray]],
+    catalog: pl.DataFrame,
+) -> tuple[Comparison, np.ndarray]:
+    """All metrics of all systems, and the user of each row as a number."""
+    groups = data.rows[USER_ID].rank("dense").to_numpy().astype(np.int64) - 1
+    several = RELEVANT in data.rows.columns
+    comparison = compare(
+        lists,
+        ItemLists.from_column(data.rows[RELEVANT])
+        if several
+        else data.rows[TARGET].to_numpy().astype(np.int64),
+        catalog.height,
+        args.ks,
+        reference=args.system,
+        samples=args.samples,
+        permutations=args.permutations,
+        seed=args.seed,
+        groups=groups,
+        facts=ItemFacts(
+            train_count=catalog[TRAIN_COUNT].to_numpy(),
+            n_users=data.train[USER_ID].n_unique(),
+            history=ItemLists.from_column(data.rows[HISTORY]),
+            vectors=data.vectors,
+            categories=category_matrix(catalog[CATEGORIES]),
+            sid_of_item=read_sid_map(args.sid_map, catalog) if args.sid_map else None,
+        ),
+    )
+    return comparison, groups
+
+
+def counts(rows: pl.DataFrame, found: Sequence[RecommendedLists]) -> dict[str, int]:
+    """Rows, users, and what could not be scored (summed over seeds)."""
+    seen_before = rows.select(pl.col(SEEN).list.contains(pl.col(TARGET)).sum()).item()
+    return {
+        "rows": rows.height,
+        "users": rows[USER_ID].n_unique(),
+        "targets_seen_before": int(seen_before),
+        "rows_without_list": sum(one.rows_without_list for one in found),
+        "unknown_items": sum(one.unknown_items for one in found),
+        "ignored_lists": sum(one.ignored_lists for one in found),
+    }
 
 
 def show(args: EvaluateArgs, comparison: Comparison, results: dict[str, Any]) -> None:
@@ -318,6 +338,7 @@ def show(args: EvaluateArgs, comparison: Comparison, results: dict[str, Any]) ->
                 f"{name}: {how['description']} (best of {len(how['trials'])} trials on valid, "
                 f"NDCG@10 {how['valid_ndcg@10']:.4f})"
             )
+    notes += [f"{name} is left out: {reason}" for name, reason in results["not_run"].items()]
     if (line := describe_difference(comparison, f"NDCG@{k}")) is not None:
         notes.append(line)
     counted = {

@@ -30,6 +30,7 @@ from genrec.columns import (
     USER_ID,
 )
 from genrec.config import check_choice, parse, run
+from genrec.data.splits import read_split
 
 if TYPE_CHECKING:
     from genrec.explain.assemble import Attributes
@@ -123,7 +124,6 @@ def main() -> None:
     settings["dtype"] = args.dtype or made["dtype"]
     inputs = ["prepare", "quantize", "build_dataset", made["model_stage"], "recommend"]
     stage = Stage(args.run_dir, "explain", settings, inputs, ignore=["batch_size"])
-    data = stage_folder(args.run_dir, "prepare")
     source = stage_folder(args.run_dir, "recommend")
     rows = chosen_rows(pl.read_parquet(source / "rows.parquet"), args)
     if stage.is_done(args.overwrite):
@@ -134,7 +134,7 @@ def main() -> None:
         raise ValueError(
             f"{rows.height - lists[ROW_ID].n_unique()} rows have no list; rerun recommend"
         )
-    split = pl.read_parquet(data / f"{made['split']}.parquet", columns=[ROW_ID, HISTORY])
+    split = read_split(args.run_dir, made["split"], "explain").select(ROW_ID, HISTORY)
     split = rows.join(split, on=ROW_ID, how="left", maintain_order="left")
 
     from genrec.explain import checks

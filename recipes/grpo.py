@@ -19,6 +19,7 @@ from genrec import modeling
 from genrec.artifacts import Stage, stage_folder, write_json
 from genrec.columns import PROMPT, ROW_ID, SEEN, TARGET
 from genrec.config import check_choice, parse, run, training_fingerprint
+from genrec.data.splits import read_split
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 from genrec.evaluation.validation import BeamValidation
@@ -65,12 +66,11 @@ def main() -> None:
         stage = Stage(args.run_dir, "grpo", config, inputs)
         if stage.is_done(args.overwrite and PartialState().is_main_process):
             return
-    data = stage_folder(args.run_dir, "prepare")
     dataset = stage_folder(args.run_dir, "build_dataset")
     semantic_ids = SemanticIds.load(stage_folder(args.run_dir, "quantize"))
     trie = SidTrie.build(semantic_ids.codes)
     rows = pl.read_parquet(dataset / "rl.parquet")
-    valid = pl.read_parquet(data / "valid.parquet")
+    valid = read_split(args.run_dir, "valid", "grpo")
     valid_prompts = pl.read_parquet(dataset / "valid.parquet")[PROMPT]
     if args.filter_seen:
         # A target that the filter removes can't be hit: the whole group would be noise.

@@ -5,12 +5,16 @@
 
 Writes `<run_dir>/data/`: catalog, interactions, train, valid and test (and users, where the data
 has them) as Parquet, and split.json. CPU only; seconds for the datasets of the shipped configs.
+
+What is held out, `protocol`: each user's last item for test and the last but one for validation
+(leave-one-out), everything in the last shares of one global order by time (global-time), or what
+users did in the periods after `valid_from` and `test_from` (time-cutoff). The rows are checked for
+leaks before they are written.
 """
 
-from __future__ import annotations
-
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from genrec.artifacts import Stage, write_json, write_parquet
-from genrec.columns import ITEM_ID, SEEN, TARGET, TRAIN_COUNT, USER_ID
+from genrec.columns import ITEM_ID, RELEVANT, SEEN, TARGET, TRAIN_COUNT, USER_ID
 from genrec.config import check_choice, dataset_path, parse, run
 from genrec.data.cleaning import TIE_RULE, TIE_RULE_WITHOUT_TIME, CleanData, clean, sample_users
+from genrec.data.leaks import check_splits
 from genrec.data.readers import (
     ID_TYPES,
     UNKNOWN_ITEMS,
@@ -31,8 +36,16 @@ from genrec.data.readers import (
     read_sequences,
     read_table,
 )
-from genrec.data.splits import PROTOCOL, Splits, leave_one_out
+from genrec.data.splits import (
+    GLOBAL_TIME,
+    PROTOCOLS,
+    SPLITS,
+    TIME_CUTOFF,
+    Splits,
+    leave_one_out,
+)
 from genrec.data.synthetic import synthetic_shop
+from genrec.data.time_splits import SHARES, check_shares, global_time, time_cutoff, unix_seconds
 
 logger = logging.getLogger("genrec.prepare")
 
@@ -72,6 +85,13 @@ class PrepareArgs:
     k_core_user: int = 1
     k_core_item: int = 1
     max_history: int = 20
+    protocol: str = "leave-one-out"  # one of PROTOCOLS
+    # global-time: shares of the interactions that train, validate and test
+    split_shares: list[float] = field(default_factory=lambda: list(SHARES))
+    # time-cutoff: ISO dates or times (UTC where they name no zone), or unix seconds
+    valid_from: date | str | int | None = None
+    test_from: date | str | int | None = None
+    test_until: date | str | int | None = None
     limit_users: int | None = None  # a sample for quick trials, drawn with `seed`
     # Synthetic shop
     n_users: int = 2000
@@ -97,6 +117,22 @@ class PrepareArgs:
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        self._check_protocol()
+
+    def _check_protocol(self) -> None:
+        """Settings of the other protocols are refused, since they would do nothing."""
+        check_choice("protocol", self.protocol, PROTOCOLS)
+        check_shares(self.split_shares)
+        if self.protocol != GLOBAL_TIME and self.split_shares != list(SHARES):
+            raise ValueError(f"split_shares belongs to protocol: {GLOBAL_TIME}, not to this one")
+        cutoffs = {n: getattr(self, n) for n in ("valid_from", "test_from", "test_until")}
+        for name, moment in cutoffs.items():
+            if self.protocol != TIME_CUTOFF and moment is not None:
+                raise ValueError(f"{name} belongs to protocol: {TIME_CUTOFF}, not to this one")
+            if self.protocol == TIME_CUTOFF and moment is None and name != "test_until":
+                raise ValueError(f"protocol={TIME_CUTOFF!r} needs {name}: <date>")
+            # Two ways to write a moment are one setting.
+            setattr(self, name, None if moment is None else unix_seconds(moment))
 
 
 def input_files(args: PrepareArgs) -> dict[str, Path]:
@@ -156,11 +192,36 @@ def check_expected(args: PrepareArgs, data: CleanData) -> None:
             )
 
 
+def split(args: PrepareArgs, data: CleanData) -> Splits:
+    """Make the rows by the chosen protocol and check them."""
+    log, n_items = data.interactions, data.catalog.height
+    if args.protocol == GLOBAL_TIME:
+        splits = global_time(log, n_items, args.max_history, args.split_shares)
+    elif args.protocol == TIME_CUTOFF:
+        moments = (args.valid_from, args.test_from, args.test_until)
+        valid_from, test_from, test_until = (m if isinstance(m, int) else None for m in moments)
+        assert valid_from is not None and test_from is not None, "checked by the settings"
+        splits = time_cutoff(log, n_items, valid_from, test_from, test_until, args.max_history)
+    else:
+        splits = leave_one_out(log, n_items, args.max_history)
+    if splits.test.height == 0:
+        raise ValueError(
+            "no user has 3 interactions, so there is nothing to test on; bring longer histories, "
+            "or lower min_rating or the k-core"
+        )
+    check_splits(splits.train, splits.valid, splits.test, log, splits.protocol, n_items)
+    return splits
+
+
 def statistics(data: CleanData, splits: Splits) -> dict[str, Any]:
     """Figures that say what the data are like; they go to the manifest and the screen."""
     lengths = data.interactions.group_by(USER_ID).len()["len"].to_numpy()
     targets = splits.test[TARGET].to_numpy()
     seen = splits.test.select(pl.col(SEEN).list.contains(pl.col(TARGET)).mean()).item()
+    trained = splits.train[USER_ID].unique().implode()
+    several = {}
+    if RELEVANT in splits.test.columns:
+        several["relevant_per_test_row"] = splits.test[RELEVANT].list.len().mean()
     return {
         "users": len(lengths),
         "items": data.catalog.height,
@@ -169,32 +230,54 @@ def statistics(data: CleanData, splits: Splits) -> dict[str, Any]:
         "density": data.interactions.height / (len(lengths) * data.catalog.height),
         "mean_length": float(lengths.mean()),
         "median_length": float(np.median(lengths)),
+        "protocol": splits.protocol,
+        "boundaries": splits.boundaries,
+        "shares": splits.shares,
+        "dropped_by_split": splits.dropped,
         "train_only_users": splits.train_only_users,
         "train_rows": splits.train.height,
         "valid_rows": splits.valid.height,
         "test_rows": splits.test.height,
-        "cold_test_targets": float((splits.train_count[targets] == 0).mean())
-        if len(targets)
-        else None,
+        "test_users": splits.test[USER_ID].n_unique(),
+        "test_rows_of_untrained_users": splits.test.select(
+            (~pl.col(USER_ID).is_in(trained)).mean()
+        ).item(),
+        **several,
+        "cold_test_targets": float((splits.train_count[targets] == 0).mean()),
         "repeated_test_targets": seen,
+        "tied_test_targets": splits.tied_test_targets,
         "tie_share_of_last_two": data.tie_share,
+        "split_sha256": splits.sha256(),
     }
 
 
 def show(figures: dict[str, Any]) -> None:
     """Print the statistics as a table."""
     table = Table(title="dataset", show_header=False)
-    shares = ("cold_test_targets", "repeated_test_targets", "tie_share_of_last_two")
+    table.add_column()
+    table.add_column(overflow="fold")
+    shares = (
+        "test_rows_of_untrained_users", "cold_test_targets", "repeated_test_targets",
+        "tied_test_targets", "tie_share_of_last_two",
+    )  # fmt: skip
     for name, value in figures.items():
-        if value is None:
-            text = "no timestamps" if name == "tie_share_of_last_two" else "-"
+        if isinstance(value, dict):
+            text = "\n".join(
+                f"{key.replace('_', ' ')}: {f'{x:.2%}' if name == 'shares' else x}"
+                for key, x in value.items()
+            )
+        elif value is None:
+            text = "no timestamps"
         elif name == "density":
             text = f"{value:.4%}"
         elif name in shares:
             text = f"{value:.1%}"
+        elif isinstance(value, str):
+            text = value
         else:
             text = f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
-        table.add_row(name.replace("_", " "), text)
+        if text:
+            table.add_row(name.replace("_", " "), text)
     Console().print(table)
 
 
@@ -207,14 +290,17 @@ def write(
     write_parquet(folder / "interactions.parquet", data.interactions)
     if data.users is not None:
         write_parquet(folder / "users.parquet", data.users)
-    for name in ("train", "valid", "test"):
+    for name in SPLITS:
         write_parquet(folder / f"{name}.parquet", getattr(splits, name))
     timed = data.interactions["timestamp"].null_count() == 0
+    tie_rule = TIE_RULE if timed else TIE_RULE_WITHOUT_TIME
+    if splits.boundaries:
+        tie_rule += "; the second that a boundary names belongs to the later period"
     write_json(
         folder / "split.json",
         {
-            "protocol": PROTOCOL,
-            "tie_rule": TIE_RULE if timed else TIE_RULE_WITHOUT_TIME,
+            "protocol": splits.protocol,
+            "tie_rule": tie_rule,
             "rating_rule": "all interactions"
             if args.min_rating is None
             else f"interactions rated {args.min_rating:g} or more, as implicit feedback",
@@ -244,12 +330,7 @@ def main() -> None:
     check_expected(args, data)
     if args.limit_users is not None:
         data = sample_users(data, args.limit_users, args.seed)
-    splits = leave_one_out(data.interactions, data.catalog.height, args.max_history)
-    if splits.test.height == 0:
-        raise ValueError(
-            "no user has 3 interactions, so there is nothing to test on; bring longer histories, "
-            "or lower min_rating or the k-core"
-        )
+    splits = split(args, data)
     figures = statistics(data, splits)
     write(stage.folder, args, data, splits, figures)
     stage.finish(

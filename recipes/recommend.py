@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 import polars as pl
 from tqdm import tqdm
 
-from genrec.artifacts import Stage, load_manifest, read_shards, stage_folder, write_parquet
+from genrec.artifacts import Stage, load_manifest, read_shards, write_parquet
 from genrec.columns import CERTIFIED, RANK, ROW_ID, SEEN, USER_ID
 from genrec.config import check_choice, parse, run
+from genrec.data.splits import read_split
 
 
 @dataclass
@@ -66,7 +67,7 @@ def main() -> None:
         args.filter_seen,
     ):
         print(f"warning: {model_stage} was validated with filter_seen={rule}, this differs")
-    rows = pl.read_parquet(stage_folder(args.run_dir, "prepare") / f"{args.split}.parquet")
+    rows = read_split(args.run_dir, args.split, "recommend", model_stage=model_stage)
     if args.max_rows is not None and args.max_rows < len(rows):
         rows = rows.sample(args.max_rows, seed=args.seed).sort(ROW_ID)
     write_parquet(stage.folder / "rows.parquet", rows.select(ROW_ID, USER_ID))

@@ -21,6 +21,7 @@ from genrec import modeling
 from genrec.artifacts import Stage, stage_folder, write_json
 from genrec.columns import COMPLETION, PROMPT, TITLE
 from genrec.config import check_choice, parse, run, training_fingerprint
+from genrec.data.splits import read_split
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 from genrec.evaluation.validation import BeamValidation
@@ -75,7 +76,7 @@ def main() -> None:
     semantic_ids = SemanticIds.load(stage_folder(args.run_dir, "quantize"))
     titles = [escape_text(t) for t in pl.read_parquet(data / "catalog.parquet")[TITLE]]
     rows = pl.read_parquet(dataset / "train.parquet")
-    valid = pl.read_parquet(data / "valid.parquet")
+    valid = read_split(args.run_dir, "valid", "sft")
     valid_prompts = pl.read_parquet(dataset / "valid.parquet")[PROMPT]
 
     # Tokenizer with SID tokens, then the rows as token ids.

@@ -2,8 +2,8 @@
 
     genrec trace --run_dir runs/quickstart --user U01223
 
-Reads only. Without --user it takes the first explained one. Stages that aren't there yet are named
-and left out.
+Writes nothing but the note that the test rows were read. Without --user it takes the first
+explained one. Stages that aren't there yet are named and left out.
 """
 
 from __future__ import annotations
@@ -38,17 +38,19 @@ from genrec.columns import (
     SEEN,
     SID,
     TARGET,
+    TARGET_POSITION,
     TITLE,
     USER_ID,
 )
 from genrec.config import parse, run
+from genrec.data.splits import read_split
 from genrec.prompts import escape_text
 
 if TYPE_CHECKING:
     from genrec.recommend import Recommender
 
 _SCORE_TOLERANCE = 1e-3
-_ROWS_SHOWN = 40
+_ROWS_SHOWN, _ROWS_BEHIND = 40, 5  # of the log, and of these behind the target
 
 
 @dataclass
@@ -102,7 +104,7 @@ def load_view(args: TraceArgs) -> tuple[View, list[str]]:
     done = {s: require(args.run_dir, s) for s in FOLDERS if load_manifest(args.run_dir, s)}
     split = str(done["recommend"].config["split"]) if "recommend" in done else "test"
     data = stage_folder(args.run_dir, "prepare")
-    rows = pl.read_parquet(data / f"{split}.parquet")
+    rows = read_split(args.run_dir, split, "trace")
     chains = []
     if "explain" in done:
         chains = read_chains(stage_folder(args.run_dir, "explain") / "chains.jsonl")
@@ -137,14 +139,17 @@ def show_data(view: View) -> None:
     view.heading("1. The user's rows (prepare)")
     log = view.data("prepare", "interactions.parquet").filter(pl.col(USER_ID) == row[USER_ID])
     history = row[HISTORY]
-    cut = log.height - (1 if view.split == "test" else 2) - len(history)
+    cut = row[TARGET_POSITION] - len(history)
     table = Table(box=None, pad_edge=False)
     for name in ("position", "item_id", "title", "timestamp", "rating", "used as"):
         table.add_column(name, overflow="fold")
-    if log.height > _ROWS_SHOWN:
-        view.say(f"(the newest {_ROWS_SHOWN} of {log.height} rows)")
-    for event in log.sort("position").tail(_ROWS_SHOWN).iter_rows(named=True):
-        place = event["position"] - max(cut, 0)
+    # Users with several rows may have much behind this one's target.
+    shown = log.filter(pl.col("position") <= row[TARGET_POSITION] + _ROWS_BEHIND)
+    shown = shown.sort("position").tail(_ROWS_SHOWN)
+    if log.height > shown.height:
+        view.say(f"({shown.height} of {log.height} rows, around the target)")
+    for event in shown.iter_rows(named=True):
+        place = event["position"] - cut
         role = "cut off" if place < 0 else "history" if place < len(history) else "later"
         role = "target" if place == len(history) else role
         table.add_row(
@@ -157,7 +162,7 @@ def show_data(view: View) -> None:
     view.console.print(table)
     view.say(
         f"{row[ROW_ID]}: {log.height} interactions; the history keeps {len(history)}, "
-        f"{max(cut, 0)} older ones are cut off; target {view.item(row[TARGET])}"
+        f"{cut} older ones are cut off; target {view.item(row[TARGET])}"
     )
 
 

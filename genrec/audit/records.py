@@ -28,8 +28,10 @@ from genrec.columns import (
     SCORE,
     SEEN,
     SID,
+    TARGET_POSITION,
     USER_ID,
 )
+from genrec.data.splits import read_split
 from genrec.modeling import encode_prompts
 from genrec.prompts import PromptRenderer
 from genrec.semantic_ids import SemanticIds
@@ -71,8 +73,7 @@ class ExplainedRun:
         manifests = {stage: require(run_dir, stage) for stage in stages}
         chains = read_chains(stage_folder(run_dir, "explain") / "chains.jsonl")
         wanted = pl.DataFrame({ROW_ID: pl.Series([c.row_id for c in chains], dtype=pl.String)})
-        data = stage_folder(run_dir, "prepare")
-        split = pl.read_parquet(data / f"{recommend.config['split']}.parquet")
+        split = read_split(run_dir, recommend.config["split"], "audit")
         lists = read_shards(stage_folder(run_dir, "recommend"), "recommendations")
         return cls(
             Path(run_dir),
@@ -80,7 +81,7 @@ class ExplainedRun:
             split.join(wanted, on=ROW_ID, how="semi").sort(ROW_ID),
             lists.join(wanted, on=ROW_ID, how="semi").sort(ROW_ID, RANK),
             {(chain.row_id, chain.item_id): chain for chain in chains},
-            pl.read_parquet(data / "catalog.parquet"),
+            pl.read_parquet(stage_folder(run_dir, "prepare") / "catalog.parquet"),
         )
 
     @property
@@ -166,13 +167,13 @@ def inputs(run: ExplainedRun) -> list[dict[str, Any]]:
     histories = [h[-limit:] for h in run.rows[HISTORY].to_list()]
     prompts = [history_prompt(renderer, run.template, [sids[i] for i in h]) for h in histories]
     tokens = encode_prompts(tokenizer, prompts)
-    earlier = _earlier_items(run)
+    earlier = run.rows[TARGET_POSITION].to_list()  # interactions before the target
     return [
         {
             "split": run.split,
             "template": run.template,
             "history": [{ITEM_ID: ids[i], SID: sids[i]} for i in history],
-            "truncated": None if count is None else count - len(history),
+            "truncated": count - len(history),
             "set_aside_item_ids": [ids[i] for i in sorted(set(seen) - set(history))],
             "prompt_sha256": sha256_bytes(prompt.encode()),
             "prompt_tokens": len(row),
@@ -182,17 +183,6 @@ def inputs(run: ExplainedRun) -> list[dict[str, Any]]:
             histories, run.rows[SEEN].to_list(), prompts, tokens, earlier, strict=True
         )
     ]
-
-
-def _earlier_items(run: ExplainedRun) -> list[int | None]:
-    """How many interactions each user had before the row's target; None if there is no log."""
-    log = stage_folder(run.run_dir, "prepare") / "interactions.parquet"
-    if not log.exists():
-        return [None] * run.rows.height
-    held_out = 1 if run.split == "test" else 2
-    counts = pl.read_parquet(log, columns=[USER_ID]).group_by(USER_ID).len(name="n")
-    joined = run.rows.select(USER_ID).join(counts, on=USER_ID, how="left", maintain_order="left")
-    return joined.select(pl.col("n").cast(pl.Int64) - held_out)["n"].to_list()
 
 
 def build_records(run: ExplainedRun, key: AuditKey, time: str) -> list[dict[str, Any]]:

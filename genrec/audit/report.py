@@ -1,27 +1,16 @@
-"""The report page: one self-contained HTML file, without scripts and without network.
-
-All text from catalogues is untrusted. The template escapes everything; characters that steer the
-display (controls, direction overrides) are removed here, long titles are cut, and a content
-security policy forbids whatever would slip through.
-"""
+"""The report page: one self-contained HTML file (see `genrec.page`)."""
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
 
 from genrec.artifacts import load_manifest, read_json, stage_folder
 from genrec.audit.custody import AuditKey
 from genrec.audit.records import ExplainedRun
 from genrec.columns import ITEM_ID, ROW_ID, SCORE, TARGET, TITLE
+from genrec.page import display_text, environment
 
-MAX_TITLE_CHARS = 140
-_SPACE = re.compile(r"\s+")
 _CHECKS = {
     "citations_in_history": "Every cited item lies in the history that the prompt showed",
     "attributes_match": "Every claimed attribute stands in the catalogue",
@@ -37,22 +26,6 @@ _MEASURED = {
 }
 
 
-def display_text(text: object, max_chars: int = MAX_TITLE_CHARS) -> str:
-    """Untrusted text for display: one line, no control or direction characters, bounded.
-
-    Markup characters stay; the template escapes them.
-    """
-    cut = str(text)[: 4 * max_chars]
-    kept = "".join(
-        " " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c
-        for c in cut
-        if unicodedata.category(c) not in ("Cf", "Cs", "Co", "Cn")
-    )
-    kept = _SPACE.sub(" ", kept).strip()
-    shortened = len(kept) > max_chars or len(str(text)) > len(cut)
-    return kept[: max_chars - 1].rstrip() + "…" if shortened else kept or "(no text)"
-
-
 def render_report(
     run: ExplainedRun, sealed: Sequence[Mapping[str, Any]], key: AuditKey, users: int = 20
 ) -> str:
@@ -64,30 +37,27 @@ def render_report(
         key: the one that signs the log (only its id is shown).
         users: show the lists of the first so many records.
     """
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["nats"] = lambda x, digits=2: f"{x:.{digits}f}".replace("-", "−")
-    environment.filters["short"] = lambda x: "–" if not x else str(x)[:12]
-    environment.filters["text"] = display_text
-    source = resources.files("genrec.audit").joinpath("report.html.jinja").read_text("utf-8")
     metrics = run.manifests["explain"].metrics
     cards = _cards(run, sealed[:users])
     widest = max((e["delta"] for c in cards for i in c["items"] for e in i["evidence"]), default=1)
-    return environment.from_string(source).render(
-        name=display_text(run.run_dir.resolve().name),
-        facts=_facts(run),
-        hashes=_hashes(run),
-        evaluation=_evaluation(run),
-        explain=metrics,
-        explain_config=run.manifests["explain"].config,
-        checks=_checks(metrics),
-        cards=cards,
-        widest=widest,
-        n_records=len(sealed),
-        time=sealed[0]["time"] if sealed else "",
-        last=sealed[-1]["sha256"] if sealed else "",
-        key_id=key.key_id,
+    return (
+        environment()
+        .get_template("audit/report.html.jinja")
+        .render(
+            name=display_text(run.run_dir.resolve().name),
+            facts=_facts(run),
+            hashes=_hashes(run),
+            evaluation=_evaluation(run),
+            explain=metrics,
+            explain_config=run.manifests["explain"].config,
+            checks=_checks(metrics),
+            cards=cards,
+            widest=widest,
+            n_records=len(sealed),
+            time=sealed[0]["time"] if sealed else "",
+            last=sealed[-1]["sha256"] if sealed else "",
+            key_id=key.key_id,
+        )
     )
 
 

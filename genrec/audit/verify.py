@@ -223,7 +223,10 @@ def _check_pseudonyms(
     key: AuditKey,
     findings: list[Finding],
 ) -> None:
-    """Each record's pseudonym must belong to the user of its row."""
+    """Each record's pseudonym must belong to the user of its row.
+
+    Only ids are read and no targets, so this is no reading of the test rows that is to be noted.
+    """
     users: dict[str, object] = {}
     for split in ("valid", "test"):
         path = stage_folder(run_dir, "prepare") / f"{split}.parquet"

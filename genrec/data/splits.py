@@ -1,47 +1,64 @@
-"""Train, validation and test rows from ordered user sequences."""
+"""Splits: the protocols' names, leave-one-out, the hash of a split, and reading a run's split.
+
+`genrec.data.time_splits` has the protocols that cut by time, `genrec.data.leaks` the linter.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyarrow as pa
 
-from genrec.columns import (
-    HISTORY,
-    ITEM_INDEX,
-    POSITION,
-    ROW_ID,
-    SEEN,
-    SUPERVISE_FROM,
-    TARGET,
-    TARGET_TIME,
-    TIMESTAMP,
-    USER_ID,
+from genrec.artifacts import require, stage_folder
+from genrec.data.split_rows import (
+    UserSequences,
+    check_max_history,
+    held_out_rows,
+    train_counts,
+    train_rows,
 )
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = "leave-one-out"
-MIN_EVALUATED = 3  # one item to test, one to validate, one to learn from
+LEAVE_ONE_OUT = "leave-one-out"
+GLOBAL_TIME = "global-time"
+TIME_CUTOFF = "time-cutoff"
+PROTOCOLS = (LEAVE_ONE_OUT, GLOBAL_TIME, TIME_CUTOFF)
+SPLITS = ("train", "valid", "test")
+TEST_READS = "test_reads.jsonl"
+MIN_EVALUATED = 3  # leave-one-out: one item to test, one to validate, one to learn from
 
-IntArray = npt.NDArray[np.int64]
+_HASH_ROWS = 1 << 18  # rows that are hashed at once
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Split rows, and what the split says of the items.
+    """Split rows, and what the split says of the data.
 
     Attributes:
         train: row_id, user_id, history_item_index, target_item_index, supervise_from,
-            target_timestamp.
-        valid: the same columns and `seen_item_index`.
+            target_timestamp, target_position.
+        valid: the same columns, `seen_item_index`, and for time-cutoff `relevant_item_index`.
         test: the same columns as `valid`.
         train_count: interactions of each catalogue item in the training part, shape (n_items,).
-        train_only_users: users with fewer than three interactions, who are in `train` only.
+        train_only_users: users who are in `train`, but neither in `valid` nor in `test`.
+        protocol: one of `PROTOCOLS`.
+        boundaries: "valid_from", "test_from" (and "test_until") as ISO times in UTC; a period
+            starts with its first second. Empty for leave-one-out.
+        shares: share of the interactions that lie in the part or period "train", "valid", "test".
+        dropped: interactions that are neither supervised nor evaluated, by reason.
+        tied_test_targets: share of test rows where the tie rule, not the clock, says which of two
+            interactions of the same second is the target; None without timestamps.
     """
 
     train: pl.DataFrame
@@ -49,20 +66,23 @@ class Splits:
     test: pl.DataFrame
     train_count: npt.NDArray[np.int32]
     train_only_users: int
+    protocol: str = LEAVE_ONE_OUT
+    boundaries: dict[str, str] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    tied_test_targets: float | None = None
+
+    def sha256(self) -> str:
+        """Hash of the content of all rows (see `content_sha256`)."""
+        return content_sha256({name: getattr(self, name) for name in SPLITS})
 
 
 def leave_one_out(interactions: pl.DataFrame, n_items: int, max_history: int = 20) -> Splits:
     """Hold out each user's last item for test and the last but one for validation.
 
-    The training sequence s (the rest) is cut into windows of at most ``max_history + 1`` items. The
-    first is ``s[:max_history + 1]`` and supervises all of its items; each following one ends
-    ``max(1, max_history // 2)`` items later (the last at the end of s) and supervises only the
-    items that no earlier window did, so that every interaction is a target exactly once. A row
-    supervises ``history + [target]`` from position ``supervise_from`` on.
-
-    A valid or test row has the last `max_history` items before its target as history (for test:
-    train and validation), and all earlier ones in `seen_item_index`. Users with fewer than three
-    interactions are in train only.
+    The rest is the training sequence (see `train_rows`). A valid or test row has the last
+    `max_history` items before its target as history (for test: train and validation), and all
+    earlier ones in `seen_item_index`. Users with fewer than three interactions are in train only.
 
     Args:
         interactions: the cleaned log (`CleanData.interactions`): users in blocks, ordered by
@@ -71,107 +91,127 @@ def leave_one_out(interactions: pl.DataFrame, n_items: int, max_history: int = 2
         max_history: items that a history holds at most.
 
     Raises:
-        ValueError: `max_history` below 1.
+        ValueError: `max_history` below 1, or a log that isn't ordered.
     """
-    if max_history < 1:
-        raise ValueError(f"max_history={max_history} must be at least 1")
-    position = interactions[POSITION].to_numpy().astype(np.int64)
-    start = np.flatnonzero(position == 0)  # (users,)
-    length = np.diff(np.append(start, len(position)))
-    assert (position == np.arange(len(position)) - np.repeat(start, length)).all()
-    evaluated = length >= MIN_EVALUATED
-    train_length = np.where(evaluated, length - 2, length)
+    check_max_history(max_history)
+    log = UserSequences.of(interactions)
+    evaluated = log.length >= MIN_EVALUATED
+    train_length = np.where(evaluated, log.length - 2, log.length)
     train_only = int((~evaluated).sum())
     if train_only:
         logger.info(
             "%d of %d users have fewer than %d interactions: train only",
-            train_only, len(start), MIN_EVALUATED,
+            train_only, len(log.start), MIN_EVALUATED,
         )  # fmt: skip
-    in_train = position < np.repeat(train_length, length)
-    items = interactions[ITEM_INDEX].to_numpy()
-    count = np.bincount(items[in_train], minlength=n_items).astype(np.int32)
-
-    first, end, supervised = _windows(train_length, max_history)
-    owner = np.repeat(np.arange(len(start)), _window_counts(train_length, max_history))
-    train = _rows("train", interactions, start[owner] + first, start[owner] + end - 1, supervised)
-    held_out = []
-    for name, back in (("valid", 2), ("test", 1)):
-        begin = start[evaluated]
-        target = begin + length[evaluated] - back
-        history = np.maximum(begin, target - max_history)
-        rows = _rows(name, interactions, history, target, target - history)
-        seen = _distinct_lists(items, begin, target, n_items).alias(SEEN)
-        held_out.append(rows.with_columns(seen))
-    return Splits(train, held_out[0], held_out[1], count, train_only)
-
-
-def _window_counts(length: IntArray, max_history: int) -> IntArray:
-    step = max(1, max_history // 2)
-    beyond = np.maximum(0, length - (max_history + 1))
-    return 1 + -(-beyond // step)
-
-
-def _windows(length: IntArray, max_history: int) -> tuple[IntArray, IntArray, IntArray]:
-    """Windows of each training sequence, as offsets into it.
-
-    Returns:
-        First item, end (exclusive) and first supervised place within the window, shape (windows,).
-    """
-    step, size = max(1, max_history // 2), max_history + 1
-    counts = _window_counts(length, max_history)
-    sequence_length = np.repeat(length, counts)
-    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    end = np.minimum(sequence_length, size + number * step)
-    first = np.maximum(0, end - size)
-    supervised_before = np.where(number == 0, 0, size + (number - 1) * step)
-    return first, end, supervised_before - np.where(number == 0, 0, first)
-
-
-def _rows(
-    split: str,
-    interactions: pl.DataFrame,
-    begin: IntArray,
-    target: IntArray,
-    supervise_from: IntArray,
-) -> pl.DataFrame:
-    """Split rows from places in the log: history is [begin, target), all of one user."""
-    items = interactions[ITEM_INDEX].to_numpy()
-    number = pl.Series(np.arange(len(target))).cast(pl.String).str.zfill(6)
-    return pl.DataFrame(
-        [
-            (f"{split}-" + number).alias(ROW_ID),
-            interactions[USER_ID].gather(target),
-            _lists(items, begin, target).alias(HISTORY),
-            pl.Series(TARGET, items[target], dtype=pl.Int32),
-            pl.Series(SUPERVISE_FROM, supervise_from, dtype=pl.Int32),
-            interactions[TIMESTAMP].gather(target).alias(TARGET_TIME),
-        ]
+    end = (log.start + log.length)[evaluated]
+    total, held = max(len(log.items), 1), int(evaluated.sum())
+    shares = {"train": 1 - 2 * held / total, "valid": held / total, "test": held / total}
+    tied = None
+    if log.time is not None and held:
+        tied = float((log.time[end - 1] == log.time[end - 2]).mean())
+    return Splits(
+        train_rows(log, train_length, max_history),
+        held_out_rows("valid", log, end - 2, n_items, max_history),
+        held_out_rows("test", log, end - 1, n_items, max_history),
+        train_counts(log, train_length, n_items),
+        train_only,
+        shares=shares,
+        tied_test_targets=tied,
     )
 
 
-def _lists(values: npt.NDArray[np.int32], begin: IntArray, end: IntArray) -> pl.Series:
-    """List column whose entry i is ``values[begin[i]:end[i]]``, without a loop over rows."""
-    return _list_column(values[_places(begin, end)], end - begin)
+def content_sha256(tables: Mapping[str, pl.DataFrame]) -> str:
+    """Hash of the content of tables, the same on every machine and for every Parquet writer.
+
+    SHA-256 over the tables in the order given, of each its columns by name. A column adds the text
+    ``table/column/kind/rows`` (kind: integer, text or list) and a line feed; then for all rows a
+    byte, 1 for a value and 0 for null; then, for text and lists, each row's number of bytes or
+    entries as int64 (0 for null); then the values: integers and entries of lists as int64 (0 for
+    null), text as UTF-8. All numbers are little-endian. The order of rows counts.
+
+    Raises:
+        ValueError: a column of another type.
+    """
+    digest = hashlib.sha256()
+    for table, frame in tables.items():
+        for name in sorted(frame.columns):
+            column = frame[name]
+            kind = _kind(column)
+            digest.update(f"{table}/{name}/{kind}/{len(column)}\n".encode())
+            blocks = [column[i : i + _HASH_ROWS] for i in range(0, len(column), _HASH_ROWS)]
+            for block in blocks:
+                digest.update(block.is_not_null().cast(pl.UInt8).to_numpy().tobytes())
+            if kind != "integer":
+                for block in blocks:
+                    size = block.str.len_bytes() if kind == "text" else block.list.len()
+                    digest.update(size.fill_null(0).to_numpy().astype("<i8").tobytes())
+            for block in blocks:
+                digest.update(_values(block, kind))
+    return digest.hexdigest()
 
 
-def _distinct_lists(
-    values: npt.NDArray[np.int32], begin: IntArray, end: IntArray, n_values: int
-) -> pl.Series:
-    """Like `_lists`, each entry sorted and without repetitions."""
-    owner = np.repeat(np.arange(len(begin)), end - begin)
-    # One sort over (row, value) pairs: far faster than np.unique or a unique per list.
-    keys = np.sort(owner * n_values + values[_places(begin, end)])
-    keys = keys[np.diff(keys, prepend=-1) > 0]
-    return _list_column(keys % n_values, np.bincount(keys // n_values, minlength=len(begin)))
+def _kind(column: pl.Series) -> str:
+    dtype = column.dtype
+    if dtype.is_integer():
+        return "integer"
+    if dtype == pl.String:
+        return "text"
+    if isinstance(dtype, pl.List) and dtype.inner.is_integer():  # type: ignore[union-attr]
+        return "list"
+    raise ValueError(f"column {column.name!r} is {dtype}; splits hold integers, text and lists")
 
 
-def _places(begin: IntArray, end: IntArray) -> IntArray:
-    lengths = end - begin
-    before = np.cumsum(lengths) - lengths
-    return np.arange(lengths.sum()) + np.repeat(begin - before, lengths)
+def _values(block: pl.Series, kind: str) -> bytes:
+    if kind == "text":
+        return "".join(block.drop_nulls().to_list()).encode()
+    if kind == "list":
+        block = block.drop_nulls().list.explode(keep_nulls=False, empty_as_null=False)
+    return block.fill_null(0).to_numpy().astype("<i8").tobytes()
 
 
-def _list_column(flat: npt.NDArray[np.integer], lengths: IntArray) -> pl.Series:
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat.astype(np.int32)))
-    return pl.Series(lists, dtype=pl.List(pl.Int32))
+def read_split(run_dir: Path | str, split: str, stage: str, **details: Any) -> pl.DataFrame:
+    """Read the rows of a split of a run; the one way in which a stage does.
+
+    Reading test is noted in ``<run_dir>/test_reads.jsonl``: how often the test rows were looked at
+    belongs to a result. A line holds time (UTC), stage, split, split_sha256 (of test.parquet, as
+    in prepare's manifest), rows, and `details`.
+
+    Args:
+        run_dir: the run; its prepare stage must be complete.
+        split: "train", "valid" or "test".
+        stage: who reads.
+        details: further facts for the line, such as the system that is scored.
+
+    Raises:
+        ValueError: an unknown split, prepare is not complete, or the line can't be written.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is not known; choose one of {', '.join(SPLITS)}")
+    prepare = require(run_dir, "prepare")
+    rows = pl.read_parquet(stage_folder(run_dir, "prepare") / f"{split}.parquet", glob=False)
+    if split == "test":
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "stage": stage,
+            "split": split,
+            "split_sha256": prepare.outputs["test.parquet"]["sha256"],
+            "rows": rows.height,
+            **details,
+        }
+        _append(Path(run_dir) / TEST_READS, json.dumps(line, default=str) + "\n")
+    return rows
+
+
+def _append(path: Path, line: str) -> None:
+    """Append in a single write, so that lines of processes that read at once don't mix."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line.encode())
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise ValueError(
+            f"{path} can't be written ({error.strerror}), and test rows are read only where that "
+            "is noted; make the run folder writable, or copy it"
+        ) from error

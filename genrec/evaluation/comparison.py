@@ -1,4 +1,8 @@
-"""Systems side by side on the same rows: metrics with intervals, paired differences, a table."""
+"""Systems side by side on the same rows: metrics with intervals, paired differences, a table.
+
+A system is one run or several that differ in their training seed. Its value is the mean over seeds;
+its interval is a bootstrap over users and, where there are several, over seeds.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,70 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import scipy.sparse as sp
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from genrec.evaluation.significance import Interval, bootstrap_means, interval
-from genrec.metrics import coverage_at_k, gains, hits, reciprocal_ranks, target_rank
+from genrec.evaluation.beyond_accuracy import (
+    calibration,
+    history_popularity,
+    intra_list_diversity,
+    list_popularity,
+    novelty,
+)
+from genrec.evaluation.significance import (
+    Difference,
+    Interval,
+    bootstrap_means,
+    holm,
+    interval,
+    randomisation_test,
+    resample_seeds,
+)
+from genrec.item_lists import ItemLists
+from genrec.metrics import (
+    RelevantRanks,
+    average_precisions,
+    coverage_at_k,
+    find_relevant,
+    gains,
+    gini_at_k,
+    hits,
+    recalls,
+    reciprocal_ranks,
+    shared_sid_credit,
+    target_rank,
+)
 
-IntArray = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.integer]
+FloatArray = npt.NDArray[np.float64]
 
 _PER_ROW = {"HR": hits, "NDCG": gains, "MRR": reciprocal_ranks}
+# They differ from HR and MRR only where a row has several relevant items.
+_PER_ROW_OF_SEVERAL = {"Recall": recalls, "MAP": average_precisions}
+
+
+@dataclass(frozen=True)
+class ItemFacts:
+    """What metrics beyond accuracy need to know of items and rows.
+
+    Attributes:
+        train_count: training interactions of each item. ``# (n_items,)``
+        n_users: users in training.
+        history: items of each row.
+        vectors: item vectors for the diversity of a list, or None. ``# (n_items, dim)``
+        categories: result of `category_matrix`, or None.
+        sid_of_item: a number per semantic id for every item, where several items share some
+            (`shared_sid_credit`), or None. ``# (n_items,)``
+    """
+
+    train_count: IntArray
+    n_users: int
+    history: ItemLists
+    vectors: npt.NDArray | None = None
+    categories: sp.csr_matrix | None = None
+    sid_of_item: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -24,69 +82,215 @@ class Comparison:
     """Scores of several systems on the same rows.
 
     Attributes:
-        ranks: system -> rank of the target, 0 where it is absent. ``# (n_rows,)``
-        metrics: system -> metric (``HR@10`` …) -> value and interval. Coverage has no interval:
-            it is no mean over rows, and resampled rows cover less than all of them.
+        ranks: system -> where the relevant items stand, one entry per seed.
+        metrics: system -> metric (``HR@10`` …) -> value and interval. Coverage, Gini and lift of
+            all lists together have no interval: they are no means over rows.
         differences: other system -> metric -> reference minus other, paired. Empty without a
             reference.
         reference: the system that the others are compared with.
     """
 
-    ranks: dict[str, IntArray]
+    ranks: dict[str, list[RelevantRanks]]
     metrics: dict[str, dict[str, Interval]]
-    differences: dict[str, dict[str, Interval]]
+    differences: dict[str, dict[str, Difference]]
     reference: str | None
 
 
 def compare(
-    systems: Mapping[str, IntArray],
-    target: IntArray,
+    systems: Mapping[str, Sequence[IntArray]],
+    relevant: IntArray | ItemLists,
     n_items: int,
     ks: Sequence[int],
     reference: str | None = None,
     samples: int = 1000,
+    permutations: int = 10_000,
     seed: int = 0,
     groups: IntArray | None = None,
+    facts: ItemFacts | None = None,
 ) -> Comparison:
     """Score item lists of several systems on the same rows.
 
     Args:
-        systems: name -> item lists, best first. ``# (n_rows, k_max)``
-        target: the item that came next. ``# (n_rows,)``
+        systems: name -> item lists of each seed, best first. ``# (n_rows, k_max)`` each
+        relevant: the item that came next ``# (n_rows,)``, or all that count, per row.
         n_items: size of the catalogue.
         ks: cut-offs.
         reference: a name in `systems` whose paired differences to the others are wanted.
         samples: bootstrap samples.
-        seed: seed of the bootstrap.
+        permutations: draws of the randomisation test.
+        seed: seed of both.
         groups: see `bootstrap_means`; hand in users where a user has several rows.
+        facts: what metrics beyond accuracy need; None leaves all but coverage and Gini out.
 
     Returns:
         The comparison; 95% percentile intervals.
     """
-    ranks = {name: target_rank(lists, target) for name, lists in systems.items()}
-    names = [f"{metric}@{k}" for k in ks for metric in _PER_ROW]
-    columns = [
-        per_row(rank, k) for rank in ranks.values() for k in ks for per_row in _PER_ROW.values()
-    ]
-    values = np.stack(columns, axis=1)  # (n_rows, systems * metrics)
-    means, draws = values.mean(axis=0), bootstrap_means(values, samples, seed, groups)
-    at = {name: slice(i * len(names), (i + 1) * len(names)) for i, name in enumerate(systems)}
+    ranks = {
+        name: [
+            find_relevant(lists, relevant)
+            if isinstance(relevant, ItemLists)
+            else RelevantRanks.of_targets(target_rank(lists, relevant))
+            for lists in runs
+        ]
+        for name, runs in systems.items()
+    }
+    found = compare_ranks(ranks, ks, reference, samples, permutations, seed, groups)
+    for name, runs in systems.items():
+        for k in ks:
+            whole = {
+                f"coverage@{k}": [coverage_at_k(lists, n_items, k) for lists in runs],
+                f"gini@{k}": [gini_at_k(lists, n_items, k) for lists in runs],
+            }
+            values = {m: Interval(float(np.mean(v)), seeds=tuple(v)) for m, v in whole.items()}
+            found.metrics[name].update(values)
+            if facts is not None and facts.sid_of_item is not None:
+                if isinstance(relevant, ItemLists):
+                    raise ValueError("shared SID credit is defined for one relevant item a row")
+                sids = facts.sid_of_item
+                credit = np.stack([shared_sid_credit(x, relevant, sids, k) for x in runs], axis=1)
+                draws = bootstrap_means(credit, samples, seed, groups)[:, :, None]
+                means, drawn = credit.mean(axis=0), resample_seeds(draws, seed)[:, 0]
+                found.metrics[name][f"SID-credit@{k}"] = interval(means.mean(), drawn, seeds=means)
+            if facts is not None:
+                values = _beyond_accuracy(runs, facts, k, samples, seed, groups)
+                found.metrics[name].update(values)
+    return found
 
-    def intervals(mean: npt.NDArray, draw: npt.NDArray) -> dict[str, Interval]:
-        return {m: interval(mean[i], draw[:, i]) for i, m in enumerate(names)}
 
-    metrics = {name: intervals(means[s], draws[:, s]) for name, s in at.items()}
-    for name, lists in systems.items():
-        metrics[name] |= {f"coverage@{k}": Interval(coverage_at_k(lists, n_items, k)) for k in ks}
+def compare_ranks(
+    ranks: Mapping[str, Sequence[RelevantRanks] | IntArray],
+    ks: Sequence[int],
+    reference: str | None = None,
+    samples: int = 1000,
+    permutations: int = 10_000,
+    seed: int = 0,
+    groups: IntArray | None = None,
+) -> Comparison:
+    """Accuracy metrics of systems whose hit ranks are known.
+
+    Args:
+        ranks: name -> hit ranks of each seed, or target ranks, 0 where absent.
+            ``# (n_seeds, n_rows)``
+        ks: cut-offs.
+        reference: as in `compare`, like all that follow.
+        samples: as above.
+        permutations: as above.
+        seed: as above.
+        groups: as above.
+
+    Raises:
+        ValueError: there are no systems or no rows, or the systems have different rows.
+    """
+    runs = {
+        name: [r if isinstance(r, RelevantRanks) else RelevantRanks.of_targets(r) for r in found]
+        for name, found in ranks.items()
+    }
+    sizes = {name: {len(r.n_relevant) for r in found} for name, found in runs.items()}
+    if len(set().union(*sizes.values())) != 1 or sizes == {}:
+        raise ValueError(f"systems must be scored on the same rows; found numbers of rows: {sizes}")
+    several = any((r.n_relevant > 1).any() for found in runs.values() for r in found)
+    functions = {**_PER_ROW, **(_PER_ROW_OF_SEVERAL if several else {})}
+    names = [f"{metric}@{k}" for k in ks for metric in functions]
+    values = {  # (n_seeds, n_rows, n_metrics)
+        name: np.stack(
+            [np.stack([f(r, k) for k in ks for f in functions.values()], axis=1) for r in found]
+        )
+        for name, found in runs.items()
+    }
+    stacked = np.concatenate(
+        [v.transpose(1, 0, 2).reshape(v.shape[1], -1) for v in values.values()], 1
+    )
+    draws = bootstrap_means(stacked, samples, seed, groups)
+    metrics, drawn, start = {}, {}, 0
+    for i, (name, v) in enumerate(values.items()):
+        stop = start + v.shape[0] * len(names)
+        own = draws[:, start:stop].reshape(samples, v.shape[0], len(names))
+        # A seed of its own per system: training seeds of two systems are not paired.
+        drawn[name] = resample_seeds(own, seed + 1 + i)
+        per_seed = v.mean(axis=1)  # (n_seeds, n_metrics)
+        metrics[name] = {
+            m: interval(per_seed[:, j].mean(), drawn[name][:, j], seeds=per_seed[:, j])
+            for j, m in enumerate(names)
+        }
+        start = stop
     differences = {}
     if reference is not None:
-        ours = at[reference]
-        differences = {
-            name: intervals(means[ours] - means[s], draws[:, ours] - draws[:, s])
-            for name, s in at.items()
-            if name != reference
-        }
-    return Comparison(ranks, metrics, differences, reference)
+        means = {name: v.mean(axis=0) for name, v in values.items()}  # (n_rows, n_metrics)
+        differences = _differences(means, drawn, names, reference, permutations, seed, groups)
+    return Comparison(runs, metrics, differences, reference)
+
+
+def _differences(
+    means: Mapping[str, FloatArray],
+    draws: Mapping[str, FloatArray],
+    names: Sequence[str],
+    reference: str,
+    permutations: int,
+    seed: int,
+    groups: IntArray | None,
+) -> dict[str, dict[str, Difference]]:
+    """Reference minus each other system, with interval and p-value."""
+    others = [name for name in means if name != reference]
+    apart = {name: means[reference] - means[name] for name in others}
+    p = {name: randomisation_test(apart[name], permutations, seed, groups) for name in others}
+    adjusted = np.array([holm([p[name][j] for name in others]) for j in range(len(names))])
+    result: dict[str, dict[str, Difference]] = {}
+    for i, name in enumerate(others):
+        low, high = np.quantile(draws[reference] - draws[name], [0.025, 0.975], axis=0)
+        value = apart[name].mean(axis=0)
+        result[name] = {
+            m: Difference(
+                float(value[j]), float(low[j]), float(high[j]), float(p[name][j]),
+                float(adjusted[j, i]),
+            )
+            for j, m in enumerate(names)
+        }  # fmt: skip
+    return result
+
+
+def _beyond_accuracy(
+    runs: Sequence[IntArray],
+    facts: ItemFacts,
+    k: int,
+    samples: int,
+    seed: int,
+    groups: IntArray | None,
+) -> dict[str, Interval]:
+    """Novelty, diversity, lift and calibration; rows for which one is not defined are left out."""
+    measured: dict[str, list[FloatArray]] = {
+        "novelty": [],
+        "lift": [],
+        "ild": [],
+        "calibration": [],
+    }
+    before = history_popularity(facts.history, facts.train_count)
+    for lists in runs:
+        measured["novelty"].append(novelty(lists, facts.train_count, facts.n_users, k))
+        measured["lift"].append(list_popularity(lists, facts.train_count, k))
+        if facts.vectors is not None and k > 1:
+            measured["ild"].append(intra_list_diversity(lists, facts.vectors, k))
+        if facts.categories is not None and facts.categories.shape[1]:
+            divergence = calibration(lists, facts.history, facts.categories, k)
+            measured["calibration"].append(divergence)
+    result = {}
+    for name, found in measured.items():
+        if not found:
+            continue
+        table = np.stack([*found, *([before] if name == "lift" else [])], axis=1)
+        defined = ~np.isnan(table).any(axis=1)
+        if not defined.any():
+            continue
+        part = None if groups is None else groups[defined]
+        draws = bootstrap_means(table[defined], samples, seed, part)  # (samples, n_seeds [+ 1])
+        means = table[defined].mean(axis=0)
+        if name == "lift":
+            if means[-1] == 0:
+                continue
+            draws, means = draws[:, :-1] / draws[:, -1:] - 1, means[:-1] / means[-1] - 1
+        drawn = resample_seeds(draws[:, :, None], seed)[:, 0]
+        label = "popularity_lift" if name == "lift" else name
+        result[f"{label}@{k}"] = interval(means.mean(), drawn, seeds=means)
+    return result
 
 
 def comparison_table(comparison: Comparison, columns: Sequence[str], title: str) -> Table:
@@ -103,7 +307,8 @@ def comparison_table(comparison: Comparison, columns: Sequence[str], title: str)
         table.add_column(column, justify="right", no_wrap=True)
     best = {c: max(m[c].value for m in comparison.metrics.values()) for c in columns}
     for system, metrics in comparison.metrics.items():
-        cells = [Text(system)]
+        n_seeds = len(comparison.ranks[system])
+        cells = [Text(system).append(f" ({n_seeds} seeds)" if n_seeds > 1 else "", "dim")]
         for column in columns:
             found = metrics[column]
             cell = Text(f"{found.value:.4f}", "bold" if found.value == best[column] else "")
@@ -120,11 +325,10 @@ def describe_difference(comparison: Comparison, metric: str) -> str | None:
         return None
     other = max(comparison.differences, key=lambda name: comparison.metrics[name][metric].value)
     found = comparison.differences[other][metric]
-    assert found.low is not None and found.high is not None
     verdict = "not distinguishable from 0"
     if found.low > 0 or found.high < 0:
         verdict = "above 0" if found.low > 0 else "below 0"
     return (
         f"{comparison.reference} − {other}, {metric}: {found.value:+.4f} "
-        f"[{found.low:+.4f}, {found.high:+.4f}], {verdict}"
+        f"[{found.low:+.4f}, {found.high:+.4f}], p = {found.p:.2g}, {verdict}"
     )

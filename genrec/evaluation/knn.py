@@ -16,7 +16,7 @@ would leak wherever ids were numbered in order of appearance, as the Amazon benc
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -28,15 +28,15 @@ import scipy.sparse as sp
 from genrec.columns import HISTORY, TARGET, USER_ID
 from genrec.evaluation.baselines import (
     BATCH_ROWS,
-    ItemLists,
-    contains,
-    fill_from_order,
     item_counts,
     popularity_order,
     supervised_positions,
     training_sequences,
 )
-from genrec.metrics import EMPTY, gains, target_rank
+from genrec.evaluation.profiles import best_entries, places, recommend_by_similarity
+from genrec.evaluation.tuning import coordinate_search
+from genrec.item_lists import ItemLists
+from genrec.metrics import gains, target_rank
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +107,7 @@ class ItemKNN:
             raise ValueError("item-kNN has no rows to fit on; prepare a split with training rows")
         self.n_items, self.settings = n_items, settings
         self.order = popularity_order(item_counts(rows, n_items), seed)
-        self._tie = np.empty(n_items, dtype=np.int64)  # place in `order`: smaller wins a tie
-        self._tie[self.order] = np.arange(n_items)
+        self._tie = places(self.order)
         self.similarity = self._fit(rows)  # csr (n_items, n_items): row = history item
 
     def _fit(self, rows: pl.DataFrame) -> sp.csr_matrix:
@@ -155,7 +154,7 @@ class ItemKNN:
         row, column, value = block.row[keep], block.col[keep], block.data[keep]
         value = value / (norm[row + start] * norm[column] + self.settings.shrinkage)
         scores = sp.csr_matrix((value, (row, column)), shape=block.shape)
-        row, _, column, value = _best(scores, self._tie, self.settings.neighbours)
+        row, _, column, value = best_entries(scores, self._tie, self.settings.neighbours)
         return sp.csr_matrix((value, (row, column)), shape=block.shape)
 
     def recommend(
@@ -178,49 +177,15 @@ class ItemKNN:
         Returns:
             Item indices, padded with `EMPTY` where the catalogue is used up. ``# (n_rows, k)``
         """
-        decay = self.settings.decay if decay is None else decay
-        own = self.settings.self_weight if self_weight is None else self_weight
-        lists = np.full((len(history), k), EMPTY, dtype=np.int64)
-        for start in range(0, len(history), BATCH_ROWS):
-            batch = np.arange(start, min(start + BATCH_ROWS, len(history)))
-            part, banned = history.take(batch), seen.take(batch)
-            age = part.offsets[1:][part.rows] - 1 - np.arange(len(part.values))
-            profile = sp.csr_matrix(
-                (decay ** age.astype(np.float64), (part.rows, part.values)),
-                shape=(len(batch), self.n_items),
-            )
-            scores = (profile @ self.similarity + own * profile).tocsr()
-            scores.eliminate_zeros()
-            row = np.repeat(np.arange(len(batch)), np.diff(scores.indptr))
-            keys = row * self.n_items + scores.indices
-            scores.data[contains(banned.keys(self.n_items), keys)] = -np.inf
-            row, place, column, _ = _best(scores, self._tie, k)
-            lists[start + row, place] = column
-        return fill_from_order(lists, self.order, seen)
-
-
-def _best(
-    scores: sp.csr_matrix, tie: IntArray, k: int
-) -> tuple[IntArray, IntArray, IntArray, npt.NDArray[np.float64]]:
-    """The `k` highest finite entries of each row, as (row, place in the row, column, value)."""
-    lengths = np.diff(scores.indptr)
-    rows = np.repeat(np.arange(scores.shape[0]), lengths)
-    columns, values = scores.indices, scores.data
-    if len(values) and lengths.max() > k:
-        # Most entries are far from the best k: cut them off by the k-th value, keeping all ties.
-        padded = np.full((len(lengths), int(lengths.max())), -np.inf)
-        padded[rows, np.arange(len(values)) - scores.indptr[rows]] = values
-        padded.partition(padded.shape[1] - k, axis=1)
-        keep = values >= padded[rows, padded.shape[1] - k]
-        rows, columns, values = rows[keep], columns[keep], values[keep]
-    finite = values > -np.inf
-    rows, columns, values = rows[finite], columns[finite], values[finite]
-    order = np.lexsort((tie[columns], -values, rows))
-    rows, columns, values = rows[order], columns[order], values[order]
-    starts = np.searchsorted(rows, np.arange(len(lengths)))
-    place = np.arange(len(rows)) - starts[rows]
-    best = place < k
-    return rows[best], place[best], columns[best].astype(np.int64), values[best]
+        return recommend_by_similarity(
+            self.similarity,
+            self.order,
+            history,
+            seen,
+            k,
+            self.settings.decay if decay is None else decay,
+            self.settings.self_weight if self_weight is None else self_weight,
+        )
 
 
 # Values tried per setting; `decay` comes last since it needs no new fit.
@@ -284,31 +249,4 @@ def tune_knn(
         lists = fitted[key].recommend(history, seen, k, settings.decay, settings.self_weight)
         return float(gains(target_rank(lists, target), k).mean())
 
-    return _coordinate_search(start, grid, score)
-
-
-def _coordinate_search(
-    start: KNNSettings,
-    grid: Mapping[str, Sequence[float]],
-    score: Callable[[KNNSettings], float],
-) -> tuple[KNNSettings, list[dict[str, Any]]]:
-    scores = {start: score(start)}
-    best = start
-    for _ in range(3):
-        before = best
-        for name, values in grid.items():
-            for value in values:
-                trial = _with(best, name, value)
-                if trial not in scores:
-                    scores[trial] = score(trial)
-                    logger.debug("kNN %s: NDCG %.4f", trial.describe(), scores[trial])
-            best = max((_with(best, name, v) for v in values), key=scores.__getitem__)
-        if best == before:
-            break
-    trials = [{"settings": asdict(key), "ndcg": value} for key, value in scores.items()]
-    return best, trials
-
-
-def _with(settings: KNNSettings, name: str, value: float) -> KNNSettings:
-    changed: dict[str, Any] = {name: value}
-    return replace(settings, **changed)
+    return coordinate_search(start, grid, score)

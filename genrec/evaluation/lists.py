@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from genrec.artifacts import read_json
 from genrec.columns import ITEM_ID, ITEM_INDEX, RANK, ROW_ID, SCORE, USER_ID
-from genrec.evaluation.baselines import ItemLists
+from genrec.item_lists import ItemLists
 from genrec.metrics import EMPTY
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,32 @@ def read_recommendations(path: Path | str) -> pl.DataFrame:
             path, separator="\t" if path.suffix == ".tsv" else ",", infer_schema=False
         )
     raise ValueError(f"{path} must end in .parquet, .csv or .tsv")
+
+
+def read_sid_map(path: Path | str, catalog: pl.DataFrame) -> npt.NDArray[np.int64]:
+    """A number per semantic id for every catalogue row, from an ``index.json``.
+
+    The form that LC-Rec, LETTER and MiniOneRec share: ``{"item id": ["<a_1>", "<b_7>", …], …}``.
+    Items may share a SID here; items that the file lacks get one of their own.
+
+    Raises:
+        ValueError: the file has another form, or knows no item of the catalogue.
+    """
+    index = read_json(path)
+    if not isinstance(index, dict) or not all(isinstance(v, list) for v in index.values()):
+        raise ValueError(f'{path} must hold {{"item id": ["<a_1>", …], …}}')
+    sids = pl.DataFrame(
+        {ITEM_ID: list(index), "sid": ["".join(map(str, tokens)) for tokens in index.values()]},
+        schema={ITEM_ID: pl.String, "sid": pl.String},
+    )
+    ids = catalog.select(pl.col(ITEM_ID).cast(pl.String))
+    named = ids.join(sids, on=ITEM_ID, how="left", maintain_order="left")
+    if (missing := named["sid"].null_count()) == catalog.height:
+        raise ValueError(f"{path} knows none of the {catalog.height} item ids of the catalogue")
+    if missing:
+        logger.warning("%d items have no semantic id in %s: each counts as its own", missing, path)
+    own = named.with_columns(pl.col("sid").fill_null("item " + pl.col(ITEM_ID)))
+    return own["sid"].rank("dense").to_numpy().astype(np.int64) - 1
 
 
 def align(

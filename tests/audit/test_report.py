@@ -12,7 +12,8 @@ import pytest
 
 from genrec.audit.custody import AuditKey, read_log
 from genrec.audit.records import ExplainedRun
-from genrec.audit.report import MAX_TITLE_CHARS, display_text, render_report
+from genrec.audit.report import render_report
+from genrec.page import MAX_TITLE_CHARS, display_text
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from genrec.data.cleaning import clean
-from genrec.data.readers import read_movielens_100k, read_sequences
-from genrec.data.splits import leave_one_out
+from genrec.data.leaks import check_splits
+from genrec.data.readers import RawData, read_movielens_100k, read_sequences
+from genrec.data.splits import Splits, leave_one_out
+from genrec.data.time_splits import global_time, time_cutoff, unix_seconds
 
 
 def test_beauty(genrec_data: Path):
@@ -43,3 +47,59 @@ def test_movielens_100k(genrec_data: Path):
     assert film["title"] == "Toy Story (1995)"
     assert film["categories"] == ["Animation", "Children's", "Comedy"]
     assert data.catalog["categories"].list.len().sum() == 2_891  # 2,893 marks, two "unknown"
+
+
+def heights(splits: Splits) -> tuple[int, int, int]:
+    return splits.train.height, splits.valid.height, splits.test.height
+
+
+def test_movielens_100k_by_time(genrec_data: Path):
+    data = clean(read_movielens_100k(genrec_data / "movielens-100k"), min_rating=0)
+    n_items = data.catalog.height
+    splits = global_time(data.interactions, n_items)
+    check_splits(splits.train, splits.valid, splits.test, data.interactions, "global-time", n_items)
+    assert heights(splits) == (7_506, 9_885, 9_924)
+    assert splits.dropped == {"valid_without_history": 116, "test_without_history": 76}
+    assert splits.boundaries == {
+        "valid_from": "1998-03-07T02:21:09+00:00",
+        "test_from": "1998-03-31T22:11:49+00:00",
+    }
+    in_valid, in_test = 9_885 + 116, 9_924 + 76
+    train = 100_000 - in_valid - in_test
+    assert list(splits.shares.values()) == pytest.approx(
+        [train / 100_000, in_valid / 100_000, in_test / 100_000]
+    )
+    assert splits.train_count.sum() == train
+    assert splits.tied_test_targets == pytest.approx(0.521, abs=5e-4)
+
+    moments = [unix_seconds(day) for day in ("1998-02-01", "1998-03-15")]
+    splits = time_cutoff(data.interactions, n_items, *moments)
+    check_splits(splits.train, splits.valid, splits.test, data.interactions, "time-cutoff", n_items)
+    assert heights(splits) == (6_276, 101, 93)
+    relevant = splits.test["relevant_item_index"].list.len()
+    assert relevant.mean() == pytest.approx(21.34, abs=0.01)
+    assert splits.dropped["test_without_history"] == 15_942
+    held = relevant.sum() + splits.valid["relevant_item_index"].list.len().sum()
+    assert splits.train_count.sum() + held + sum(splits.dropped.values()) == 100_000
+
+
+def test_fashion_reviews_by_time(genrec_data: Path):
+    """Real data where nearly every tie rule matters: users review everything on one day."""
+    text = (genrec_data / "amazon2018-fashion-reviews" / "AMAZON_FASHION_5.json").read_text()
+    reviews, at = [], 0
+    while at < len(text.rstrip()):  # objects one after another
+        at += len(text[at:]) - len(text[at:].lstrip())
+        review, at = json.JSONDecoder().raw_decode(text, at)
+        reviews.append((review["reviewerID"], review["asin"], review["unixReviewTime"]))
+    log = pl.DataFrame(reviews, schema=["user_id", "item_id", "timestamp"], orient="row")
+    log = log.with_columns(pl.lit(None, dtype=pl.Float64).alias("rating"))
+    catalog = log.select(pl.col("item_id").unique(maintain_order=True))
+    data = clean(RawData(log, catalog, None))
+    assert data.interactions.height == 3_065
+    splits = leave_one_out(data.interactions, 31)
+    assert heights(splits) == (406, 395, 395)
+    assert splits.tied_test_targets == pytest.approx(0.985, abs=5e-4)
+    splits = global_time(data.interactions, 31)
+    assert heights(splits) == (327, 270, 273)
+    assert splits.shares["train"] == pytest.approx(0.7971, abs=5e-5)
+    check_splits(splits.train, splits.valid, splits.test, data.interactions, "global-time", 31)

@@ -1,6 +1,10 @@
-"""Leave-one-out rows: hand-computed windows and the 'target exactly once' property."""
+"""Leave-one-out rows: hand-computed windows, the 'target exactly once' property, the hash."""
 
 from __future__ import annotations
+
+import hashlib
+import struct
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -14,10 +18,12 @@ from genrec.columns import (
     SEEN,
     SUPERVISE_FROM,
     TARGET,
+    TARGET_POSITION,
     TARGET_TIME,
     USER_ID,
 )
-from genrec.data.splits import leave_one_out
+from genrec.data.leaks import check_splits
+from genrec.data.splits import content_sha256, leave_one_out
 
 
 def log_of(sequences: dict[str, list[int]]) -> pl.DataFrame:
@@ -48,6 +54,10 @@ def test_windows_of_a_long_sequence_by_hand():
     assert splits.test[SEEN].to_list() == [list(range(11))]
     assert splits.train[TARGET_TIME].to_list() == [404, 606, 808, 909]
     assert splits.test[TARGET_TIME].to_list() == [1111]
+    assert splits.train[TARGET_POSITION].to_list() == [4, 6, 8, 9]
+    assert splits.test[TARGET_POSITION].to_list() == [11]
+    assert splits.shares == {"train": 10 / 12, "valid": 1 / 12, "test": 1 / 12}
+    assert (splits.boundaries, splits.dropped, splits.tied_test_targets) == ({}, {}, 0.0)
 
 
 def test_max_history_of_one_advances_one_item_at_a_time():
@@ -86,7 +96,70 @@ def test_max_history_below_one_is_refused():
         leave_one_out(log_of({"a": [1, 0]}), n_items=2, max_history=0)
 
 
-@settings(max_examples=150, deadline=None)
+def test_targets_that_the_tie_rule_decides_are_counted():
+    log = log_of({"a": [0, 1, 2], "b": [3, 4, 5]})
+    tied = log.with_columns(pl.Series("timestamp", [1, 2, 3, 1, 5, 5]))
+    assert leave_one_out(tied, 6).tied_test_targets == 0.5
+    unknown = log.with_columns(pl.lit(None, dtype=pl.Int64).alias("timestamp"))
+    assert leave_one_out(unknown, 6).tied_test_targets is None
+
+
+TABLE = pl.DataFrame(
+    {
+        "user_id": ["a", None, "ü"],
+        "target_item_index": pl.Series([1, 2, None], dtype=pl.Int32),
+        "history_item_index": pl.Series([[3, 4], [], None], dtype=pl.List(pl.Int32)),
+    }
+)
+
+
+def test_content_hash_by_hand():
+    """What the docstring says, byte for byte; the pinned value must hold on every machine."""
+    data = b"test/history_item_index/list/3\n" + bytes([1, 1, 0]) + struct.pack("<3q", 2, 0, 0)
+    data += struct.pack("<2q", 3, 4)
+    data += b"test/target_item_index/integer/3\n" + bytes([1, 1, 0]) + struct.pack("<3q", 1, 2, 0)
+    data += b"test/user_id/text/3\n" + bytes([1, 0, 1]) + struct.pack("<3q", 1, 0, 2)
+    data += "aü".encode()
+    assert hashlib.sha256(data).hexdigest() == content_sha256({"test": TABLE})
+    pinned = "348a6d3ead09565203a74d26b18ffe305856d3e200d33b7654f757e60ce08cf8"
+    assert content_sha256({"test": TABLE}) == pinned
+
+
+def test_content_hash_is_of_the_content_alone(tmp_path: Path, monkeypatch):
+    found = content_sha256({"test": TABLE})
+    assert content_sha256({"test": TABLE.select(sorted(TABLE.columns, reverse=True))}) == found
+    chunked = pl.concat([TABLE[:1], TABLE[1:]], rechunk=False)
+    assert content_sha256({"test": chunked}) == found
+    wider = TABLE.with_columns(pl.col("target_item_index").cast(pl.Int64))
+    assert content_sha256({"test": wider}) == found
+    for settings_ in (
+        {"compression": "uncompressed"},
+        {"compression": "gzip", "row_group_size": 1},
+    ):
+        TABLE.write_parquet(tmp_path / "t.parquet", **settings_)
+        assert content_sha256({"test": pl.read_parquet(tmp_path / "t.parquet")}) == found
+    monkeypatch.setattr("genrec.data.splits._HASH_ROWS", 2)
+    assert content_sha256({"test": TABLE}) == found
+    for other in (
+        {"valid": TABLE},
+        {"test": TABLE[::-1]},
+        {"test": TABLE.with_columns(pl.col("target_item_index").fill_null(0))},
+        {"test": TABLE.with_columns(pl.lit("aü").alias("user_id"))},
+        {"test": TABLE[:2]},
+    ):
+        assert content_sha256(other) != found
+    with pytest.raises(ValueError, match="column 'x' is Float64"):
+        content_sha256({"test": pl.DataFrame({"x": [1.5]})})
+
+
+def test_split_hash_covers_all_three_parts():
+    log = log_of({"a": [5, 4, 3, 2], "b": [1, 2, 3]})
+    pinned = leave_one_out(log, 6).sha256()
+    assert pinned == "07c3a10b8fbee74b64cc3ab0a74edc130171a27408989cce221374c59250ba7b"
+    assert leave_one_out(log, 6, max_history=1).sha256() != pinned  # only histories differ
+
+
+@settings(max_examples=80, deadline=None)
 @given(
     sequences=st.lists(
         st.lists(st.integers(0, 6), min_size=1, max_size=40), min_size=1, max_size=6
@@ -96,6 +169,7 @@ def test_max_history_below_one_is_refused():
 def test_every_interaction_is_a_target_exactly_once(sequences, max_history):
     log = log_of({f"u{i}": items for i, items in enumerate(sequences)})
     splits = leave_one_out(log, n_items=7, max_history=max_history)
+    check_splits(splits.train, splits.valid, splits.test, log, "leave-one-out", 7)
     learned: dict[str, list[int]] = {user: [] for user in log[USER_ID].unique()}
     for user, history, target, start in short(splits.train):
         assert len(history) <= max_history

@@ -9,14 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genrec.evaluation.baselines import (
-    ItemLists,
     fill_from_order,
     item_counts,
-    no_items,
     popularity,
     popularity_order,
     random_lists,
 )
+from genrec.item_lists import ItemLists, no_items
 
 
 def lists_of(*rows: list[int]) -> ItemLists:

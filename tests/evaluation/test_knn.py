@@ -14,7 +14,6 @@ from genrec.columns import HISTORY, SEEN, TARGET
 from genrec.data.cleaning import clean
 from genrec.data.readers import RawData, read_movielens_100k, read_sequences
 from genrec.data.splits import Splits, leave_one_out
-from genrec.evaluation.baselines import ItemLists, no_items
 from genrec.evaluation.knn import (
     ITEM_KNN_GRID,
     SEQUENTIAL_KNN_GRID,
@@ -22,6 +21,7 @@ from genrec.evaluation.knn import (
     KNNSettings,
     tune_knn,
 )
+from genrec.item_lists import ItemLists, no_items
 from genrec.metrics import hit_rate_at_k, ndcg_at_k
 
 N_ITEMS = 5

@@ -6,8 +6,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from genrec.evaluation.baselines import ItemLists
 from genrec.evaluation.lists import align, check_unseen, read_recommendations
+from genrec.item_lists import ItemLists
 
 CATALOG = pl.DataFrame({"item_index": [0, 1, 2, 3], "item_id": ["007", "7", "x", "y"]}).cast(
     {"item_index": pl.Int32}

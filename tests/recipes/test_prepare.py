@@ -12,6 +12,8 @@ import polars as pl
 import pytest
 import yaml
 
+from genrec.data.splits import content_sha256
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
 
@@ -70,6 +72,9 @@ def test_own_csv_from_start_to_rerun(shop: Path, tmp_path: Path):
     assert split["rating_rule"] == "interactions rated 1 or more, as implicit feedback"
     assert (split["users"], split["items"], split["interactions"]) == (8, 7, 48)
     assert split["tie_share_of_last_two"] == 0.0
+    assert split["boundaries"] == split["dropped_by_split"] == {}
+    metrics = json.loads((data / "manifest.json").read_text())["metrics"]
+    assert split["split_sha256"] == metrics["split_sha256"] == content_sha256(splits)
 
     manifest = (data / "manifest.json").read_bytes()
     again = prepare(*base)
@@ -126,6 +131,18 @@ def test_bad_input_ends_with_one_line_and_loses_nothing(shop: Path, tmp_path: Pa
         (["--max_history", "0"], "max_history=0 must be at least 1"),
         (["--n_users", "50", "--expect_users", "51"], "the data have 50 users, expect_users=51"),
         (["--format", "table", "--interactions", "none.csv"], "none.csv not found"),
+        (["--protocol", "random"], "protocol='random' is not known; choose one of leave-one-out"),
+        (
+            ["--protocol", "global-time", "--split_shares", "0.9", "0.2", "0.1"],
+            "split_shares=[0.9, 0.2, 0.1] must be three positive numbers",
+        ),
+        (["--split_shares", "0.6", "0.2", "0.2"], "split_shares belongs to protocol: global-time"),
+        (["--test_from", "2022-01-01"], "test_from belongs to protocol: time-cutoff"),
+        (["--protocol", "time-cutoff"], "protocol='time-cutoff' needs valid_from: <date>"),
+        (
+            ["--protocol", "time-cutoff", "--valid_from", "May", "--test_from", "2023-01-01"],
+            "'May' is no time; give an ISO date",
+        ),
     ],
 )
 def test_settings_that_cannot_be_used(tmp_path: Path, args: list[str], message: str):
@@ -133,6 +150,68 @@ def test_settings_that_cannot_be_used(tmp_path: Path, args: list[str], message: 
     assert result.returncode == 2
     assert message in result.stderr
     assert not (tmp_path / "run" / "data" / "manifest.json").exists()
+
+
+def test_own_csv_in_one_order_by_time(shop: Path, tmp_path: Path):
+    """Eight users buy at noon on six days: 48 interactions, and each day is one second."""
+    run_dir = tmp_path / "run"
+    base = [*OWN, "--data_dir", str(shop), "--run_dir", str(run_dir), "--protocol", "global-time"]
+    made = prepare(*base)
+    assert made.returncode == 0, made.stderr
+    split = json.loads((run_dir / "data" / "split.json").read_text())
+    assert split["protocol"] == "global-time"
+    # 80% end within day 5, 90% within day 6: both boundaries move to the start of their day.
+    assert split["boundaries"] == {
+        "valid_from": "2024-01-05T12:00:00+00:00",
+        "test_from": "2024-01-06T12:00:00+00:00",
+    }
+    assert split["shares"] == {"train": 4 / 6, "valid": 1 / 6, "test": 1 / 6}
+    assert "the second that a boundary names belongs to the later period" in split["tie_rule"]
+    assert split["dropped_by_split"] == {"valid_without_history": 0, "test_without_history": 0}
+    assert (split["test_rows"], split["test_users"]) == (8, 8)
+    # The fifth and sixth of items (user + place) % 6: nobody bought one before.
+    assert split["repeated_test_targets"] == split["cold_test_targets"] == 0.0
+    for text in ("2024-01-05T12:00:00+00:00", "66.67%", split["split_sha256"][:40]):
+        assert text in made.stdout
+
+    other = prepare(*base, "--split_shares", "0.6", "0.2", "0.2")
+    assert other.returncode == 2
+    assert "split_shares=[0.8, 0.1, 0.1] (now [0.6, 0.2, 0.2])" in other.stderr
+
+
+def test_own_csv_with_cutoff_dates(shop: Path, tmp_path: Path):
+    config = tmp_path / "prepare.yaml"
+    text = (CONFIGS / "own-csv" / "prepare.yaml").read_text()
+    # A bare date is a date to YAML, not text.
+    dates = "valid_from: 2024-01-04\ntest_from: 2024-01-05T00:00:00\ntest_until: '2024-01-07'\n"
+    config.write_text(text + "protocol: time-cutoff\n" + dates)
+    run_dir = tmp_path / "run"
+    base = ["--config", str(config), "--data_dir", str(shop), "--run_dir", str(run_dir)]
+    made = prepare(*base)
+    assert made.returncode == 0, made.stderr
+    split = json.loads((run_dir / "data" / "split.json").read_text())
+    assert split["boundaries"] == {
+        "valid_from": "2024-01-04T00:00:00+00:00",
+        "test_from": "2024-01-05T00:00:00+00:00",
+        "test_until": "2024-01-07T00:00:00+00:00",
+    }
+    assert split["relevant_per_test_row"] == 2.0
+    test = pl.read_parquet(run_dir / "data" / "test.parquet")
+    assert test["relevant_item_index"].to_list()[0] == [4, 5]
+    assert test["history_item_index"].to_list()[0] == [0, 1, 2, 3]
+    # The same moments written otherwise are the same settings.
+    same = prepare(*base, "--valid_from", "1704326400", "--test_from", "2024-01-05T01:00:00+01:00")
+    assert "skipped" in same.stderr, same.stderr
+
+
+def test_data_without_times_are_not_split_by_time(tmp_path: Path):
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id\n" + "".join(f"u{i % 3},{i}\n" for i in range(12)))
+    files = ["--format", "table", "--interactions", str(path), "--run_dir", str(tmp_path / "r")]
+    result = prepare(*files, "--protocol", "global-time")
+    assert result.returncode == 2
+    assert "protocol='global-time' needs timestamps" in result.stderr
+    assert "use protocol: leave-one-out" in result.stderr
 
 
 def test_nothing_to_test_on_is_refused(tmp_path: Path):

@@ -1,0 +1,227 @@
+"""Rows of a split, built from places in the ordered log: windows, histories, seen items."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+
+from genrec.columns import (
+    HISTORY,
+    ITEM_INDEX,
+    POSITION,
+    ROW_ID,
+    SEEN,
+    SUPERVISE_FROM,
+    TARGET,
+    TARGET_POSITION,
+    TARGET_TIME,
+    TIMESTAMP,
+    USER_ID,
+)
+
+_BLOCK = 1 << 24  # list entries that are worked on at once
+
+IntArray = npt.NDArray[np.int64]
+ItemArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class UserSequences:
+    """The cleaned log as arrays; a *place* is a row of the log.
+
+    Attributes:
+        users: user_id of each interaction.
+        items: item index of each interaction.
+        time: timestamps, or None where the data have only an order.
+        owner: number of the user (order of first appearance) of each interaction.
+        start: first place of each user, shape (users,).
+        length: interactions of each user.
+    """
+
+    users: pl.Series
+    items: ItemArray
+    time: IntArray | None
+    owner: IntArray
+    start: IntArray
+    length: IntArray
+
+    @classmethod
+    def of(cls, interactions: pl.DataFrame) -> UserSequences:
+        """From `CleanData.interactions`.
+
+        Raises:
+            ValueError: users don't lie in blocks that are ordered by position and time.
+        """
+        position = interactions[POSITION].to_numpy().astype(np.int64)
+        start = np.flatnonzero(position == 0)
+        length = np.diff(np.append(start, len(position)))
+        owner = np.repeat(np.arange(len(start)), length)
+        users = interactions[USER_ID]
+        ordered = len(owner) == len(position) and users.n_unique() == len(start)
+        ordered = ordered and np.array_equal(position, np.arange(len(position)) - start[owner])
+        time = None
+        if len(position) and interactions[TIMESTAMP].null_count() == 0:
+            time = interactions[TIMESTAMP].to_numpy().astype(np.int64)
+            ordered = ordered and bool((np.diff(time)[np.diff(owner) == 0] >= 0).all())
+        if not ordered:
+            raise ValueError(
+                "the interactions must lie in one block per user, ordered by position and time; "
+                "sort them with genrec.data.cleaning.order_interactions"
+            )
+        items = interactions[ITEM_INDEX].to_numpy().astype(np.int32)
+        return cls(users, items, time, owner, start, length)
+
+    def first_meetings(self, n_items: int) -> npt.NDArray[np.bool_]:
+        """Whether an interaction is its user's first one with the item."""
+        first = np.zeros(len(self.items), dtype=bool)
+        first[np.unique(self.owner * n_items + self.items, return_index=True)[1]] = True
+        return first
+
+
+def check_max_history(max_history: int) -> None:
+    """Raise ValueError if a history could hold nothing."""
+    if max_history < 1:
+        raise ValueError(f"max_history={max_history} must be at least 1")
+
+
+def train_counts(log: UserSequences, train_length: IntArray, n_items: int) -> ItemArray:
+    """Interactions of each item among each user's first `train_length` ones, (n_items,)."""
+    offset = np.arange(len(log.items)) - log.start[log.owner]
+    in_train = offset < train_length[log.owner]
+    return np.bincount(log.items[in_train], minlength=n_items).astype(np.int32)
+
+
+def train_rows(log: UserSequences, train_length: IntArray, max_history: int) -> pl.DataFrame:
+    """Windows over each user's first `train_length` interactions.
+
+    The training sequence s is cut into windows of at most ``max_history + 1`` items. The first is
+    ``s[:max_history + 1]`` and supervises all of its items; each following one ends
+    ``max(1, max_history // 2)`` items later (the last at the end of s) and supervises only the
+    items that no earlier window did, so that every interaction is a target exactly once. A row
+    supervises ``history + [target]`` from position ``supervise_from`` on.
+
+    Args:
+        log: the sequences.
+        train_length: length of each user's s; 0 gives no window.
+        max_history: items that a history holds at most.
+    """
+    users = np.flatnonzero(train_length)
+    length = train_length[users]
+    first, end, supervised = _windows(length, max_history)
+    begin = log.start[users[np.repeat(np.arange(len(users)), _window_counts(length, max_history))]]
+    return _rows("train", log, begin + first, begin + end - 1, supervised)
+
+
+def held_out_rows(
+    split: str, log: UserSequences, target: IntArray, n_items: int, max_history: int
+) -> pl.DataFrame:
+    """Rows of targets at given places; history and seen items are what the user had before.
+
+    `seen_item_index` is by far the largest column: it grows with the rows times their users'
+    distinct earlier items, and only it (4 bytes an entry) and one block of it are in memory.
+    """
+    begin = log.start[log.owner[target]]
+    history = np.maximum(begin, target - max_history)
+    rows = _rows(split, log, history, target, target - history)
+    first = log.first_meetings(n_items)
+    before = np.concatenate([[0], np.cumsum(first)])
+    # Distinct earlier items are the first meetings before the target: no sort over all entries.
+    seen = list_column(log.items[first], before[begin], before[target], sort=True)
+    return rows.with_columns(seen.alias(SEEN))
+
+
+def _window_counts(length: IntArray, max_history: int) -> IntArray:
+    step = max(1, max_history // 2)
+    beyond = np.maximum(0, length - (max_history + 1))
+    return 1 + -(-beyond // step)
+
+
+def _windows(length: IntArray, max_history: int) -> tuple[IntArray, IntArray, IntArray]:
+    """Windows of each training sequence, as offsets into it.
+
+    Returns:
+        First item, end (exclusive) and first supervised place within the window, shape (windows,).
+    """
+    step, size = max(1, max_history // 2), max_history + 1
+    counts = _window_counts(length, max_history)
+    sequence_length = np.repeat(length, counts)
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    end = np.minimum(sequence_length, size + number * step)
+    first = np.maximum(0, end - size)
+    supervised_before = np.where(number == 0, 0, size + (number - 1) * step)
+    return first, end, supervised_before - np.where(number == 0, 0, first)
+
+
+def _rows(
+    split: str,
+    log: UserSequences,
+    begin: IntArray,
+    target: IntArray,
+    supervise_from: IntArray,
+) -> pl.DataFrame:
+    """Split rows from places in the log: history is [begin, target), all of one user."""
+    number = pl.Series(np.arange(len(target))).cast(pl.String).str.zfill(6)
+    if log.time is None:
+        time = pl.repeat(None, len(target), dtype=pl.Int64, eager=True)
+    else:
+        time = pl.Series(log.time[target], dtype=pl.Int64)
+    position = target - log.start[log.owner[target]]
+    return pl.DataFrame(
+        [
+            (f"{split}-" + number).alias(ROW_ID),
+            log.users.gather(target).alias(USER_ID),
+            list_column(log.items, begin, target).alias(HISTORY),
+            pl.Series(TARGET, log.items[target], dtype=pl.Int32),
+            pl.Series(SUPERVISE_FROM, supervise_from, dtype=pl.Int32),
+            time.alias(TARGET_TIME),
+            pl.Series(TARGET_POSITION, position, dtype=pl.Int32),
+        ]
+    )
+
+
+def list_column(values: ItemArray, begin: IntArray, end: IntArray, sort: bool = False) -> pl.Series:
+    """List column whose entry i is ``values[begin[i]:end[i]]``, without a loop over rows.
+
+    Args:
+        values: where entries come from, none negative.
+        begin: first place of each entry, shape (rows,).
+        end: end (exclusive) of each entry.
+        sort: sort each entry.
+    """
+    parts = []
+    for block in row_blocks(end - begin):
+        lengths = (end - begin)[block]
+        flat = values[places(begin[block], end[block])].astype(np.int64)
+        if sort:
+            # One sort of (row, value) keys: much faster than a sort per list.
+            row = np.repeat(np.arange(len(lengths)) << 32, lengths)
+            flat += row
+            flat.sort()
+            flat -= row
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat.astype(np.int32)))
+        parts.append(pl.Series(lists, dtype=pl.List(pl.Int32)))
+    return pl.concat(parts) if parts else pl.Series([], dtype=pl.List(pl.Int32))
+
+
+def row_blocks(lengths: IntArray) -> Iterator[slice]:
+    """Slices of rows whose lists hold about `_BLOCK` entries together (or one long list)."""
+    ends = np.cumsum(lengths)
+    start = 0
+    while start < len(lengths):
+        done = int(ends[start - 1]) if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, done + _BLOCK, side="right")))
+        yield slice(start, stop)
+        start = stop
+
+
+def places(begin: IntArray, end: IntArray) -> IntArray:
+    """All of ``begin[i] … end[i] - 1``, one range after another."""
+    lengths = end - begin
+    before = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(begin - before, lengths)

@@ -1,0 +1,247 @@
+"""Evaluated runs as `genrec compare` reads them: ranks, rules, and the settings behind them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from genrec.artifacts import load_manifest, read_json, stage_folder
+from genrec.columns import ROW_ID, USER_ID
+from genrec.evaluation.comparison import Comparison
+from genrec.metrics import RelevantRanks, gains, recalls
+
+Ranks = list[RelevantRanks]  # one entry per training seed
+
+SAME = ("split_sha256", "split", "filter_seen", "ks")  # what makes scores comparable
+# Stages whose settings decide a run's lists.
+_STAGES = ("prepare", "embed", "quantize", "build_dataset", "sft", "grpo", "recommend")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluated run: its scores, and the rank of every row's target.
+
+    Attributes:
+        system: the name it was given.
+        folder: as given.
+        metrics: content of ``metrics.json``.
+        rows: row ids and user ids, in the order of the row ids.
+        ranks: system of the evaluation -> where the relevant items stand, one entry per seed.
+    """
+
+    system: str
+    folder: Path
+    metrics: dict[str, Any]
+    rows: pl.DataFrame
+    ranks: dict[str, Ranks]
+
+    @property
+    def own(self) -> Ranks:
+        """Ranks of the system that was evaluated, not of a baseline."""
+        return self.ranks[self.metrics["reference"]]
+
+    @property
+    def baselines(self) -> dict[str, Ranks]:
+        """Ranks of everything else."""
+        return {name: r for name, r in self.ranks.items() if name != self.metrics["reference"]}
+
+
+def load_evaluated(system: str, folder: Path) -> Evaluated:
+    """Read what evaluate left in a run, or in a folder of its own.
+
+    Raises:
+        ValueError: there is no evaluation, it is an older genrec's, or it lacks rows.
+    """
+    source = next(
+        (f for f in (stage_folder(folder, "evaluate"), folder) if (f / "metrics.json").is_file()),
+        None,
+    )
+    if source is None:
+        raise ValueError(f"{folder} holds no evaluation; run: genrec evaluate --run_dir {folder}")
+    metrics = read_json(source / "metrics.json")
+    table = pl.read_parquet(source / "per_user.parquet", glob=False)
+    if "reference" not in metrics or "seed" not in table.columns:
+        raise ValueError(f"{source} was written by an older genrec; rerun its evaluation")
+    table = table.sort(ROW_ID)
+    rows = table.select(ROW_ID, USER_ID).unique(ROW_ID, keep="first", maintain_order=True)
+    ranks: dict[str, Ranks] = {}
+    for (name,), part in table.group_by("system", maintain_order=True):
+        seeds = [one for _, one in sorted(part.group_by("seed"), key=lambda pair: pair[0])]
+        if any(not one[ROW_ID].equals(rows[ROW_ID]) for one in seeds):
+            raise ValueError(f"{source}/per_user.parquet lacks rows of {name}; rerun evaluate")
+        ranks[str(name)] = [_relevant_ranks(one) for one in seeds]
+    return Evaluated(system, folder, metrics, rows, ranks)
+
+
+def _relevant_ranks(table: pl.DataFrame) -> RelevantRanks:
+    """One seed's rows of ``per_user.parquet``: one target each, or several (then with columns)."""
+    if "hit_ranks" not in table.columns:
+        return RelevantRanks.of_targets(table["target_rank"].to_numpy())
+    hits = table.select("hit_ranks").with_row_index("row").explode("hit_ranks").drop_nulls()
+    return RelevantRanks(
+        hits["row"].to_numpy().astype(np.int64),
+        hits["hit_ranks"].to_numpy().astype(np.int64),
+        table["n_relevant"].to_numpy().astype(np.int64),
+    )
+
+
+def _same(one: Ranks, other: Ranks) -> bool:
+    return len(one) == len(other) and all(
+        np.array_equal(a.row, b.row) and np.array_equal(a.rank, b.rank)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def check_comparable(runs: Sequence[Evaluated]) -> None:
+    """Raise ValueError unless all runs were evaluated on the same rows under the same rules."""
+    first = runs[0]
+    for other in runs[1:]:
+        for key in SAME:
+            ours, theirs = first.metrics[key], other.metrics[key]
+            if ours != theirs:
+                raise ValueError(
+                    f"{first.folder} has {key}={ours}, {other.folder} has {key}={theirs}; "
+                    "evaluate both on the same split under the same rules"
+                )
+        if not first.rows[ROW_ID].equals(other.rows[ROW_ID]):
+            raise ValueError(
+                f"{first.folder} was evaluated on {first.rows.height:,} rows, {other.folder} on "
+                f"{other.rows.height:,} that are not the same; evaluate both on all rows"
+            )
+    folders = [run.folder.resolve() for run in runs]
+    for run, folder in zip(runs, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise ValueError(f"{run.folder} is named twice; each run counts once")
+
+
+def gather_ranks(runs: Sequence[Evaluated]) -> dict[str, Ranks]:
+    """Ranks per system: seeds under their name, baselines once.
+
+    Raises:
+        ValueError: a baseline differs between two runs, or a run is named like a baseline.
+    """
+    ranks: dict[str, Ranks] = {}
+    for run in runs:
+        ranks[run.system] = [*ranks.get(run.system, []), *run.own]
+    owner: dict[str, Evaluated] = {}
+    for run in runs:
+        for name, found in run.baselines.items():
+            if name in ranks and name not in owner:
+                raise ValueError(
+                    f"--systems {name}=…: {name!r} is a baseline in {run.folder}; choose another"
+                )
+            if name in owner and not _same(ranks[name], found):
+                raise ValueError(
+                    f"baseline {name} differs between {owner[name].folder} and {run.folder}; "
+                    "evaluate both with the same baseline settings"
+                )
+            owner.setdefault(name, run)
+            ranks[name] = found
+    return ranks
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """Nested settings as ``a.b.c`` -> JSON text."""
+    if isinstance(value, dict):
+        parts = [_flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in value.items()]
+        return {name: text for part in parts for name, text in part.items()}
+    return {prefix: value if isinstance(value, str) else json.dumps(value, default=str)}
+
+
+def differing_settings(runs: Sequence[Evaluated]) -> list[dict[str, Any]]:
+    """Settings that are not the same in all runs, in the order of the line.
+
+    Returns:
+        ``{"name": "sft: training.seed", "values": one per run, None where there is none}`` each.
+    """
+    rows = []
+    for stage in _STAGES:
+        found = [load_manifest(run.folder, stage) for run in runs]
+        there = ["made" if manifest else None for manifest in found]
+        if len(set(there)) > 1:
+            rows.append({"name": stage, "values": there})
+        settings = [_flat(manifest.config) if manifest else None for manifest in found]
+        keys = dict.fromkeys(key for s in settings if s is not None for key in s)
+        for key in keys:
+            values = [None if s is None else s.get(key) for s in settings]
+            if len({v for v, s in zip(values, settings, strict=True) if s is not None}) > 1:
+                rows.append({"name": f"{stage}: {key}", "values": values})
+    return rows
+
+
+def notes_on_seeds(runs: Sequence[Evaluated], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the reader has to know where runs of one name are no plain repetitions."""
+    notes = []
+    for name in dict.fromkeys(run.system for run in runs):
+        own = [i for i, run in enumerate(runs) if run.system == name]
+        changed = [s["name"] for s in settings if len({s["values"][i] for i in own}) > 1]
+        if other := [key for key in changed if "seed" not in key]:
+            more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+            notes.append(
+                f"runs of {name} differ in more than the seed: {', '.join(other[:3])}{more}"
+            )
+        pairs = itertools.combinations(own, 2)
+        if any(_same(runs[i].own, runs[j].own) for i, j in pairs):
+            notes.append(f"two runs of {name} have the same lists: one may be a copy of the other")
+    return notes
+
+
+def all_scores(runs: Sequence[Evaluated], done: Comparison) -> dict[str, dict[str, Any]]:
+    """Scores of every system: those of `done`, and from the evaluations what ranks don't tell.
+
+    The latter are means over a system's runs, without an interval where there are several.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        found.setdefault(run.system, []).append(run.metrics["systems"][run.metrics["reference"]])
+        for name in run.baselines:
+            found.setdefault(name, [run.metrics["systems"][name]])
+    systems = {}
+    for name, scores in found.items():
+        systems[name] = {metric: asdict(v) for metric, v in done.metrics[name].items()}
+        shared = set.intersection(*(set(score) for score in scores)) - set(systems[name])
+        for metric in (m for m in scores[0] if m in shared):
+            if len(scores) == 1:
+                systems[name][metric] = scores[0][metric]
+                continue
+            values = [v for score in scores for v in score[metric].get("seeds") or []]
+            mean = float(np.mean(values))
+            systems[name][metric] = {"value": mean, "low": None, "high": None, "seeds": values}
+    return systems
+
+
+def rank_curves(ranks: Mapping[str, Ranks], depth: int) -> dict[str, dict[str, list[float]]]:
+    """Recall and NDCG at every list length up to `depth`, mean over rows and seeds."""
+    lengths = range(1, depth + 1)
+    return {
+        name: {
+            "k": [float(k) for k in lengths],
+            "recall": [mean_over_seeds(runs, recalls, k) for k in lengths],
+            "ndcg": [mean_over_seeds(runs, gains, k) for k in lengths],
+        }
+        for name, runs in ranks.items()
+    }
+
+
+def mean_over_seeds(
+    runs: Ranks, per_row: Callable[[RelevantRanks, int], npt.NDArray[np.float64]], k: int
+) -> float:
+    """Mean of a metric at `k` over rows and seeds."""
+    return float(np.mean([per_row(one, k).mean() for one in runs]))
+
+
+def noted_reads(run: Evaluated) -> int | None:
+    """How often the run noted a read of this test split; None if it keeps no such notes."""
+    path = run.folder / "test_reads.jsonl"
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return sum(run.metrics["split_sha256"] in line for line in text.splitlines())

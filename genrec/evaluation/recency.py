@@ -1,0 +1,121 @@
+"""Recent popularity: what other users took up in the days before a row's target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from genrec.columns import (
+    HISTORY,
+    ITEM_INDEX,
+    SUPERVISE_FROM,
+    TARGET,
+    TARGET_TIME,
+    TIMESTAMP,
+    USER_ID,
+)
+from genrec.evaluation.baselines import fill_from_order, popularity_order
+from genrec.item_lists import ItemLists
+from genrec.metrics import EMPTY, gains, target_rank
+
+IntArray = npt.NDArray[np.int64]
+
+DAY = 86_400
+WINDOWS_DAYS = [1, 3, 7, 30, 90, 365]
+_STEPS = 400  # moments at which the order is taken anew
+
+
+def training_events(rows: pl.DataFrame, interactions: pl.DataFrame) -> tuple[IntArray, IntArray]:
+    """Time and item of every training interaction, in the order of time.
+
+    Args:
+        rows: training split rows; they say which interactions are training.
+        interactions: the cleaned log, which knows their times.
+
+    Returns:
+        Seconds and item indices. ``# (n_events,)`` each
+
+    Raises:
+        ValueError: the data have no timestamps.
+    """
+    if rows[TARGET_TIME].null_count() or rows.is_empty():
+        raise ValueError("recent popularity needs timestamps, and the data have none")
+    sequences = rows.select(
+        USER_ID,
+        TARGET_TIME,
+        pl.concat_list(HISTORY, TARGET).list.slice(pl.col(SUPERVISE_FROM)).alias(ITEM_INDEX),
+    )
+    taken = sequences.explode(ITEM_INDEX).with_columns(pl.col(ITEM_INDEX).cast(pl.Int32))
+    log = interactions.select(USER_ID, pl.col(ITEM_INDEX).cast(pl.Int32), TIMESTAMP)
+    # An item that a user has twice is matched with each time up to the row's last.
+    events = (
+        taken.unique([USER_ID, ITEM_INDEX, TARGET_TIME])
+        .join(log, on=[USER_ID, ITEM_INDEX])
+        .filter(pl.col(TIMESTAMP) <= pl.col(TARGET_TIME))
+        .unique([USER_ID, ITEM_INDEX, TIMESTAMP])
+        .sort(TIMESTAMP, USER_ID, ITEM_INDEX)
+    )
+    return events[TIMESTAMP].to_numpy(), events[ITEM_INDEX].to_numpy().astype(np.int64)
+
+
+def recent_popularity(
+    events: tuple[IntArray, IntArray],
+    n_items: int,
+    time: IntArray,
+    seen: ItemLists,
+    k: int,
+    window_days: float,
+    seed: int = 0,
+) -> IntArray:
+    """The `k` items taken up most often in the `window_days` before each row's moment.
+
+    Rows are served at some hundred moments, each at or before its own time, so nothing later than a
+    row counts. Before the first event everything is equally popular (in a seeded order).
+
+    Args:
+        events: result of `training_events`.
+        n_items: size of the catalogue.
+        time: moment of each row in seconds (its target's time). ``# (n_rows,)``
+        seen: items to leave out, per row.
+        k: list length.
+        window_days: how far back counts go.
+        seed: seed of the order of ties.
+
+    Returns:
+        Item indices, padded with `EMPTY`. ``# (n_rows, k)``
+    """
+    seconds, items = events
+    lists = np.full((len(time), k), EMPTY, dtype=np.int64)
+    order = np.argsort(time, kind="stable")
+    for part in np.array_split(order, min(_STEPS, max(1, len(order)))):
+        if not len(part):
+            continue
+        moment = time[part].min()
+        # Strictly before: an event of the same second may be the row's own.
+        first, last = np.searchsorted(seconds, [moment - window_days * DAY, moment])
+        count = np.bincount(items[first:last], minlength=n_items)
+        lists[part] = fill_from_order(lists[part], popularity_order(count, seed), seen.take(part))
+    return lists
+
+
+def tune_window(
+    events: tuple[IntArray, IntArray],
+    n_items: int,
+    valid: pl.DataFrame,
+    seen: ItemLists,
+    k: int = 10,
+    seed: int = 0,
+) -> tuple[float, list[dict[str, Any]]]:
+    """The window with the best NDCG@k on validation rows, and every trial."""
+    time = valid[TARGET_TIME].to_numpy()
+    target = valid[TARGET].to_numpy().astype(np.int64)
+    trials: list[dict[str, Any]] = []
+    for days in WINDOWS_DAYS:
+        lists = recent_popularity(events, n_items, time, seen, k, days, seed)
+        ndcg = float(gains(target_rank(lists, target), k).mean())
+        trials.append({"settings": {"window_days": days}, "ndcg": ndcg})
+    best = max(trials, key=lambda trial: trial["ndcg"])
+    return float(best["settings"]["window_days"]), trials

@@ -1,0 +1,246 @@
+"""What a run's page shows beside its scores: training, lists to look at, the rules, the reads.
+
+Each function reads one optional file and returns what the template prints, all text made safe to
+show (see `genrec.page.display_text`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from genrec.artifacts import read_json
+from genrec.evaluation import figures
+from genrec.evaluation.figures import Line
+from genrec.evaluation.page_parts import chart
+from genrec.page import display_text, number
+
+STAGES = {"sft": "Supervised fine-tuning", "grpo": "Reinforcement learning (GRPO)"}
+MAX_ROWS = 60  # of a training curve's table
+MAX_TARGETS = 10  # of an example
+SHOWN_CHARS = 60  # of names and ids
+_COUNTED = {
+    "targets_seen_before": (
+        "Seen targets",
+        "targets were in the user's past; where seen items are left out they are misses for all",
+    ),
+    "rows_without_list": ("Missing lists", "rows had no list: misses"),
+    "unknown_items": ("Unknown items", "recommended items are not in the catalogue: misses"),
+    "ignored_lists": ("Ignored lists", "lists belong to rows or users that are not evaluated"),
+}
+_STATUS = {"ok": ("✓", "ok"), "look": ("!", "look"), "bad": ("✗", "bad")}
+
+
+def training_charts(run_dir: Path) -> list[dict[str, Any]]:
+    """Validation metrics and training loss (or reward) of the stages that left them."""
+    charts = []
+    for stage, title in STAGES.items():
+        validation = _json(run_dir / stage / "validation.json") or []
+        names = list(dict.fromkeys(n for v in validation for n in v if n not in ("step", "epoch")))
+        points = {name: _series(validation, name) for name in names}
+        points = {name: found for name, found in points.items() if found}
+        if points:
+            caption = f"{title}: validation metrics"
+            charts.append(_training_chart(f"{stage}-validation", caption, points, "metric"))
+        log = _json(run_dir / stage / "log.json") or []
+        for name in ("reward", "loss"):
+            if found := _series(log, name):
+                caption = f"{title}: training {name}"
+                charts.append(_training_chart(f"{stage}-{name}", caption, {name: found}, name))
+                break  # the loss of GRPO says nothing beside its reward
+    return charts
+
+
+def _series(entries: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    """(step, value) of the entries that have one."""
+    return [
+        (entry["step"], float(entry[name]))
+        for entry in entries
+        if "step" in entry
+        and isinstance(entry.get(name), int | float)
+        and math.isfinite(entry[name])
+    ]
+
+
+def _training_chart(
+    key: str, caption: str, points: Mapping[str, list[tuple[int, float]]], axis: str
+) -> dict[str, Any]:
+    names = {name: display_text(name.upper() if "@" in name else name, 30) for name in points}
+    drawn = [
+        Line(names[name], [step for step, _ in found], [value for _, value in found], i)
+        for i, (name, found) in enumerate(points.items())
+    ]
+    label = "; ".join(
+        f"{line.name} from {number(line.y[0])} at step {line.x[0]:,} "
+        f"to {number(line.y[-1])} at step {line.x[-1]:,}"
+        for line in drawn
+    )
+    positive = min(min(line.y) for line in drawn) >= 0
+    svg = figures.lines(key, f"{caption}: {label}", drawn, "training step", axis, zero=positive)
+    steps = sorted({step for line in drawn for step in line.x})
+    steps = steps[:: math.ceil(len(steps) / MAX_ROWS)]
+    at = [dict(zip(line.x, line.y, strict=True)) for line in drawn]
+    rows = [[f"{step:,}", *(number(values.get(step)) for values in at)] for step in steps]
+    return chart(key, caption, svg, ["Step", *names.values()], rows)
+
+
+def example_cards(path: Path, reference: str) -> list[dict[str, Any]]:
+    """Histories, what came next, and the lists, from ``examples.json``."""
+    cards = []
+    for example in _json(path) or []:
+        lists = {
+            system: [{**_item(item), "hit": bool(item["hit"])} for item in items]
+            for system, items in example["lists"].items()
+        }
+        cards.append(
+            {
+                "user": display_text(example["user_id"], SHOWN_CHARS),
+                "row": display_text(example["row_id"], SHOWN_CHARS),
+                "history": [_item(item) for item in example["history"]],
+                "targets": [_item(item) for item in example["targets"][:MAX_TARGETS]],
+                "more_targets": max(0, len(example["targets"]) - MAX_TARGETS),
+                "lists": [
+                    {
+                        "system": display_text(system, SHOWN_CHARS),
+                        "ours": system == reference,
+                        "items": items,
+                        "ranks": [i + 1 for i, item in enumerate(items) if item["hit"]],
+                    }
+                    for system, items in lists.items()
+                ],
+            }
+        )
+    return cards
+
+
+def _item(item: Mapping[str, Any]) -> dict[str, Any]:
+    categories = item.get("categories") or []
+    title = item.get("title")
+    return {
+        "title": display_text(title) if title is not None else "(no title)",
+        "id": display_text(item["item_id"], SHOWN_CHARS),
+        "categories": display_text(", ".join(map(str, categories)), 90) if categories else "",
+    }
+
+
+def protocol_facts(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """How it was measured, label by label."""
+
+    def said(key: str) -> str:
+        return str(metrics.get(key) or "not stated")
+
+    counted = f"{metrics['rows']:,} rows"
+    counted += f" of {metrics['users']:,} users" if "users" in metrics else ""
+    facts = {
+        "Dataset": said("dataset"),
+        "Split": f"{metrics['split']}, {said('protocol')}; {counted}",
+        "Order in time": said("tie_rule"),
+        "Ratings": said("rating_rule"),
+        "Ranked": f"all {metrics['items']:,} items of the catalogue, no sampled negatives",
+        "Seen items": "left out of every list"
+        if metrics["filter_seen"]
+        else "may be recommended again",
+        "Baselines": f"fitted on the {said('fit_on')} rows",
+        "Intervals": f"{said('interval')}; {metrics['samples']:,} samples",
+        "p-values": f"paired randomisation test, {metrics['permutations']:,} draws of signs, "
+        "two-sided, 0.05 taken as the limit"
+        if "permutations" in metrics
+        else "none",
+        "Random seed": f"{metrics['seed']} (intervals and tests)",
+    }
+    for key, (label, text) in _COUNTED.items():
+        if metrics.get(key):
+            facts[label] = f"{metrics[key]:,} {text}"
+    return {label: display_text(text, 400) for label, text in facts.items()}
+
+
+def baseline_settings(
+    baselines: Mapping[str, Mapping[str, Any]], not_run: Mapping[str, str]
+) -> list[dict[str, str]]:
+    """Name, settings in words and seconds of every baseline, and why others are missing."""
+    rows = []
+    for name, how in baselines.items():
+        parts = [str(how["description"])] if how.get("description") else []
+        known = ("description", "seconds", "trials", "grid", "chosen")
+        parts += [
+            f"{key.replace('_', ' ')} {number(value, 4) if isinstance(value, float) else value}"
+            for key, value in how.items()
+            if key not in known and not isinstance(value, dict | list)
+        ]
+        if isinstance(how.get("trials"), list):
+            parts.append(f"best of {len(how['trials'])} settings tried on the validation rows")
+        seconds = how.get("seconds")
+        rows.append(
+            {
+                "name": display_text(name, SHOWN_CHARS),
+                "settings": display_text("; ".join(parts) or "no settings", 400),
+                "seconds": "–" if seconds is None else f"{seconds:,.1f}",
+            }
+        )
+    for name, reason in not_run.items():
+        text = display_text(f"left out: {reason}", 400)
+        rows.append({"name": display_text(name, SHOWN_CHARS), "settings": text, "seconds": "–"})
+    return rows
+
+
+def split_reads(path: Path, split_sha256: str) -> dict[str, Any] | None:
+    """Every noted read of the test split; None where none was noted.
+
+    Lines that can't be read (a writer was killed) are counted, not hidden.
+    """
+    if not path.is_file():
+        return None
+    rows, damaged = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.strip():
+            continue
+        try:
+            read = json.loads(line)
+            rows.append(
+                {
+                    "time": display_text(str(read["time"])[:19].replace("T", " ")),
+                    "stage": display_text(read["stage"], 30),
+                    "system": display_text(read.get("system") or "–", SHOWN_CHARS),
+                    "rows": f"{read['rows']:,}",
+                    "same": read["split_sha256"] == split_sha256,
+                    "sha256": display_text(read["split_sha256"], 64),
+                }
+            )
+        except (ValueError, KeyError, TypeError):
+            damaged += 1
+    return {"rows": rows, "damaged": damaged, "same": sum(row["same"] for row in rows)}
+
+
+def doctor_checks(path: Path) -> list[dict[str, str]]:
+    """The doctor's checks, worst first."""
+    checks = (_json(path) or {}).get("checks", [])
+    order = ["bad", "look"]
+    checks = sorted(
+        checks, key=lambda c: order.index(c["status"]) if c["status"] in order else len(order)
+    )
+    rows = []
+    for check in checks:
+        mark, kind = _STATUS.get(check["status"], ("–", "none"))
+        value = check.get("value")
+        rows.append(
+            {
+                "name": display_text(check["name"], 80),
+                "value": number(value, 3) if isinstance(value, float) else _plain(value),
+                "status": f"{mark} {display_text(check['status'], 20)}",
+                "kind": kind,
+                "meaning": _plain(check.get("meaning"), 400),
+                "advice": _plain(check.get("advice"), 400),
+            }
+        )
+    return rows
+
+
+def _plain(value: object, max_chars: int = 80) -> str:
+    return "–" if value in (None, "") else display_text(value, max_chars)
+
+
+def _json(path: Path) -> Any:
+    return read_json(path) if path.is_file() else None

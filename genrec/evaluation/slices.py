@@ -1,0 +1,264 @@
+"""Who is served well and who isn't: metrics by slice of rows, and gaps between user groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from genrec.columns import SEEN, TARGET, TARGET_TIME, TRAIN_COUNT, USER_ID
+from genrec.evaluation.significance import bootstrap_means, interval
+from genrec.metrics import RelevantRanks, gains, hits
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.integer]
+
+MIN_ROWS = 20  # smaller slices say nothing: they are left out of gaps
+MAX_GROUPS = 30  # an attribute with more values than this is no grouping
+_QUANTILES = 4
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """One way to cut rows into slices.
+
+    Attributes:
+        family: what the rows are cut by.
+        labels: names of the slices, in order.
+        codes: slice of each row, -1 for none. ``# (n_rows,)``
+        user_attribute: whether the slices are groups of people, between whom gaps matter.
+    """
+
+    family: str
+    labels: list[str]
+    codes: npt.NDArray[np.int64]
+    user_attribute: bool = False
+
+
+def make_slices(
+    rows: pl.DataFrame, catalog: pl.DataFrame, users: pl.DataFrame | None = None
+) -> list[Slicing]:
+    """All slicings that the data allow; those with a single slice are left out.
+
+    Args:
+        rows: split rows.
+        catalog: with the training count of each item, in the order of `item_index`.
+        users: attributes per user, or None.
+    """
+    count = catalog[TRAIN_COUNT].to_numpy()
+    found = [
+        _by_popularity(rows[TARGET].to_numpy(), count),
+        _by_quantile("history length", rows[SEEN].list.len().to_numpy().astype(np.int64)),
+    ]
+    if not rows[TARGET_TIME].null_count():
+        time = rows[TARGET_TIME].to_numpy()
+        found.append(_by_quantile("time of the target", time, _date))
+    if users is not None:
+        ours = rows.select(USER_ID).join(users, on=USER_ID, how="left", maintain_order="left")
+        found += [_by_attribute(ours[c]) for c in ours.columns if c != USER_ID]
+    return [s for s in found if s.labels and len(np.unique(s.codes[s.codes >= 0])) > 1]
+
+
+def _by_popularity(target: IntArray, count: IntArray) -> Slicing:
+    """Cold targets, and thirds of the training interactions: few items are the head, many the tail.
+
+    Items are cut by training count, so that equally popular ones stay together.
+    """
+    total, levels = int(count.sum()), np.unique(count[count > 0])
+    mass = np.array([count[count <= level].sum() for level in levels])  # from the rarest up
+    edges = [int(levels[np.searchsorted(mass, total * part)]) for part in (1 / 3, 2 / 3) if total]
+    labels, bounds, low = ["cold (0)"], [0], 1
+    for name, high in zip(("tail", "middle"), edges, strict=False):
+        if high >= low:
+            labels.append(f"{name} ({low}–{high})" if high > low else f"{name} ({low})")
+            bounds.append(high)
+            low = high + 1
+    labels.append(f"head ({low} or more)")
+    return Slicing(
+        "target popularity (training count)",
+        labels,
+        np.searchsorted(np.array(bounds), count[target], side="left").astype(np.int64),
+    )
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")
+
+
+def _by_quantile(family: str, values: IntArray, name: Any = lambda v: f"{v:g}") -> Slicing:
+    """Slices of about equal size; equal values stay together."""
+    cuts = np.quantile(values, np.arange(1, _QUANTILES) / _QUANTILES, method="lower")
+    codes = np.searchsorted(np.unique(cuts), values, side="left")
+    labels: list[str] = []
+    dense = np.full(len(values), -1, dtype=np.int64)
+    for code in np.unique(codes):
+        part = values[codes == code]
+        low, high = name(part.min()), name(part.max())
+        dense[codes == code] = len(labels)
+        labels.append(low if low == high else f"{low} – {high}")
+    return Slicing(family, labels, dense)
+
+
+def _by_attribute(column: pl.Series) -> Slicing:
+    if column.dtype.is_numeric() and column.n_unique() > 12:
+        known = column.is_not_null().to_numpy()
+        codes = np.full(len(column), -1, dtype=np.int64)
+        part = _by_quantile(column.name, column.drop_nulls().to_numpy())
+        codes[known] = part.codes
+        return Slicing(column.name, part.labels, codes, user_attribute=True)
+    values = column.cast(pl.String)
+    names = values.drop_nulls().unique().sort().to_list()
+    if len(names) > MAX_GROUPS:
+        return Slicing(column.name, [], np.full(len(column), -1, dtype=np.int64))
+    numbers = pl.DataFrame({"v": pl.Series(names, dtype=pl.String)}).with_row_index("n")
+    joined = values.to_frame("v").join(numbers, on="v", how="left", maintain_order="left")
+    numbered = joined["n"].cast(pl.Int64).fill_null(-1).to_numpy()
+    return Slicing(column.name, names, numbered, user_attribute=True)
+
+
+def score_slices(
+    slicings: Sequence[Slicing],
+    ranks: Mapping[str, Sequence[RelevantRanks]],
+    users: IntArray,
+    k: int,
+    samples: int = 1000,
+    seed: int = 0,
+) -> pl.DataFrame:
+    """HR@k and NDCG@k of every system in every slice, means over seeds, with 95% intervals.
+
+    Args:
+        slicings: result of `make_slices`.
+        ranks: system -> hit ranks of each seed.
+        users: user of each row, drawn as a whole. ``# (n_rows,)``
+        k: cut-off.
+        samples: bootstrap samples.
+        seed: of the bootstrap.
+
+    Returns:
+        family, slice, place, rows, users, system, metric, value, low, high.
+    """
+    values = slice_values(ranks, k)
+    records = []
+    for slicing in slicings:
+        for place, label in enumerate(slicing.labels):
+            inside = slicing.codes == place
+            if not inside.any():
+                continue
+            names = [(system, metric) for system in values for metric in values[system]]
+            table = np.stack([values[s][m][inside] for s, m in names], axis=1)
+            _, groups = np.unique(users[inside], return_inverse=True)
+            draws, means = bootstrap_means(table, samples, seed, groups), table.mean(axis=0)
+            for i, (system, metric) in enumerate(names):
+                at = interval(means[i], draws[:, i])
+                records.append(
+                    {
+                        "family": slicing.family, "slice": label, "place": place,
+                        "rows": int(inside.sum()), "users": int(groups.max()) + 1,
+                        "system": system, "metric": metric,
+                        "value": at.value, "low": at.low, "high": at.high,
+                    }
+                )  # fmt: skip
+    return pl.DataFrame(records, schema=_SCHEMA)
+
+
+_SCHEMA = {
+    "family": pl.String, "slice": pl.String, "place": pl.Int32, "rows": pl.Int64,
+    "users": pl.Int64, "system": pl.String, "metric": pl.String,
+    "value": pl.Float64, "low": pl.Float64, "high": pl.Float64,
+}  # fmt: skip
+
+
+def slice_values(
+    ranks: Mapping[str, Sequence[RelevantRanks]], k: int
+) -> dict[str, dict[str, FloatArray]]:
+    """Per system, HR@k and NDCG@k of each row, mean over seeds. ``# (n_rows,)`` each."""
+    return {
+        system: {
+            f"HR@{k}": np.mean([hits(run, k) for run in runs], axis=0),
+            f"NDCG@{k}": np.mean([gains(run, k) for run in runs], axis=0),
+        }
+        for system, runs in ranks.items()
+    }
+
+
+def gaps(
+    slicings: Sequence[Slicing],
+    ranks: Mapping[str, Sequence[RelevantRanks]],
+    users: IntArray,
+    k: int,
+    permutations: int = 1000,
+    samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """Between groups of people: the best served group's mean minus the worst served one's.
+
+    A range is above 0 by chance alone, the more so the more groups there are. `p` says how often
+    groups of the same sizes, with the people shuffled among them, differ as much. Groups with fewer
+    than `MIN_ROWS` rows are left out.
+
+    Returns:
+        family -> system -> metric -> value, low, high, best, worst, p. The interval is that of the
+        difference of the two groups found.
+    """
+    found: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    values = slice_values(ranks, k)
+    _, user = np.unique(users, return_inverse=True)
+    n_users = int(user.max()) + 1
+    for slicing in slicings:
+        if not slicing.user_attribute:
+            continue
+        sizes = np.bincount(slicing.codes[slicing.codes >= 0], minlength=len(slicing.labels))
+        large = np.flatnonzero(sizes >= MIN_ROWS)
+        if len(large) < 2:
+            continue
+        inside = np.isin(slicing.codes, large)
+        codes = np.searchsorted(large, slicing.codes[inside])
+        of_user = np.full(n_users, -1, dtype=np.int64)
+        of_user[user[inside]] = codes  # an attribute is the same in all rows of a user
+        known = np.flatnonzero(of_user >= 0)
+        rng = np.random.default_rng(seed)
+        shuffles = [rng.permutation(of_user[known]) for _ in range(permutations)]
+        weight = np.bincount(user[inside], minlength=n_users)[known].astype(np.float64)
+        for system, metrics in values.items():
+            for metric, value in metrics.items():
+                sums = np.bincount(user[inside], value[inside], minlength=n_users)[known]
+                means = _group_means(of_user[known], sums, weight, len(large))
+                best, worst = int(means.argmax()), int(means.argmin())
+                span = float(means[best] - means[worst])
+                drawn = [float(np.ptp(_group_means(g, sums, weight, len(large)))) for g in shuffles]
+                low, high = _apart(of_user[known], sums, weight, best, worst, samples, seed)
+                found.setdefault(slicing.family, {}).setdefault(system, {})[metric] = {
+                    "value": span, "low": low, "high": high,
+                    "best": slicing.labels[large[best]], "worst": slicing.labels[large[worst]],
+                    "p": (1.0 + sum(d >= span - 1e-12 for d in drawn)) / (1.0 + permutations),
+                }  # fmt: skip
+    return found
+
+
+def _group_means(group: IntArray, sums: npt.NDArray, weight: npt.NDArray, n: int) -> FloatArray:
+    return np.bincount(group, sums, minlength=n) / np.bincount(group, weight, minlength=n)
+
+
+def _apart(
+    group: IntArray,
+    sums: npt.NDArray,
+    weight: npt.NDArray,
+    best: int,
+    worst: int,
+    samples: int,
+    seed: int,
+) -> tuple[float, float]:
+    """95% bootstrap interval of the difference of two groups, people drawn in each."""
+    draws = []
+    for place, one in enumerate((best, worst)):
+        inside = group == one
+        table = np.stack([sums[inside], weight[inside]], axis=1)
+        means = bootstrap_means(table, samples, seed + place)
+        draws.append(means[:, 0] / means[:, 1])
+    low, high = np.quantile(draws[0] - draws[1], [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,385 @@
+"""All baselines by name, on one split, under one rule, cached by the hash of the split.
+
+Every baseline is fitted on the same rows, tuned on the validation rows and asked for lists under
+the same rule for seen items. What it made is kept in a cache folder, so that many runs on one
+dataset share it:
+
+    <cache>/<split hash>/<name>-<settings hash>/lists-<seed>.parquet, settings.json (written last)
+    <cache>/<split hash>/training/*.pt   state of SASRec and BERT4Rec, to go on after a kill
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from genrec.artifacts import (
+    load_manifest,
+    read_json,
+    require,
+    sha256_bytes,
+    sha256_json,
+    stage_folder,
+    write_json,
+    write_parquet,
+)
+from genrec.columns import HISTORY, ROW_ID, SEEN, TARGET_TIME
+from genrec.data.splits import content_sha256
+from genrec.evaluation.baselines import (
+    item_counts,
+    popularity,
+    popularity_order,
+    random_lists,
+)
+from genrec.evaluation.content import CONTENT_KNN_GRID, nearest_items, tune_content_knn
+from genrec.evaluation.knn import (
+    ITEM_KNN_GRID,
+    SELF_WEIGHTS,
+    SEQUENTIAL_KNN_GRID,
+    ItemKNN,
+    KNNSettings,
+    tune_knn,
+)
+from genrec.evaluation.linear import EASE_GRID, ease_weights, tune_ease, user_item_matrix
+from genrec.evaluation.profiles import recommend_by_similarity
+from genrec.evaluation.recency import (
+    WINDOWS_DAYS,
+    recent_popularity,
+    training_events,
+    tune_window,
+)
+from genrec.item_lists import ItemLists, no_items
+
+logger = logging.getLogger(__name__)
+
+IntArray = npt.NDArray[np.int64]
+
+FIT_ON = ("train", "train+valid")
+VERSION = 1  # raise it when a change makes other lists: cached ones are not used any more
+LISTS = "items"
+
+# Full-softmax transformers are tuned alike: the same number of trials, all else the same.
+DROPOUTS = [0.5, 0.3]
+TRAINED = ("SASRec", "BERT4Rec")
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """What a baseline may see.
+
+    Attributes:
+        train: rows that the model was trained on.
+        valid: rows for choosing settings.
+        rows: rows that lists are wanted for.
+        interactions: the cleaned log, for times.
+        n_items: size of the catalogue.
+        vectors: item vectors, for content-kNN, or None. ``# (n_items, dim)``
+        filter_seen: leave out what a row has seen.
+        fit_on: "train", or "train+valid" for the counts and neighbours that lists are made from.
+        k: list length.
+        split_hash: hash of the split's content.
+    """
+
+    train: pl.DataFrame
+    valid: pl.DataFrame
+    rows: pl.DataFrame
+    interactions: pl.DataFrame
+    n_items: int
+    vectors: npt.NDArray | None
+    filter_seen: bool
+    fit_on: str
+    k: int
+    split_hash: str
+
+    def seen(self, table: pl.DataFrame) -> ItemLists:
+        """What must not be recommended, per row of `table`."""
+        return ItemLists.from_column(table[SEEN]) if self.filter_seen else no_items(len(table))
+
+    @property
+    def fit_rows(self) -> pl.DataFrame:
+        """Rows that final fits use. Settings are always chosen with `train` alone."""
+        if self.fit_on == "train":
+            return self.train
+        return pl.concat([self.train, self.valid.select(self.train.columns)])
+
+    @property
+    def history(self) -> ItemLists:
+        """Histories of `rows`."""
+        return ItemLists.from_column(self.rows[HISTORY])
+
+
+def load_split_data(
+    run_dir: Path | str,
+    rows: pl.DataFrame,
+    split: str,
+    k: int,
+    filter_seen: bool,
+    fit_on: str = "train",
+) -> SplitData:
+    """What baselines may see of a run: its prepared tables, and item vectors where it has them.
+
+    Args:
+        run_dir: the run.
+        rows: rows of `split` that lists are wanted for.
+        split: "valid" or "test".
+        k: list length.
+        filter_seen: as in `SplitData`.
+        fit_on: likewise.
+    """
+    data = stage_folder(run_dir, "prepare")
+    train, valid = (pl.read_parquet(data / f"{n}.parquet", glob=False) for n in ("train", "valid"))
+    vectors = None
+    if load_manifest(run_dir, "embed") is not None:
+        require(run_dir, "embed")
+        vectors = np.load(stage_folder(run_dir, "embed") / "item_embeddings.npy")
+    # Runs of before the hash was kept get one of the rows at hand.
+    known = read_json(data / "split.json").get("split_sha256")
+    return SplitData(
+        train=train,
+        valid=valid,
+        rows=rows,
+        interactions=pl.read_parquet(data / "interactions.parquet", glob=False),
+        n_items=pl.read_parquet(data / "catalog.parquet", glob=False).height,
+        vectors=vectors,
+        filter_seen=filter_seen,
+        fit_on=fit_on,
+        k=k,
+        split_hash=known or content_sha256({"train": train, "valid": valid, split: rows}),
+    )
+
+
+def cache_folder(run_dir: Path | str, cache_dir: str | None = None) -> Path:
+    """Where baselines are cached: `cache_dir`, or a folder that runs beside each other share."""
+    return Path(cache_dir) if cache_dir else Path(run_dir).resolve().parent / "baselines-cache"
+
+
+@dataclass(frozen=True)
+class BaselineLists:
+    """What a baseline recommends.
+
+    Attributes:
+        lists: item indices, best first, per training seed. ``# (n_rows, k)`` each
+        settings: how it was set: chosen values, grid, trials, seconds.
+    """
+
+    lists: list[IntArray]
+    settings: dict[str, Any]
+
+
+def _random(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
+    return random_lists(data.n_items, data.seen(data.rows), data.k, seed), {"seed": seed}
+
+
+def _popularity(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
+    order = popularity_order(item_counts(data.fit_rows, data.n_items), seed)
+    return popularity(order, data.seen(data.rows), data.k), {"counts": data.fit_on}
+
+
+def _recent_popularity(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
+    events = training_events(data.train, data.interactions)
+    valid_seen = data.seen(data.valid)
+    days, trials = tune_window(events, data.n_items, data.valid, valid_seen, seed=seed)
+    if data.fit_on != "train":
+        events = training_events(data.fit_rows, data.interactions)
+    when = data.rows[TARGET_TIME].to_numpy()
+    lists = recent_popularity(events, data.n_items, when, data.seen(data.rows), data.k, days, seed)
+    text = f"window_days={days:g}, counted up to each row's moment"
+    return lists, _tuned({"window_days": days}, text, {"window_days": WINDOWS_DAYS}, trials)
+
+
+def _knn(data: SplitData, seed: int, lag_power: float | None) -> tuple[IntArray, dict[str, Any]]:
+    grid = dict(ITEM_KNN_GRID if lag_power is None else SEQUENTIAL_KNN_GRID)
+    if not data.filter_seen:  # then repeats can be targets, for kNN as for the model
+        grid["self_weight"] = SELF_WEIGHTS
+    start, seen = KNNSettings(lag_power=lag_power), data.seen(data.valid)
+    best, trials = tune_knn(data.train, data.valid, seen, data.n_items, start, grid, 10, seed)
+    model = ItemKNN(data.fit_rows, data.n_items, best, seed)
+    lists = model.recommend(data.history, data.seen(data.rows), data.k)
+    return lists, _tuned(asdict(best), best.describe(), grid, trials)
+
+
+def _item_knn(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
+    return _knn(data, seed, None)
+
+
+def _sequential_knn(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
+    return _knn(data, seed, 0.5)
+
+
+def _content_knn(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
+    if data.vectors is None:
+        raise ValueError("content-kNN needs item vectors; run the embed stage first")
+    grid = dict(CONTENT_KNN_GRID)
+    if not data.filter_seen:
+        grid["self_weight"] = SELF_WEIGHTS
+    best, trials = tune_content_knn(
+        data.vectors, data.train, data.valid, data.seen(data.valid), grid, seed=seed
+    )
+    order = popularity_order(item_counts(data.fit_rows, data.n_items), seed)
+    weights = nearest_items(data.vectors, best.neighbours).power(best.power)
+    lists = recommend_by_similarity(
+        weights, order, data.history, data.seen(data.rows), data.k, best.decay, best.self_weight
+    )
+    return lists, _tuned(asdict(best), best.describe(), grid, trials)
+
+
+def _ease(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
+    seen = data.seen(data.valid)
+    best, trials = tune_ease(data.train, data.valid, seen, data.n_items, seed=seed)
+    order = popularity_order(item_counts(data.fit_rows, data.n_items), seed)
+    weights = ease_weights(user_item_matrix(data.fit_rows, data.n_items), best.regularization)
+    lists = recommend_by_similarity(
+        weights, order, data.history, data.seen(data.rows), data.k, best.decay
+    )
+    return lists, _tuned(asdict(best), best.describe(), EASE_GRID, trials)
+
+
+def _tuned(
+    chosen: dict[str, Any], text: str, grid: dict[str, Any], trials: list[dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "chosen": chosen,
+        "description": text,
+        "grid": grid,
+        "trials": trials,
+        "valid_ndcg@10": max(trial["ndcg"] for trial in trials),
+    }
+
+
+FITTED: dict[str, Callable[[SplitData, int], tuple[IntArray, dict[str, Any]]]] = {
+    "random": _random,
+    "popularity": _popularity,
+    "recent-popularity": _recent_popularity,
+    "item-kNN": _item_knn,
+    "sequential-kNN": _sequential_knn,
+    "content-kNN": _content_knn,
+    "EASE": _ease,
+}
+BASELINES = (*FITTED, *TRAINED)
+
+
+def baseline(
+    name: str, data: SplitData, cache: Path, seed: int = 0, training_seeds: Sequence[int] = (0,)
+) -> BaselineLists:
+    """Lists of one baseline, from the cache if they are there.
+
+    Args:
+        name: one of `BASELINES`.
+        data: the split and the rule.
+        cache: cache folder.
+        seed: of tie orders and random lists.
+        training_seeds: SASRec and BERT4Rec are trained once for each.
+
+    Raises:
+        ValueError: an unknown name, or a baseline that these data don't allow (no timestamps, no
+            item vectors, too many items).
+    """
+    if name not in BASELINES:
+        raise ValueError(f"baseline {name!r} is not known; choose from {', '.join(BASELINES)}")
+    folder = _folder(name, data, cache, seed, training_seeds)
+    seeds = list(training_seeds) if name in TRAINED else [seed]
+    if (folder / "settings.json").exists():
+        logger.info("%s: taken from %s", name, folder)
+        return BaselineLists(
+            [_read(folder / f"lists-{s}.parquet", data) for s in seeds],
+            read_json(folder / "settings.json"),
+        )
+    logger.info("%s: fitting and tuning", name)
+    started = time.perf_counter()
+    if name in TRAINED:
+        found = _train(name, data, cache / data.split_hash[:16] / "training", training_seeds)
+    else:
+        lists, settings = FITTED[name](data, seed)
+        found = BaselineLists([lists], settings)
+    found.settings["seconds"] = round(time.perf_counter() - started, 1)
+    for s, lists in zip(seeds, found.lists, strict=True):
+        column = pl.Series(LISTS, lists.astype(np.int32), dtype=pl.Array(pl.Int32, data.k))
+        write_parquet(folder / f"lists-{s}.parquet", data.rows.select(ROW_ID).with_columns(column))
+    write_json(folder / "settings.json", found.settings)
+    return found
+
+
+def is_cached(
+    name: str, data: SplitData, cache: Path, seed: int = 0, training_seeds: Sequence[int] = (0,)
+) -> bool:
+    """Whether `baseline` would find its lists in the cache."""
+    return (_folder(name, data, cache, seed, training_seeds) / "settings.json").exists()
+
+
+def _folder(
+    name: str, data: SplitData, cache: Path, seed: int, training_seeds: Sequence[int]
+) -> Path:
+    key: dict[str, Any] = {
+        "name": name,
+        "version": VERSION,
+        "rows": sha256_bytes("\n".join(data.rows[ROW_ID].to_list()).encode()),
+        "filter_seen": data.filter_seen,
+        "fit_on": data.fit_on,
+        "k": data.k,
+        "seed": seed,
+    }
+    if name in TRAINED:
+        key |= {"training_seeds": list(training_seeds), "dropouts": DROPOUTS}
+    if name == "content-kNN" and data.vectors is not None:
+        key["vectors"] = sha256_bytes(np.ascontiguousarray(data.vectors).tobytes())
+    return cache / data.split_hash[:16] / f"{name}-{sha256_json(key)[:12]}"
+
+
+def _read(path: Path, data: SplitData) -> IntArray:
+    table = pl.read_parquet(path, glob=False)
+    if not table[ROW_ID].equals(data.rows[ROW_ID]):
+        raise ValueError(f"{path} holds other rows than the split; delete the cache folder")
+    return table[LISTS].to_numpy().astype(np.int64)
+
+
+def _train(
+    name: str, data: SplitData, folder: Path, training_seeds: Sequence[int]
+) -> BaselineLists:
+    """Tune the dropout with the first seed, then train the other seeds with the better one."""
+    from genrec.evaluation.sequential import (  # torch: only where it is needed
+        SequentialSettings,
+        Trained,
+        recommend_sequential,
+        train_sequential,
+    )
+
+    if data.fit_on != "train":
+        raise ValueError(
+            f"{name} learns from train and stops early on valid, so fit_on={data.fit_on!r} would "
+            "show it its own validation targets; use fit_on=train"
+        )
+    start = SequentialSettings.of(name)
+    seen = data.seen(data.valid)
+
+    def train(settings: SequentialSettings, seed: int) -> Trained:
+        file = folder / f"{name}-{sha256_json(asdict(settings))[:12]}-{seed}.pt"
+        return train_sequential(data.train, data.valid, seen, data.n_items, settings, seed, file)
+
+    first, *others = training_seeds
+    tried = {d: train(replace(start, dropout=d), first) for d in DROPOUTS}
+    best = max(tried, key=lambda d: tried[d].best["ndcg@10"])
+    settings = replace(start, dropout=best)
+    runs = [tried[best], *(train(settings, seed) for seed in others)]
+    found = _tuned(
+        asdict(settings),
+        f"{settings.describe()}, full softmax, {len(runs)} training seeds",
+        {"dropout": DROPOUTS},
+        [{"settings": {"dropout": d}, "ndcg": tried[d].best["ndcg@10"]} for d in DROPOUTS],
+    )
+    found["curves"] = [run.curve for run in runs]
+    found["training_seconds"] = sum(e["seconds"] for run in runs for e in run.curve)
+    return BaselineLists(
+        [
+            recommend_sequential(run.model, data.history, data.seen(data.rows), data.k)
+            for run in runs
+        ],
+        found,
+    )

@@ -1,0 +1,227 @@
+"""`genrec compare`: hand-computed scores, what it refuses, and the settings that it points out."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from genrec.artifacts import Stage, read_json
+from genrec.cli import recipes_folder, summaries
+
+RECIPE = recipes_folder() / "compare.py"
+GAIN = {1: 1.0, 2: 1 / np.log2(3)}  # of a hit at rank 1 and at rank 2
+BASELINE = [2, 0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def module() -> dict[str, Any]:
+    return runpy.run_path(str(RECIPE), run_name="compare")
+
+
+@pytest.fixture
+def compare(module, monkeypatch, tmp_path):
+    """Runs the recipe as the command line does."""
+
+    def run(*systems: str, output: str = "out", flags: str = "") -> Path:
+        folder = tmp_path / output
+        named = [str(RECIPE), "--systems", *systems, "--output_dir", str(folder)]
+        small = ["--samples", "50", "--permutations", "100"]
+        monkeypatch.setattr(sys, "argv", [*named, *small, *flags.split()])
+        monkeypatch.chdir(tmp_path)
+        module["main"]()
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """Writes what evaluate leaves: the ranks of each seed, and of a baseline."""
+
+    def write(
+        name: str, *seeds: list[int], baseline=BASELINE, system="genrec", shuffle=False,
+        stage_config: dict | None = None, flat=False, **changed: Any,
+    ) -> Path:  # fmt: skip
+        run = tmp_path / name
+        folder = run if flat else run / "evaluation"
+        folder.mkdir(parents=True)
+        if stage_config is not None:
+            stage = Stage(run, "sft", stage_config)
+            stage.is_done()
+            stage.finish(rows=1)
+        lists = [(system, i, ranks) for i, ranks in enumerate(seeds)] + [("item-kNN", 0, baseline)]
+        rows = [
+            (f"r{row}", f"u{row // 2}", name, seed, rank)
+            for name, seed, ranks in lists
+            for row, rank in enumerate(ranks)
+        ]
+        schema = ["row_id", "user_id", "system", "seed", "target_rank"]
+        table = pl.DataFrame(rows, schema=schema, orient="row")
+        if shuffle:
+            table = table.sample(fraction=1, shuffle=True, seed=1)
+        table.write_parquet(folder / "per_user.parquet")
+        coverage = {"value": 0.2, "low": None, "high": None, "seeds": [0.2]}
+        own = {"coverage@2": coverage | {"value": 0.3, "seeds": [0.3]}, **changed.pop("more", {})}
+        metrics = {
+            "dataset": "Tiny", "split": "test", "split_sha256": "ab" * 32, "rows": 4, "users": 2,
+            "items": 9, "filter_seen": True, "fit_on": "train", "ks": [1, 2], "depth": 3,
+            "samples": 9, "permutations": 9, "seed": 0, "reference": system,
+            "unknown_items": 5, "baselines": {"item-kNN": {"description": "neighbours=9"}},
+            "systems": {system: own, "item-kNN": {"coverage@2": coverage}},
+        }  # fmt: skip
+        (folder / "metrics.json").write_text(json.dumps(metrics | changed))
+        return run
+
+    return write
+
+
+def test_scores_by_hand(compare, evaluated, capsys):
+    evaluated("a0", [1, 2, 0, 3], stage_config={"training": {"seed": 0}, "size": "tiny"})
+    evaluated("a1", [1, 0, 2, 0], stage_config={"training": {"seed": 1}, "size": "tiny"})
+    evaluated("b", [1, 1, 1, 0], stage_config={"training": {"seed": 0}, "size": "small"})
+    folder = compare("A=a0", "A=a1", "B=b")
+    found = read_json(folder / "comparison.json")
+    a, b, knn = (found["systems"][name] for name in ("A", "B", "item-kNN"))
+    assert a["HR@2"]["seeds"] == [0.5, 0.5] and a["HR@2"]["value"] == 0.5
+    assert a["HR@1"]["value"] == 0.25 and b["HR@1"]["value"] == 0.75
+    ndcg = [(1 + GAIN[2]) / 4, (1 + GAIN[2]) / 4]
+    assert a["NDCG@2"]["seeds"] == pytest.approx(ndcg)
+    assert knn["NDCG@2"]["value"] == pytest.approx(GAIN[2] / 4)
+    assert found["differences"]["A - B"]["HR@1"]["value"] == pytest.approx(-0.5)
+    assert set(found["differences"]) == {"A - B", "A - item-kNN"}
+    assert found["curves"]["A"]["recall"] == pytest.approx([0.25, 0.5, 0.5 + 1 / 8])
+    assert a["coverage@2"] == {"value": 0.3, "low": None, "high": None, "seeds": [0.3, 0.3]}
+    assert [run["system"] for run in found["runs"]] == ["A", "A", "B"]
+    assert [run["value"] for run in found["runs"]] == pytest.approx([*ndcg, 0.75])
+    assert found["runs"][2]["reads"] is None
+    names = {s["name"]: s["values"] for s in found["settings"]}
+    assert names == {"sft: training.seed": ["0", "1", "0"], "sft: size": ["tiny", "tiny", "small"]}
+    assert found["notes"] == [] and "unknown_items" not in found
+    assert found["samples"] == 50 and found["reference"] == "A"
+
+    table = pl.read_parquet(folder / "comparison.parquet")
+    row = table.row(
+        by_predicate=(pl.col("system") == "B") & (pl.col("metric") == "HR@1"), named=True
+    )
+    assert row["value"] == 0.75 and row["seeds"] == [0.75] and row["difference"] == -0.5
+    own = table.filter(pl.col("system") == "A")
+    assert own["difference"].null_count() == own.height
+    assert "A (2 seeds)" in capsys.readouterr().out
+    page = (folder / "comparison.html").read_text()
+    assert "sft: size" in page and "4 systems" not in page and "3 systems from 3 runs" in page
+
+
+def test_rows_with_several_targets(compare, evaluated):
+    run = evaluated("a", [1, 2, 0, 3])
+    path = run / "evaluation" / "per_user.parquet"
+    table = pl.read_parquet(path).with_columns(
+        pl.when(pl.col("target_rank") > 0).then(pl.concat_list("target_rank", 3)).otherwise([])
+        .list.unique(maintain_order=True).alias("hit_ranks"),
+        pl.lit(2, dtype=pl.Int32).alias("n_relevant"),
+    )  # fmt: skip
+    table.write_parquet(path)  # genrec hits at [1, 3], [2, 3], nothing, [3]
+    found = read_json(compare("A=a") / "comparison.json")["systems"]["A"]
+    assert found["HR@2"]["value"] == 0.5 and found["Recall@2"]["value"] == 0.25
+    assert found["MAP@1"]["value"] == 0.25
+    curve = read_json(compare("A=a", output="again") / "comparison.json")["curves"]["A"]
+    assert curve["recall"] == pytest.approx([1 / 8, 2 / 8, 5 / 8])
+
+
+def test_rows_are_matched_by_id_not_by_place(compare, evaluated):
+    evaluated("a", [1, 2, 0, 3])
+    evaluated("b", [2, 0, 1, 0])
+    evaluated("c", [2, 0, 1, 0], shuffle=True)
+    plain, mixed = compare("A=a", "B=b", output="x"), compare("A=a", "B=c", output="y")
+    one, other = (read_json(f / "comparison.json") for f in (plain, mixed))
+    assert one["systems"] == other["systems"] and one["differences"] == other["differences"]
+
+
+def test_somebodys_lists_and_another_reference(compare, evaluated):
+    evaluated("a", [1, 2, 0, 3])
+    lists = evaluated("lists", [0, 0, 1, 0], system="SASRec", flat=True)
+    (lists / "test_reads.jsonl").write_text("ab" * 32 + "\n" + "cd" * 32 + "\n")
+    found = read_json(compare("A=a", f"S={lists}", flags="--reference S") / "comparison.json")
+    assert found["reference"] == "S" and set(found["differences"]) == {"S - A", "S - item-kNN"}
+    assert found["runs"][1]["reads"] == 1
+
+
+def test_seeds_that_are_no_plain_repetitions_are_named(compare, evaluated, caplog):
+    evaluated("a0", [1, 2, 0, 3], stage_config={"size": "tiny", "seed": 0})
+    evaluated("a1", [1, 2, 0, 3], stage_config={"size": "small", "seed": 1})
+    folder = compare("A=a0", "A=a1")
+    first, second = read_json(folder / "comparison.json")["notes"]
+    assert first == "runs of A differ in more than the seed: sft: size"
+    assert second.startswith("two runs of A have the same lists")
+    assert first in caplog.text and first in (folder / "comparison.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"split_sha256": "cd" * 32}, "a has split_sha256=abab.*b has split_sha256=cdcd"),
+        ({"split": "valid"}, "a has split=test, b has split=valid"),
+        ({"filter_seen": False}, "a has filter_seen=True, b has filter_seen=False"),
+        ({"ks": [1, 3]}, r"a has ks=\[1, 2\], b has ks=\[1, 3\]"),
+        ({"baseline": [1, 0, 0, 0]}, "baseline item-kNN differs between a and b"),
+    ],
+)
+def test_runs_under_other_rules_are_refused(compare, evaluated, tmp_path, changed, message):
+    evaluated("a", [1, 2, 0, 3])
+    evaluated("b", [1, 2, 0, 3], **changed)
+    with pytest.raises(ValueError, match=message):
+        compare("A=a", "B=b")
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_on_other_rows_are_refused(compare, evaluated):
+    evaluated("a", [1, 2, 0, 3])
+    evaluated("b", [1, 2, 0], baseline=[2, 0, 0])
+    with pytest.raises(ValueError, match="a was evaluated on 4 rows, b on 3"):
+        compare("A=a", "B=b")
+    evaluated("c", [1, 2, 0])  # the baseline has a row more
+    with pytest.raises(ValueError, match="lacks rows of genrec; rerun evaluate"):
+        compare("C=c")
+
+
+@pytest.mark.parametrize(
+    ("systems", "flags", "message"),
+    [
+        (["A"], "", "'A' must have the form NAME=FOLDER"),
+        (["=a"], "", "must have the form NAME=FOLDER"),
+        (["A=a"], "--reference B", "reference='B' is not among the systems A"),
+        (["A=a"], "--samples 0", "samples=0 must be at least 1"),
+        (["A=a", "B=./a"], "", "is named twice"),
+        (["item-kNN=a"], "", "'item-kNN' is a baseline in a"),
+        (["A=nowhere"], "", "nowhere holds no evaluation; run: genrec evaluate"),
+    ],
+)
+def test_mistakes_of_the_command_line(compare, evaluated, tmp_path, systems, flags, message):
+    evaluated("a", [1, 2, 0, 3])
+    with pytest.raises(ValueError, match=message):
+        compare(*systems, flags=flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten_and_old_folders_are_refused(compare, evaluated, tmp_path):
+    run = evaluated("a", [1, 2, 0, 3])
+    (tmp_path / "out").mkdir()
+    kept = tmp_path / "out" / "mine.txt"
+    kept.write_text("mine")
+    with pytest.raises(ValueError, match="out is not an empty folder"):
+        compare("A=a")
+    assert [p.name for p in kept.parent.iterdir()] == ["mine.txt"]
+    path = run / "evaluation" / "per_user.parquet"
+    pl.read_parquet(path).drop("seed").write_parquet(path)
+    with pytest.raises(ValueError, match="written by an older genrec"):
+        compare("A=a", output="new")
+
+
+def test_the_command_lists_it():
+    assert summaries(recipes_folder())["compare"].startswith("Compare: ")
