@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 
 from genrec.artifacts import require, stage_folder
-from genrec.columns import TARGET, USER_ID
+from genrec.columns import RELEVANT, TARGET, USER_ID
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
 from genrec.evaluation.comparison import compare, comparison_table
@@ -32,6 +32,7 @@ from genrec.evaluation.suite import (
     cache_folder,
     load_split_data,
 )
+from genrec.item_lists import ItemLists
 
 logger = logging.getLogger("genrec.baselines")
 
@@ -87,7 +88,9 @@ def main() -> None:
         raise ValueError("no baseline could run: " + "; ".join(notes))
     comparison = compare(
         lists,
-        rows[TARGET].to_numpy().astype(np.int64),
+        ItemLists.from_column(rows[RELEVANT])
+        if RELEVANT in rows.columns
+        else rows[TARGET].to_numpy().astype(np.int64),
         data.n_items,
         sorted({min(5, args.k), args.k}),
         samples=args.samples,

@@ -25,30 +25,35 @@ from tqdm import tqdm
 from genrec.artifacts import FOLDERS, MANIFEST, require, stage_folder, write_json
 from genrec.columns import HISTORY, TRAIN_COUNT
 from genrec.config import check_choice, parse, run
+from genrec.data.splits import read_split
 from genrec.decoding.beam import default_beam_width
 from genrec.evaluation.doctor import (
     Check,
-    K,
-    check_curve,
     check_diversity,
     check_fit,
     check_legality,
     check_levels,
     check_lists,
-    check_manifests,
-    check_prompts,
     check_search,
-    check_semantic_ids,
+    next_step,
+    not_run,
+    worst_first,
+)
+from genrec.evaluation.probes import (
+    K,
     draw,
     first_rows,
     measure_fit,
-    next_step,
-    not_run,
     search_gap,
-    stored_lists,
     teacher_forced,
     torch_engine,
-    worst_first,
+)
+from genrec.evaluation.run_checks import (
+    check_curve,
+    check_manifests,
+    check_prompts,
+    check_semantic_ids,
+    stored_lists,
 )
 from genrec.recommend import MODEL_STAGES, Recommender
 
@@ -108,7 +113,7 @@ def examine(args: DoctorArgs) -> list[Check]:
 
 def with_history(run_dir: str, split: str) -> pl.DataFrame:
     """Rows of a split but those of users of whom nothing is known yet."""
-    rows = pl.read_parquet(stage_folder(run_dir, "prepare") / f"{split}.parquet")
+    rows = read_split(run_dir, split, "doctor")
     return rows.filter(pl.col(HISTORY).list.len() > 0)
 
 

@@ -163,6 +163,18 @@ def evaluated_rows(split_rows: pl.DataFrame, source: Path, split: str) -> pl.Dat
     return rows
 
 
+def sid_numbers(args: EvaluateArgs, rows: pl.DataFrame, catalog: pl.DataFrame) -> np.ndarray | None:
+    """A number per semantic id for every item, where `--sid_map` names a file."""
+    if args.sid_map is None:
+        return None
+    if RELEVANT in rows.columns:
+        raise ValueError(
+            "--sid_map is for rows with one relevant item, and this split has several a row; "
+            "leave it out"
+        )
+    return read_sid_map(args.sid_map, catalog)
+
+
 def list_depth(tables: Sequence[pl.DataFrame], ks: list[int]) -> int:
     """How many places of the lists are scored: all that they have, up to `MAX_DEPTH`."""
     key = ROW_ID if all(ROW_ID in table.columns for table in tables) else USER_ID
@@ -226,6 +238,7 @@ def main() -> None:
     catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet")
     split_rows = read_split(args.run_dir, split, "evaluate", system=args.system)
     rows = evaluated_rows(split_rows, source, split) if stage else split_rows
+    sids = sid_numbers(args, rows, catalog)
     depth = list_depth(tables, args.ks)
     found = [align(table, rows, catalog, depth, split_rows) for table in tables]
     if args.filter_seen:
@@ -235,7 +248,7 @@ def main() -> None:
     data = load_split_data(args.run_dir, rows, split, depth, args.filter_seen, args.fit_on)
     lists, settings, not_run = baseline_lists(args, data)
     lists[args.system] = [one.items for one in found]
-    comparison, groups = scored(args, data, lists, catalog)
+    comparison, groups = scored(args, data, lists, catalog, sids)
     users_file = stage_folder(args.run_dir, "prepare") / "users.parquet"
     users = pl.read_parquet(users_file) if users_file.exists() else None
     slicings = make_slices(rows, catalog, users)
@@ -278,6 +291,7 @@ def scored(
     data: SplitData,
     lists: dict[str, list[np.ndarray]],
     catalog: pl.DataFrame,
+    sids: np.ndarray | None,
 ) -> tuple[Comparison, np.ndarray]:
     """All metrics of all systems, and the user of each row as a number."""
     groups = data.rows[USER_ID].rank("dense").to_numpy().astype(np.int64) - 1
@@ -300,7 +314,7 @@ def scored(
             history=ItemLists.from_column(data.rows[HISTORY]),
             vectors=data.vectors,
             categories=category_matrix(catalog[CATEGORIES]),
-            sid_of_item=read_sid_map(args.sid_map, catalog) if args.sid_map else None,
+            sid_of_item=sids,
         ),
     )
     return comparison, groups

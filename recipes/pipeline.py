@@ -2,19 +2,22 @@
 
     genrec pipeline --configs quickstart --run_dir runs/quickstart
     genrec pipeline --configs my/configs --run_dir runs/mine --accelerate_args "--num_processes 4"
+    genrec pipeline --configs beauty --run_dir runs/beauty --seeds 0 1 2
 
 Each stage is the recipe of its name in a process of its own. Killed and started again, the line
 goes on where it stopped. Ends with one user's list and reasons, the metrics table and the report
-page.
+page. With `--seeds` the models are trained once per seed in `<run_dir>/seed-<n>`, on the same data
+and semantic ids, and compared as one system in `<run_dir>/comparison`.
 """
 
 import os
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from genrec.artifacts import FOLDERS, load_manifest, read_json, read_shards, stage_folder
+from genrec.artifacts import FOLDERS, MANIFEST, load_manifest, read_json, read_shards, stage_folder
 from genrec.chains import Chain, read_chains
-from genrec.columns import ITEM_ID, ITEM_INDEX, POSITION, RANK, ROW_ID, SCORE, TITLE, USER_ID
+from genrec.columns import (
+    ITEM_ID,
+    ITEM_INDEX,
+    POSITION,
+    RANK,
+    ROW_ID,
+    SCORE,
+    TARGET_POSITION,
+    TITLE,
+    USER_ID,
+)
 from genrec.config import check_choice, parse, run
 
 RECIPES = Path(__file__).resolve().parent
@@ -43,6 +56,7 @@ class PipelineArgs:
     overwrite_from: str | None = None  # redo this stage and all behind it; old folders are kept
     data_dir: str | None = None  # where relative dataset paths start; else here, then $GENREC_DATA
     accelerate_args: str | None = None  # launch sft and grpo by `accelerate launch <these>`
+    seeds: list[int] | None = None  # training seeds: a run each, then a comparison of all
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is run."""
@@ -52,6 +66,8 @@ class PipelineArgs:
             check_choice("until", self.until, FOLDERS)
         if self.overwrite_from is not None:
             check_choice("overwrite_from", self.overwrite_from, FOLDERS)
+        if self.seeds is not None and (not self.seeds or len(set(self.seeds)) < len(self.seeds)):
+            raise ValueError(f"seeds={self.seeds} must be distinct, at least one")
 
 
 def main() -> None:
@@ -71,10 +87,46 @@ def main() -> None:
     for stage in stages:  # a typo in the last file must not show after hours in the first stages
         check_config(stage, folder / f"{stage}.yaml")
     console = Console()
-    for number, stage in enumerate(stages, 1):
-        console.rule(f"[bold]{number}/{len(stages)} {stage}", align="left")
-        run_stage(args, stage, folder / f"{stage}.yaml")
-    show(Path(args.run_dir), console)
+    whole = Path(args.run_dir)
+    runs = [(whole, None)] if args.seeds is None else [(whole / f"seed-{n}", n) for n in args.seeds]
+    for run_dir, seed in runs:
+        if run_dir != runs[0][0]:
+            take_over(runs[0][0], run_dir, stages)
+        for number, stage in enumerate(stages, 1):
+            label = "" if seed is None else f" (seed {seed})"
+            console.rule(f"[bold]{number}/{len(stages)} {stage}{label}", align="left")
+            run_stage(replace(args, run_dir=str(run_dir)), stage, folder / f"{stage}.yaml", seed)
+    show(runs[0][0], console)
+    if len(runs) > 1 and "evaluate" in stages:
+        compare_runs([run_dir for run_dir, _ in runs], whole / "comparison")
+
+
+def take_over(first: Path, run_dir: Path, stages: list[str]) -> None:
+    """Give a run the first one's data and semantic ids: only training differs between seeds."""
+    for stage in stages:
+        source, target = stage_folder(first, stage), stage_folder(run_dir, stage)
+        if stage in TRAINING:
+            return
+        if not (target / MANIFEST).exists():
+            partial = target.with_name(f".{target.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial)
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+
+
+def compare_runs(run_dirs: list[Path], folder: Path) -> None:
+    """Run `compare` over the seeds; an earlier comparison is set aside."""
+    if folder.exists():
+        number = 1
+        while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        folder.rename(old)
+    name = read_json(stage_folder(run_dirs[0], "evaluate") / "metrics.json")["reference"]
+    command = [sys.executable, "-P", str(RECIPES / "compare.py"), "--output_dir", str(folder)]
+    code = subprocess.run([*command, "--systems", *(f"{name}={d}" for d in run_dirs)]).returncode
+    if code:
+        raise SystemExit(code)
 
 
 def check_config(stage: str, config: Path) -> None:
@@ -93,12 +145,14 @@ def check_config(stage: str, config: Path) -> None:
         raise ValueError(f"{config}: {error}") from error
 
 
-def run_stage(args: PipelineArgs, stage: str, config: Path) -> None:
+def run_stage(args: PipelineArgs, stage: str, config: Path, seed: int | None = None) -> None:
     """Run one recipe; its failure ends the pipeline with its own message."""
     command = [sys.executable, "-P"]  # recipes must not shadow modules of the same name
     if stage in TRAINING and args.accelerate_args:
         command += ["-m", "accelerate.commands.launch", *shlex.split(args.accelerate_args)]
     command += [str(RECIPES / f"{stage}.py"), "--config", str(config), "--run_dir", args.run_dir]
+    if stage in TRAINING and seed is not None:
+        command += ["--seed", str(seed)]
     if stage == "recommend" and args.engine:
         command += ["--engine", args.engine]
     order = list(FOLDERS)
@@ -122,16 +176,19 @@ def show(run_dir: Path, console: Console) -> None:
     console.rule("[bold]result", align="left")
     seconds = [f"{stage} {m.seconds:.0f} s" for stage, m in manifests.items() if m]
     console.print("Times: " + ", ".join(seconds), highlight=False)
-    if manifests["recommend"]:
-        show_list(run_dir, console)
+    if recommend := manifests["recommend"]:
+        show_list(run_dir, recommend.config["split"], console)
     if manifests["evaluate"]:
         show_metrics(run_dir, console)
     report = stage_folder(run_dir, "audit") / "report.html"
+    page = stage_folder(run_dir, "evaluate") / "report.html"
+    if manifests["evaluate"] and page.exists():
+        console.print(f"\nEvaluation page: [bold]{page}[/bold]", highlight=False)
     if manifests["audit"] and report.exists():
-        console.print(f"\nReport page: [bold]{report}[/bold]", highlight=False)
+        console.print(f"Report page: [bold]{report}[/bold]", highlight=False)
 
 
-def show_list(run_dir: Path, console: Console) -> None:
+def show_list(run_dir: Path, split: str, console: Console) -> None:
     """One user's recommendations with titles and, where there is one, the reason for each."""
     lists = read_shards(stage_folder(run_dir, "recommend"), "recommendations")
     chains_path = stage_folder(run_dir, "explain") / "chains.jsonl"
@@ -145,10 +202,9 @@ def show_list(run_dir: Path, console: Console) -> None:
     user_id = user[USER_ID][0]
     log = pl.read_parquet(data / "interactions.parquet").filter(pl.col(USER_ID) == user_id)
     history = log.sort(POSITION)[ITEM_INDEX].to_list()
-    split = (
-        manifest.config["split"] if (manifest := load_manifest(run_dir, "recommend")) else "test"
-    )
-    history = history[: -1 if split == "test" else -2]
+    # The list was made for one moment; the user's log may go on behind it.
+    rows = pl.read_parquet(data / f"{split}.parquet", columns=[ROW_ID, TARGET_POSITION])
+    history = history[: rows.filter(pl.col(ROW_ID) == row_id)[TARGET_POSITION].item()]
     console.print(f"\n[bold]User {user_id}[/bold] had {len(history)} items, the last ones:")
     for item in history[-5:]:
         console.print(Text(f"  · {catalog[TITLE][item]}"))

@@ -44,6 +44,7 @@ from genrec.columns import (
 )
 from genrec.config import parse, run
 from genrec.data.splits import read_split
+from genrec.metrics import RelevantRanks, gains, hits
 from genrec.prompts import escape_text
 
 if TYPE_CHECKING:
@@ -276,19 +277,32 @@ def compare_stored(
 
 
 def show_metrics(view: View) -> None:
-    """The user's metrics beside the baselines."""
+    """The row's metrics beside the baselines: per system the means over its training seeds."""
     if "evaluate" not in view.manifests:
         return
     view.heading("5. This user's metrics (evaluate)")
     table = view.data("evaluate", "per_user.parquet").filter(pl.col(ROW_ID) == view.row[ROW_ID])
-    k = max(view.manifests["evaluate"].config["ks"])
-    for system, rank in table.select("system", "target_rank").iter_rows():
-        hit = 0 < rank <= k
-        ndcg = 1 / math.log2(rank + 1) if hit else 0.0
-        place = f"target at rank {rank}" if rank > 0 else "target not in the list"
-        view.say(f"  {system:<16} HR@{k} {int(hit)}   NDCG@{k} {ndcg:.4f}   {place}")
     if table.is_empty():
         view.say("this row was not evaluated")
+        return
+    k = max(view.manifests["evaluate"].config["ks"])
+    several = "hit_ranks" in table.columns  # a row with several relevant items
+    for (system,), seeds in table.group_by("system", maintain_order=True):
+        seeds = seeds.sort("seed")
+        ranks = [[rank] if rank > 0 else [] for rank in seeds["target_rank"]]
+        n_relevant = np.ones(len(seeds), dtype=np.int64)
+        if several:
+            ranks, n_relevant = seeds["hit_ranks"].to_list(), seeds["n_relevant"].to_numpy()
+        found = RelevantRanks(
+            np.repeat(np.arange(len(ranks)), [len(r) for r in ranks]),
+            np.array([rank for r in ranks for rank in r], dtype=np.int64),
+            n_relevant,
+        )
+        places = "; ".join(", ".join(map(str, r)) if r else "–" for r in ranks)
+        hr, ndcg = hits(found, k).mean(), gains(found, k).mean()
+        view.say(f"  {system:<16} HR@{k} {hr:.2f}   NDCG@{k} {ndcg:.4f}   rank {places}")
+    what = f"ranks of the {n_relevant[0]} relevant items" if several else "rank of the target"
+    view.say(f"  ({what} for each training seed; – is not in the list)")
 
 
 def show_chain(view: View) -> None:

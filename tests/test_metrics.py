@@ -5,19 +5,28 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from genrec.item_lists import ItemLists
 from genrec.metrics import (
+    RelevantRanks,
+    average_precisions,
     coverage_at_k,
+    exposures,
+    find_relevant,
     gains,
+    gini_at_k,
     hit_rate_at_k,
     hits,
     mrr_at_k,
     ndcg_at_k,
+    recalls,
     reciprocal_ranks,
+    shared_sid_credit,
     target_rank,
 )
 
@@ -97,3 +106,165 @@ def test_bounds_and_monotone_in_k(keys, target):
         assert all(now >= then for now, then in zip((hit, gain, reciprocal), previous, strict=True))
         previous = (hit, gain, reciprocal)
     assert hit_rate_at_k(lists, target, 1) == ndcg_at_k(lists, target, 1)
+
+
+# Several relevant items a row. --------------------------------------------------------------------
+
+
+def items_of(*rows: list[int]) -> ItemLists:
+    return ItemLists.from_column(pl.Series(rows, dtype=pl.List(pl.Int64)))
+
+
+# Relevant at ranks 1 and 4; at 2 and 3 of three; nowhere; at 3, and more of them than places.
+SEVERAL = np.array([[5, 1, 2, 6], [9, 3, 4, 8], [1, 2, 3, -1], [8, -1, 0, 9]])
+RELEVANT = items_of([6, 5], [3, 7, 4], [9], [0, 1, 2, 3, 4, 5])
+
+
+def gain(*ranks: int) -> float:
+    return sum(1 / math.log2(rank + 1) for rank in ranks)
+
+
+def test_several_relevant_items_by_hand():
+    found = find_relevant(SEVERAL, RELEVANT)
+    assert found.row.tolist() == [0, 0, 1, 1, 3]
+    assert found.rank.tolist() == [1, 4, 2, 3, 3]
+    assert found.n_relevant.tolist() == [2, 3, 1, 6]
+    assert found.first().tolist() == [1, 2, 0, 3]
+    assert hits(found, 2).tolist() == [1, 1, 0, 0]
+    assert recalls(found, 3).tolist() == pytest.approx([1 / 2, 2 / 3, 0, 1 / 6])
+    assert reciprocal_ranks(found, 2).tolist() == [1, 1 / 2, 0, 0]
+    # The best list of k items has min(k, relevant) of them at its head.
+    ideal = [gain(1, 2), gain(1, 2, 3), gain(1), gain(1, 2, 3, 4)]
+    expected = [gain(1, 4) / ideal[0], gain(2, 3) / ideal[1], 0, gain(3) / ideal[3]]
+    assert gains(found, 4).tolist() == pytest.approx(expected)
+    assert gains(found, 2).tolist() == pytest.approx([1 / gain(1, 2), gain(2) / gain(1, 2), 0, 0])
+    # Precision at each hit: 1/1 and 2/4; 1/2 and 2/3; none; 1/3.
+    expected = [(1 + 2 / 4) / 2, (1 / 2 + 2 / 3) / 3, 0, (1 / 3) / 4]
+    assert average_precisions(found, 4).tolist() == pytest.approx(expected)
+    expected = [1 / 2, (1 / 2) / 2, 0, 0]
+    assert average_precisions(found, 2).tolist() == pytest.approx(expected)
+
+
+def test_a_perfect_list_scores_one_whatever_k_and_number_of_relevant_items():
+    lists = np.array([[1, 2, 3], [4, 5, 6]])
+    found = find_relevant(lists, items_of([3, 2, 1, 7, 8], [4]))
+    for k in (1, 2, 3):
+        assert gains(found, k).tolist() == pytest.approx([1, 1])
+        assert average_precisions(found, k).tolist() == pytest.approx([1, 1])
+    assert recalls(found, 3).tolist() == pytest.approx([3 / 5, 1])
+
+
+@given(
+    hnp.arrays(np.int64, (7, 6), elements=st.integers(0, 9)),
+    hnp.arrays(np.int64, 7, elements=st.integers(0, 9)),
+    st.integers(1, 6),
+)
+def test_one_relevant_item_equals_the_metrics_of_a_target(keys, target, k):
+    lists = np.argsort(np.hstack([keys, keys[:, :4]]), axis=1, kind="stable")[:, :6]
+    rank, found = target_rank(lists, target), find_relevant(lists, items_of(*target[:, None].tolist()))
+    single = RelevantRanks.of_targets(rank)
+    for name in ("row", "rank", "n_relevant"):
+        assert getattr(found, name).tolist() == getattr(single, name).tolist()
+    assert found.first().tolist() == rank.tolist()
+    for metric in (hits, gains, reciprocal_ranks, recalls, average_precisions):
+        assert metric(found, k).tolist() == metric(rank, k).tolist()
+    assert recalls(rank, k).tolist() == hits(rank, k).tolist()
+    assert average_precisions(rank, k) == pytest.approx(reciprocal_ranks(rank, k))
+    expected = [1 / math.log2(r + 1) if 0 < r <= k else 0 for r in rank.tolist()]
+    assert gains(rank, k) == pytest.approx(expected)
+
+
+distinct = st.lists(st.integers(0, 8), unique=True, max_size=4)
+
+
+@given(st.lists(st.tuples(distinct, distinct.filter(bool)), min_size=1, max_size=5), st.data())
+def test_find_relevant_equals_a_loop(rows, data):
+    lists, expected = np.full((len(rows), 5), -1), []
+    for i, (items, relevant) in enumerate(rows):
+        places = sorted(data.draw(st.permutations(range(5)))[: len(items)])
+        lists[i, places] = items  # gaps are unknown items
+        expected += [(i, j + 1) for j, item in zip(places, items, strict=True) if item in relevant]
+    found = find_relevant(lists, items_of(*[relevant for _, relevant in rows]))
+    assert list(zip(found.row.tolist(), found.rank.tolist(), strict=True)) == expected
+    assert found.n_relevant.tolist() == [len(relevant) for _, relevant in rows]
+
+
+@pytest.mark.parametrize(
+    ("relevant", "message"),
+    [
+        ([[1]], "2 lists, but relevant items for 1 rows"),
+        ([[1], []], "row 1 has no relevant item"),
+        ([[1], [2, -1]], "outside the catalogue"),
+        ([[1], [2, 3, 2]], "a relevant item twice"),
+    ],
+)
+def test_wrong_relevant_items_raise(relevant, message):
+    with pytest.raises(ValueError, match=message):
+        find_relevant(np.array([[1, 2], [3, 4]]), items_of(*relevant))
+    with pytest.raises(ValueError, match="hold an item twice"):
+        find_relevant(np.array([[1, 1]]), items_of([1]))
+
+
+# Semantic ids shared by items. --------------------------------------------------------------------
+
+SIDS = np.array([0, 0, 1, 2, 2, 2])  # items 0 and 1 share one, 3, 4 and 5 another
+
+
+def credit(lists: list[list[int]], target: list[int], k: int) -> list[float]:
+    return shared_sid_credit(np.array(lists), np.array(target), SIDS, k).tolist()
+
+
+def test_shared_sid_credit_by_hand():
+    # The item itself; another item of its SID; a SID of its own; a SID that was not named.
+    lists = [[0, 2], [0, 2], [2, 0], [2, 0]]
+    assert credit(lists, [0, 1, 2, 4], 1) == [1 / 2, 1 / 2, 1, 0]
+    assert credit([[2, 5]], [3], 1) == [0] and credit([[2, 5]], [3], 2) == [1 / 3]
+
+
+def test_a_repeated_sid_takes_one_place_and_an_empty_slot_takes_its_own():
+    # Distinct SIDs of the list: 2, 0, 1.
+    assert credit([[3, 4, 5, 1, 2]], [0], 1) == [0]
+    assert credit([[3, 4, 5, 1, 2]], [0], 2) == [1 / 2]
+    assert credit([[3, 4, 5, 1, 2]], [2], 2) == [0]
+    assert credit([[3, 4, 5, 1, 2]], [2], 3) == [1]
+    assert credit([[-1, 1, -1, 2]], [2], 3) == [0]
+    assert credit([[-1, 1, -1, 2]], [2], 4) == [1]
+
+
+@given(hnp.arrays(np.int64, (5, 6), elements=st.integers(0, 9)), st.integers(1, 6), st.data())
+def test_with_a_sid_per_item_the_credit_is_the_hit_rate(keys, k, data):
+    lists = np.argsort(keys, axis=1, kind="stable")
+    lists[data.draw(hnp.arrays(bool, lists.shape))] = -1
+    target = data.draw(hnp.arrays(np.int64, 5, elements=st.integers(0, 5)))
+    sids = np.array(data.draw(st.permutations(range(6))))
+    expected = hits(target_rank(lists, target), k)
+    assert shared_sid_credit(lists, target, sids, k).tolist() == expected.tolist()
+
+
+def test_shared_sid_credit_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="holds 6, but the catalogue has 6 items"):
+        credit([[6]], [0], 1)
+    with pytest.raises(ValueError, match="k=2 must be between"):
+        credit([[1]], [0], 2)
+    with pytest.raises(ValueError, match="hold an item twice"):
+        credit([[1, 1]], [0], 1)
+
+
+# How exposure spreads. ----------------------------------------------------------------------------
+
+
+def test_gini_by_hand():
+    assert exposures(LISTS, 10, 2).tolist() == [0, 1, 1, 0, 1, 1, 0, 1, 1, 1]
+    uniform = np.array([[0, 1], [2, 3]])
+    assert gini_at_k(uniform, 4, 2) == pytest.approx(0)
+    assert gini_at_k(np.array([[2], [2], [2]]), 4, 1) == pytest.approx(3 / 4)
+    # Exposure 0, 1, 3: mean absolute difference over all ordered pairs, over twice the mean.
+    lists = np.array([[2, -1], [2, 1], [2, -1]])
+    pairs = sum(abs(a - b) for a in (0, 1, 3) for b in (0, 1, 3))
+    assert gini_at_k(lists, 3, 2) == pytest.approx(pairs / (2 * 3**2 * (4 / 3)))
+    assert gini_at_k(lists, 3, 1) == pytest.approx(2 / 3)  # k counts
+    assert math.isnan(gini_at_k(np.full((2, 2), -1), 3, 2))
+    with pytest.raises(ValueError, match="k=3 must be"):
+        gini_at_k(lists, 3, 3)
+    with pytest.raises(ValueError, match="n_items=0"):
+        gini_at_k(np.full((2, 2), -1), 0, 2)

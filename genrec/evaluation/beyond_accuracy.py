@@ -83,7 +83,8 @@ def intra_list_diversity(recommended: IntArray, vectors: npt.NDArray, k: int) ->
 
     Args:
         recommended: item indices, best first. ``# (n_rows, k_max)``
-        vectors: one vector per catalogue row, not all zero. ``# (n_items, dim)``
+        vectors: one vector per catalogue row; a zero vector is like no other item.
+            ``# (n_items, dim)``
         k: list length that counts.
     """
     check_catalogue(recommended, len(vectors))
@@ -99,8 +100,9 @@ def intra_list_diversity(recommended: IntArray, vectors: npt.NDArray, k: int) ->
         ones = np.ones(int(offsets[-1]), dtype=np.float32)
         rows = sp.csr_matrix((ones, items[shown], offsets), shape=(len(items), len(unit)))
         total = (rows @ unit).astype(np.float64)  # (rows, dim)
+        own = (rows @ (unit.astype(np.float64) ** 2).sum(axis=1)).astype(np.float64)  # (rows,)
         pairs = np.where(count > 1, count * (count - 1.0), np.nan)
-        similarity = ((total**2).sum(axis=1) - count) / pairs
+        similarity = ((total**2).sum(axis=1) - own) / pairs
         diversity[block] = 1.0 - similarity
     return diversity
 
@@ -154,6 +156,6 @@ def calibration(
         with np.errstate(invalid="ignore", divide="ignore"):
             p, q = p / p.sum(axis=1, keepdims=True), q / q.sum(axis=1, keepdims=True)
             terms = np.where(p > 0, p * np.log(p / ((1 - SMOOTHING) * q + SMOOTHING * p)), 0.0)
-        known = np.isfinite(p).all(axis=1) & np.isfinite(q).all(axis=1)
+        known = np.isfinite(p.sum(axis=1)) & np.isfinite(q.sum(axis=1)) & (n_categories > 0)
         divergence[block] = np.where(known, terms.sum(axis=1), np.nan)
     return divergence

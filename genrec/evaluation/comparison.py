@@ -150,10 +150,11 @@ def compare(
                 credit = np.stack([shared_sid_credit(x, relevant, sids, k) for x in runs], axis=1)
                 draws = bootstrap_means(credit, samples, seed, groups)[:, :, None]
                 means, drawn = credit.mean(axis=0), resample_seeds(draws, seed)[:, 0]
-                found.metrics[name][f"SID-credit@{k}"] = interval(means.mean(), drawn, seeds=means)
-            if facts is not None:
-                values = _beyond_accuracy(runs, facts, k, samples, seed, groups)
-                found.metrics[name].update(values)
+                found.metrics[name][f"SID-credit@{k}"] = interval(
+                    means.mean(), drawn, seeds=means.tolist()
+                )
+        if facts is not None:
+            found.metrics[name].update(_beyond_accuracy(runs, facts, ks, samples, seed, groups))
     return found
 
 
@@ -188,6 +189,8 @@ def compare_ranks(
     sizes = {name: {len(r.n_relevant) for r in found} for name, found in runs.items()}
     if len(set().union(*sizes.values())) != 1 or sizes == {}:
         raise ValueError(f"systems must be scored on the same rows; found numbers of rows: {sizes}")
+    if {0} in sizes.values():
+        raise ValueError("there are no rows to score; a mean over no rows is not defined")
     several = any((r.n_relevant > 1).any() for found in runs.values() for r in found)
     functions = {**_PER_ROW, **(_PER_ROW_OF_SEVERAL if several else {})}
     names = [f"{metric}@{k}" for k in ks for metric in functions]
@@ -251,46 +254,64 @@ def _differences(
 def _beyond_accuracy(
     runs: Sequence[IntArray],
     facts: ItemFacts,
-    k: int,
+    ks: Sequence[int],
     samples: int,
     seed: int,
     groups: IntArray | None,
 ) -> dict[str, Interval]:
     """Novelty, diversity, lift and calibration; rows for which one is not defined are left out."""
-    measured: dict[str, list[FloatArray]] = {
-        "novelty": [],
-        "lift": [],
-        "ild": [],
-        "calibration": [],
-    }
-    before = history_popularity(facts.history, facts.train_count)
-    for lists in runs:
-        measured["novelty"].append(novelty(lists, facts.train_count, facts.n_users, k))
-        measured["lift"].append(list_popularity(lists, facts.train_count, k))
+    columns: dict[str, list[FloatArray]] = {}  # metric -> per-row values of each seed
+    for k in ks:
+        measured: dict[str, list[FloatArray]] = {
+            "novelty": [novelty(x, facts.train_count, facts.n_users, k) for x in runs],
+            "popularity_lift": [list_popularity(x, facts.train_count, k) for x in runs],
+        }
         if facts.vectors is not None and k > 1:
-            measured["ild"].append(intra_list_diversity(lists, facts.vectors, k))
+            measured["ild"] = [intra_list_diversity(x, facts.vectors, k) for x in runs]
         if facts.categories is not None and facts.categories.shape[1]:
-            divergence = calibration(lists, facts.history, facts.categories, k)
-            measured["calibration"].append(divergence)
+            mixes = [calibration(x, facts.history, facts.categories, k) for x in runs]
+            measured["calibration"] = mixes
+        columns |= {f"{name}@{k}": values for name, values in measured.items()}
+    before = history_popularity(facts.history, facts.train_count)
+    tables = {
+        name: np.stack([*values, *([before] if name.startswith("popularity_lift") else [])], axis=1)
+        for name, values in columns.items()
+    }
     result = {}
-    for name, found in measured.items():
-        if not found:
-            continue
-        table = np.stack([*found, *([before] if name == "lift" else [])], axis=1)
-        defined = ~np.isnan(table).any(axis=1)
-        if not defined.any():
-            continue
-        part = None if groups is None else groups[defined]
-        draws = bootstrap_means(table[defined], samples, seed, part)  # (samples, n_seeds [+ 1])
-        means = table[defined].mean(axis=0)
-        if name == "lift":
+    for name, (means, draws) in _means_and_draws(tables, samples, seed, groups).items():
+        if name.startswith("popularity_lift"):  # a ratio of two means
             if means[-1] == 0:
                 continue
             draws, means = draws[:, :-1] / draws[:, -1:] - 1, means[:-1] / means[-1] - 1
         drawn = resample_seeds(draws[:, :, None], seed)[:, 0]
-        label = "popularity_lift" if name == "lift" else name
-        result[f"{label}@{k}"] = interval(means.mean(), drawn, seeds=means)
+        result[name] = interval(means.mean(), drawn, seeds=means.tolist())
     return result
+
+
+def _means_and_draws(
+    tables: Mapping[str, FloatArray], samples: int, seed: int, groups: IntArray | None
+) -> dict[str, tuple[FloatArray, FloatArray]]:
+    """Column means and bootstrap draws of each table over the rows where it has no NaN.
+
+    Tables that are defined for the same rows are drawn together: with many rows the drawing, not
+    the arithmetic, takes the time.
+    """
+    alike: dict[bytes, list[str]] = {}
+    defined = {name: ~np.isnan(table).any(axis=1) for name, table in tables.items()}
+    for name, rows in defined.items():
+        if rows.any():
+            alike.setdefault(np.packbits(rows).tobytes(), []).append(name)
+    found = {}
+    for names in alike.values():
+        rows = defined[names[0]]
+        stacked = np.concatenate([tables[name][rows] for name in names], axis=1)
+        draws = bootstrap_means(stacked, samples, seed, None if groups is None else groups[rows])
+        means, start = stacked.mean(axis=0), 0
+        for name in names:
+            stop = start + tables[name].shape[1]
+            found[name] = (means[start:stop], draws[:, start:stop])
+            start = stop
+    return {name: found[name] for name in tables if name in found}
 
 
 def comparison_table(comparison: Comparison, columns: Sequence[str], title: str) -> Table:

@@ -72,7 +72,7 @@ def read_sid_map(path: Path | str, catalog: pl.DataFrame) -> npt.NDArray[np.int6
     if not isinstance(index, dict) or not all(isinstance(v, list) for v in index.values()):
         raise ValueError(f'{path} must hold {{"item id": ["<a_1>", …], …}}')
     sids = pl.DataFrame(
-        {ITEM_ID: list(index), "sid": ["".join(map(str, tokens)) for tokens in index.values()]},
+        {ITEM_ID: list(index), "sid": [" ".join(map(str, tokens)) for tokens in index.values()]},
         schema={ITEM_ID: pl.String, "sid": pl.String},
     )
     ids = catalog.select(pl.col(ITEM_ID).cast(pl.String))
@@ -174,6 +174,11 @@ def _cast(table: pl.DataFrame, name: str, dtype: pl.DataType) -> pl.DataFrame:
         raise ValueError(
             f"column {name} of the recommendations holds {example!r}, which is no {dtype}; "
             "use the identifiers of the prepared dataset"
+        )
+    if cast.dtype == pl.Float64 and (unknown := int(cast.is_nan().sum())):
+        raise ValueError(
+            f"column {name} of the recommendations holds {unknown} NaN, which have no place in an "
+            "order; leave those items out"
         )
     return table.with_columns(cast)
 

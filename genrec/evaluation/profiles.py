@@ -91,6 +91,14 @@ def _best_dense(
     k = min(k, scores.shape[1])
     column = np.argpartition(scores, -k, axis=1)[:, -k:]
     value = np.take_along_axis(scores, column, axis=1)
+    # A partition keeps any of the items that tie for the last place (all of them, for a history
+    # that says nothing): those rows are chosen again, by the order of ties.
+    last = value.min(axis=1)
+    tied = ((scores >= last[:, None]).sum(axis=1) > k) & (last > -np.inf)
+    for row in np.flatnonzero(tied):
+        able = np.flatnonzero(scores[row] >= last[row])
+        column[row] = able[np.lexsort((tie[able], -scores[row, able]))[:k]]
+    value = np.take_along_axis(scores, column, axis=1)
     by_score = np.lexsort((tie[column], -value), axis=1)
     column = np.take_along_axis(column, by_score, axis=1)
     value = np.take_along_axis(value, by_score, axis=1)

@@ -109,7 +109,13 @@ def tune_window(
     k: int = 10,
     seed: int = 0,
 ) -> tuple[float, list[dict[str, Any]]]:
-    """The window with the best NDCG@k on validation rows, and every trial."""
+    """The window with the best NDCG@k on validation rows, and every trial.
+
+    Raises:
+        ValueError: there are no validation rows.
+    """
+    if valid.is_empty():
+        raise ValueError("recent popularity is tuned on validation rows, and there are none")
     time = valid[TARGET_TIME].to_numpy()
     target = valid[TARGET].to_numpy().astype(np.int64)
     trials: list[dict[str, Any]] = []

@@ -70,6 +70,7 @@ def per_user_table(
                     found.group_by("row", maintain_order=True).agg("hit_ranks"),
                     on="row",
                     how="left",
+                    maintain_order="left",
                 )
                 part = part.with_columns(
                     lists["hit_ranks"].fill_null([]),

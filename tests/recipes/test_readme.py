@@ -1,5 +1,6 @@
 """The README's commands: Make targets by dry run, recipe commands and the snippet on a tiny CSV."""
 
+import json
 import re
 import shlex
 import shutil
@@ -127,6 +128,38 @@ def test_commands_on_a_run(run_dir, verb):
     done = call(command)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.strip()
+
+
+def test_doctor(run_dir):
+    done = call(["genrec", "doctor", "--run_dir", str(run_dir), "--rows", "10"])
+    # 1: it says that something is bad, as it may of a model of six steps.
+    assert done.returncode in (0, 1), done.stderr[-2000:]
+    assert (run_dir / "doctor.json").is_file()
+
+
+def test_evaluation_commands(run_dir, tmp_path):
+    """Somebody's lists, all baselines, and a comparison, in the README's words."""
+    lists = pl.read_parquet(run_dir / "recommendations" / "recommendations-00000.parquet")
+    lists.select("row_id", "item_id", "rank").write_csv(tmp_path / "lists.csv")
+    rule = str(json.loads((run_dir / "recommendations" / "manifest.json").read_text())
+               ["config"]["filter_seen"]).lower()  # fmt: skip
+    values = {
+        "runs/quickstart": str(run_dir), "genrec=runs/quickstart": f"genrec={run_dir}",
+        "lists.csv": str(tmp_path / "lists.csv"), "results/mine": str(tmp_path / "mine"),
+        "my model=results/mine": f"my model={tmp_path / 'mine'}", "false": rule,
+        "results/both": str(tmp_path / "both"),
+    }  # fmt: skip
+    words = ("--recommendations", "baselines", "compare")
+    named = [next(c for c in COMMANDS if w in c) for w in words]
+    for command in named:
+        done = call([values.get(word, word) for word in command])
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        if "baselines" in command:
+            assert "SASRec" in done.stdout and "BERT4Rec" in done.stdout
+    scores = json.loads((tmp_path / "mine" / "metrics.json").read_text())["systems"]["my model"]
+    own = json.loads((run_dir / "evaluation" / "metrics.json").read_text())["systems"]["genrec"]
+    assert scores["NDCG@10"]["value"] == own["NDCG@10"]["value"]
+    assert (tmp_path / "both" / "comparison.html").is_file()
 
 
 def test_lora_on_a_pretrained_model(run_dir, own_csv, tiny, tmp_path):

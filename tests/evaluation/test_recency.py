@@ -1,0 +1,182 @@
+"""Recent popularity: which events count, and that none of the future does."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genrec.data.splits import leave_one_out
+from genrec.evaluation import recency
+from genrec.evaluation.baselines import popularity_order
+from genrec.evaluation.recency import DAY, recent_popularity, training_events, tune_window
+from genrec.item_lists import ItemLists, no_items
+
+
+def lists_of(*rows: list[int]) -> ItemLists:
+    return ItemLists.from_column(pl.Series(rows, dtype=pl.List(pl.Int32)))
+
+
+def log_of(*users: list[tuple[int, int]]) -> pl.DataFrame:
+    """A cleaned log of (item, second) pairs per user."""
+    return pl.DataFrame(
+        [
+            (f"u{u}", item, second, place)
+            for u, events in enumerate(users)
+            for place, (item, second) in enumerate(events)
+        ],
+        schema={
+            "user_id": pl.String,
+            "item_index": pl.Int32,
+            "timestamp": pl.Int64,
+            "position": pl.Int32,
+        },
+        orient="row",
+    )
+
+
+def pairs(events: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
+    return list(zip(*(part.tolist() for part in events), strict=True))
+
+
+# Events of training. ------------------------------------------------------------------------------
+
+
+def test_training_events_are_those_of_the_training_part():
+    log = log_of([(0, 10), (1, 20), (2, 30), (3, 40)], [(1, 5), (0, 25), (4, 35), (2, 36)])
+    splits = leave_one_out(log, 5)
+    found = training_events(splits.train, log)
+    assert pairs(found) == [(5, 1), (10, 0), (20, 1), (25, 0)]
+    both = pl.concat([splits.train, splits.valid.select(splits.train.columns)])
+    assert sorted(pairs(training_events(both, log))) == [
+        (5, 1), (10, 0), (20, 1), (25, 0), (30, 2), (35, 4),
+    ]  # fmt: skip
+
+
+def test_overlapping_windows_and_repeated_items_count_each_interaction_once():
+    # Item 7 three times in training, and once more as the test target.
+    events = [(7, 1), (1, 2), (7, 3), (2, 4), (3, 5), (7, 6), (4, 7), (5, 8), (7, 9)]
+    log = log_of(events)
+    splits = leave_one_out(log, 8, max_history=2)
+    assert splits.train.height > 2
+    assert pairs(training_events(splits.train, log)) == [(t, i) for i, t in events[:-2]]
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30)), min_size=1, max_size=9),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(1, 4),
+)
+def test_training_events_equal_the_training_part_of_any_log(users, max_history):
+    users = [sorted(events, key=lambda event: event[1]) for events in users]
+    # Of one user, an item twice in one second is one event: which of them was which is not known.
+    users = [list(dict.fromkeys(events)) for events in users]
+    log = log_of(*users)
+    splits = leave_one_out(log, 5, max_history)
+    expected = sorted(
+        (second, item)
+        for events in users
+        for item, second in (events[:-2] if len(events) >= 3 else events)
+    )
+    found = training_events(splits.train, log)
+    assert sorted(pairs(found)) == expected
+    assert (np.diff(found[0]) >= 0).all()
+
+
+def test_data_without_times_are_refused():
+    log = log_of([(0, 10), (1, 20), (2, 30), (3, 40)])
+    splits = leave_one_out(log, 5)
+    untimed = splits.train.with_columns(pl.lit(None, pl.Int64).alias("target_timestamp"))
+    with pytest.raises(ValueError, match="needs timestamps, and the data have none"):
+        training_events(untimed, log)
+    with pytest.raises(ValueError, match="needs timestamps"):
+        training_events(splits.train[:0], log)
+
+
+# Lists. -------------------------------------------------------------------------------------------
+
+
+def test_the_window_slides_by_hand():
+    day = np.array([0, 1, 1, 5, 5, 5, 9]) * DAY
+    events = (day, np.array([0, 1, 1, 2, 2, 0, 3]))
+    when = np.array([2, 6, 6, 10]) * DAY
+    found = recent_popularity(events, 4, when, lists_of([], [], [2], []), 1, window_days=3)
+    assert found[:, 0].tolist() == [1, 2, 0, 3]
+    # Everything up to then: at day 10 items 0, 1 and 2 have two each, and 3 one.
+    found = recent_popularity(events, 4, when[3:], no_items(1), 4, window_days=365)
+    assert set(found[0, :3].tolist()) == {0, 1, 2} and found[0, 3] == 3
+
+
+def test_an_event_of_the_same_second_does_not_count():
+    events = (np.array([100, 200]), np.array([0, 1]))
+    found = recent_popularity(events, 2, np.array([200, 201]), no_items(2), 2, 1000, seed=0)
+    assert found[0].tolist() == [0, 1]
+    order = popularity_order(np.array([1, 1]), 0).tolist()
+    assert found[1].tolist() == order
+
+
+def test_before_the_first_event_the_order_is_seeded():
+    events = (np.array([100]), np.array([0]))
+    found = recent_popularity(events, 50, np.array([50]), no_items(1), 5, 1, seed=4)
+    assert found[0].tolist() == popularity_order(np.zeros(50, dtype=int), 4)[:5].tolist()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 5)), min_size=1, max_size=30),
+    st.lists(st.integers(0, 45), min_size=1, max_size=12),
+    st.sampled_from([1, 3, 100]),
+    st.integers(1, 12),
+    st.data(),
+)
+def test_nothing_at_or_after_a_rows_moment_changes_its_list(events, when, window, steps, data):
+    """Also where many rows share one moment of counting."""
+    events = sorted(events)
+    seconds, items = (np.array(column) for column in zip(*events, strict=True))
+    moments = np.array(when)
+    arguments = (moments * DAY, no_items(len(when)), 6, window)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recency, "_STEPS", steps)
+        before = recent_popularity((seconds * DAY, items), 6, *arguments)
+        row = data.draw(st.integers(0, len(when) - 1))
+        past = seconds < moments[row]
+        other = data.draw(st.lists(st.integers(0, 5), min_size=int((~past).sum())))
+        changed = items.copy()
+        changed[~past] = other[: int((~past).sum())]
+        after = recent_popularity((seconds * DAY, changed), 6, *arguments)
+    assert before[row].tolist() == after[row].tolist()
+
+
+def test_with_a_step_per_row_the_counts_are_exact():
+    rng = np.random.default_rng(0)
+    seconds = np.sort(rng.integers(0, 50 * DAY, 400))
+    items = rng.integers(0, 9, 400)
+    when = rng.integers(0, 55 * DAY, 60)  # fewer rows than steps
+    found = recent_popularity((seconds, items), 9, when, no_items(60), 9, 7, seed=1)
+    for moment, items_of_row in zip(when, found, strict=True):
+        inside = (seconds < moment) & (seconds >= moment - 7 * DAY)
+        count = np.bincount(items[inside], minlength=9)
+        assert items_of_row.tolist() == popularity_order(count, 1).tolist()
+
+
+# Tuning. ------------------------------------------------------------------------------------------
+
+
+def test_the_window_is_chosen_on_validation_rows():
+    # Item 0 was popular all year, item 1 in the last three days: what people take up now.
+    old, new = np.arange(300), 355 + np.arange(6) / 2
+    seconds = (np.concatenate([old, new]) * DAY).astype(np.int64)
+    items = np.repeat([0, 1], [300, 6])
+    valid = pl.DataFrame({"target_timestamp": [358 * DAY] * 4, "target_item_index": [1] * 4})
+    days, trials = tune_window((seconds, items), 3, valid, no_items(4), k=1)
+    assert [trial["settings"]["window_days"] for trial in trials] == recency.WINDOWS_DAYS
+    assert {t["settings"]["window_days"]: t["ndcg"] for t in trials}[365] == 0
+    assert days == next(t["settings"]["window_days"] for t in trials if t["ndcg"] == 1)
+    with pytest.raises(ValueError, match="tuned on validation rows, and there are none"):
+        tune_window((seconds, items), 3, valid[:0], no_items(0))

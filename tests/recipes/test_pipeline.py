@@ -1,0 +1,60 @@
+"""What the pipeline shows at its end; `test_readme.py` runs the whole command."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[2]
+make_listed_run = runpy.run_path(str(ROOT / "tests" / "explain" / "conftest.py"))["make_listed_run"]
+show_list = runpy.run_path(str(ROOT / "recipes" / "pipeline.py"))["show_list"]
+
+
+def make_run(tiny, run: Path, split: str) -> dict[str, Any]:
+    """A run whose titles are item indices; returns the split row of the list that is shown."""
+    make_listed_run(tiny, run, split=split)
+    path = run / "data" / "catalog.parquet"
+    catalog = pl.read_parquet(path)
+    catalog.with_columns(title=pl.col("item_index").cast(pl.String)).write_parquet(path)
+    lists = pl.read_parquet(run / "recommendations" / "recommendations-*.parquet")
+    rows = pl.read_parquet(run / "data" / f"{split}.parquet")
+    return rows.filter(row_id=lists["row_id"][0]).row(0, named=True)
+
+
+def shown(run: Path, split: str) -> tuple[str, list[int]]:
+    """The line that counts the history, and the items below it."""
+    console = Console(width=200, highlight=False)
+    with console.capture() as capture:
+        show_list(run, split, console)
+    lines = capture.get().splitlines()
+    return lines[1], [int(line[4:]) for line in lines if line.startswith("  · ")]
+
+
+@pytest.mark.parametrize("split", ["test", "valid"])
+def test_the_history_ends_before_the_target(tiny, tmp_path, split):
+    row = make_run(tiny, tmp_path, split)
+    said, history = shown(tmp_path, split)
+    assert said == f"User {row['user_id']} had {row['target_position']} items, the last ones:"
+    assert history == row["history_item_index"][-5:]
+
+
+def test_a_target_in_the_middle_of_the_log(tiny, tmp_path):
+    """Splits by time have such rows, and several of one user."""
+    row = make_run(tiny, tmp_path, "test")
+    path = tmp_path / "data" / "test.parquet"
+    mine, other = pl.col("row_id") == row["row_id"], pl.col("row_id") + "-b"
+    place = pl.when(mine).then(2).otherwise("target_position").cast(pl.Int32)
+    rows = pl.read_parquet(path)
+    pl.concat([rows.with_columns(row_id=other), rows.with_columns(target_position=place)]
+              ).write_parquet(path)  # fmt: skip
+    log = pl.read_parquet(tmp_path / "data" / "interactions.parquet")
+    items = log.filter(user_id=row["user_id"]).sort("position")["item_index"].to_list()
+    assert row["target_position"] == len(items) - 1 > 2
+    said, history = shown(tmp_path, "test")
+    assert said == f"User {row['user_id']} had 2 items, the last ones:"
+    assert history == items[:2]
