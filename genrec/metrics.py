@@ -222,14 +222,15 @@ def reciprocal_ranks(ranks: IntArray | RelevantRanks, k: int) -> FloatArray:
 
 
 def average_precisions(ranks: IntArray | RelevantRanks, k: int) -> FloatArray:
-    """Average precision at `k` per row, over ``min(k, n_relevant)``, so that 1 can be reached.
+    """Average precision at `k` per row: precision at each relevant item's rank, over `n_relevant`.
 
-    Precision is taken at the rank of each relevant item within the first `k`. ``# (n_rows,)``
+    Divided by all relevant items, also where they are more than `k`, as TREC, RecTools and ranx do.
+    ``# (n_rows,)``
     """
     found = _found(ranks)
     starts = np.searchsorted(found.row, found.row, side="left")
     count = np.arange(len(found.row)) - starts + 1  # relevant items up to this one
-    return found.sums(count / found.rank, k) / np.minimum(found.n_relevant, k)
+    return found.sums(count / found.rank, k) / found.n_relevant
 
 
 def shared_sid_credit(

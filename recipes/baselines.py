@@ -8,8 +8,8 @@ SASRec and BERT4Rec, full softmax over the catalogue, take an hour per training 
 for Beauty. They are checkpointed after every measurement: a killed run goes on where it was.
 
 The table shows validation by default, so that choices can be made on it; `--split test` notes its
-reading in `<run_dir>/test_reads.jsonl`. Both splits' lists are needed for `genrec evaluate`, which
-finds those of its own split here.
+reading in `<run_dir>/test_reads.jsonl`. What SASRec and BERT4Rec have learned serves both splits,
+lists of any length, and every later `genrec evaluate`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import numpy as np
 from rich.console import Console
 
 from genrec.artifacts import require, stage_folder
-from genrec.columns import RELEVANT, TARGET, USER_ID
+from genrec.columns import USER_ID
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
+from genrec.evaluation.baselines import UnfitData
 from genrec.evaluation.comparison import compare, comparison_table
+from genrec.evaluation.lists import relevant_items
 from genrec.evaluation.suite import (
     BASELINES,
     FIT_ON,
@@ -32,7 +34,6 @@ from genrec.evaluation.suite import (
     cache_folder,
     load_split_data,
 )
-from genrec.item_lists import ItemLists
 
 logger = logging.getLogger("genrec.baselines")
 
@@ -79,7 +80,7 @@ def main() -> None:
     for name in dict.fromkeys(args.baselines):
         try:
             found = baseline(name, data, cache, args.seed, args.training_seeds)
-        except ValueError as error:
+        except UnfitData as error:
             notes.append(f"{name} is left out: {error}")
             continue
         lists[name] = found.lists
@@ -88,9 +89,7 @@ def main() -> None:
         raise ValueError("no baseline could run: " + "; ".join(notes))
     comparison = compare(
         lists,
-        ItemLists.from_column(rows[RELEVANT])
-        if RELEVANT in rows.columns
-        else rows[TARGET].to_numpy().astype(np.int64),
+        relevant_items(rows),
         data.n_items,
         sorted({min(5, args.k), args.k}),
         samples=args.samples,

@@ -11,7 +11,7 @@ files are training seeds of one system.
 Baselines are fitted on the training rows, which is what the model saw, and tuned on the validation
 rows; like the model they read the validation item as part of a test row's history. They are cached
 by the hash of the split. SASRec and BERT4Rec take hours on a CPU: `genrec baselines` trains them,
-and they join every table of that dataset from then on.
+and they join every table that is made of that dataset from then on (`--overwrite true` redoes one).
 
 Writes report.html, metrics.json, per_user, slices and curves.parquet, examples.json and
 baselines/*.parquet. Every evaluation on the test split is noted in `<run_dir>/test_reads.jsonl`.
@@ -53,6 +53,7 @@ from genrec.columns import (
 )
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
+from genrec.evaluation.baselines import UnfitData
 from genrec.evaluation.beyond_accuracy import category_matrix
 from genrec.evaluation.comparison import (
     Comparison,
@@ -67,6 +68,7 @@ from genrec.evaluation.lists import (
     check_unseen,
     read_recommendations,
     read_sid_map,
+    relevant_items,
 )
 from genrec.evaluation.pages import render_run_page
 from genrec.evaluation.results import write_results
@@ -79,8 +81,8 @@ from genrec.evaluation.suite import (
     SplitData,
     baseline,
     cache_folder,
-    is_cached,
     load_split_data,
+    trained_seeds,
 )
 from genrec.item_lists import ItemLists
 
@@ -103,7 +105,7 @@ class EvaluateArgs:
     split: str | None = None  # default: the recommend stage's, test for `recommendations`
     filter_seen: bool = True  # one rule per table: the recommend stage must have used the same
     ks: list[int] = field(default_factory=lambda: [5, 10])
-    # Cached SASRec and BERT4Rec lists join in without being named.
+    # SASRec and BERT4Rec join in without being named once `genrec baselines` has trained them.
     baselines: list[str] = field(default_factory=lambda: list(FITTED))
     training_seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of SASRec and BERT4Rec
     cache_dir: str | None = None  # of baselines; default: baselines-cache beside the run folder
@@ -118,6 +120,7 @@ class EvaluateArgs:
         if self.split is not None:
             check_choice("split", self.split, ("valid", "test"))
         check_choice("fit_on", self.fit_on, FIT_ON)
+        check_fit_on(self.fit_on, self.split)
         for name in self.baselines:
             check_choice("baselines", name, BASELINES)
         if self.system in BASELINES:
@@ -133,6 +136,12 @@ class EvaluateArgs:
             raise ValueError("--recommendations FILE and --output_dir FOLDER belong together")
 
 
+def check_fit_on(fit_on: str, split: str | None) -> None:
+    """Raise ValueError where baselines would learn from the targets that they are scored on."""
+    if fit_on != "train" and split == "valid":
+        raise ValueError(f"fit_on={fit_on} holds the validation targets; use fit_on=train")
+
+
 def recommended_split(args: EvaluateArgs, stage: Stage) -> str:
     """Split of the recommend stage, once its settings are seen to match this table's."""
     made = stage.upstream["recommend"].config
@@ -146,6 +155,7 @@ def recommended_split(args: EvaluateArgs, stage: Stage) -> str:
             )
     if isinstance(depth := made.get("k"), int) and depth < max(args.ks):
         raise ValueError(f"ks={args.ks}, but recommend made lists of k={depth}; rerun it with more")
+    check_fit_on(args.fit_on, made["split"])
     return str(made["split"])
 
 
@@ -194,12 +204,15 @@ def baseline_lists(
 ) -> tuple[dict[str, list[np.ndarray]], dict[str, Any], dict[str, str]]:
     """Lists of the chosen baselines per seed, their settings, and which could not run, and why."""
     cache = cache_folder(args.run_dir, args.cache_dir)
-    known = [n for n in TRAINED if is_cached(n, data, cache, args.seed, args.training_seeds)]
+    seeds = dict.fromkeys(args.baselines, args.training_seeds)
+    for name in TRAINED:
+        if name not in seeds and (known := trained_seeds(name, data, cache)) is not None:
+            seeds[name] = known  # `genrec baselines` has trained it: its lists cost seconds
     lists, settings, not_run = {}, {}, {}
-    for name in dict.fromkeys([*args.baselines, *known]):
+    for name, training_seeds in seeds.items():
         try:
-            found = baseline(name, data, cache, args.seed, args.training_seeds)
-        except ValueError as error:
+            found = baseline(name, data, cache, args.seed, training_seeds)
+        except UnfitData as error:
             logger.warning("%s is left out: %s", name, error)
             not_run[name] = str(error)
             continue
@@ -232,8 +245,8 @@ def main() -> None:
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"--output_dir {folder} is not empty; name a new folder")
         tables = [read_recommendations(path) for path in args.recommendations]
-        for path in args.recommendations:
-            inputs[f"recommendations {Path(path).name}"] = sha256_file(path)
+        for seed, path in enumerate(args.recommendations):
+            inputs[f"recommendations {seed} ({Path(path).name})"] = sha256_file(path)
 
     catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet")
     split_rows = read_split(args.run_dir, split, "evaluate", system=args.system)
@@ -265,7 +278,8 @@ def main() -> None:
         "filter_seen": args.filter_seen,
         "fit_on": args.fit_on,
         "reference": args.system,
-        "interval": "95% percentile bootstrap over users and training seeds; coverage, Gini: none",
+        "interval": "95% percentile bootstrap over users, and over training seeds where there are "
+        "several; coverage, Gini: none",
         "test": "paired randomisation test over users (two-sided); p_holm adjusts for the systems",
         "samples": args.samples,
         "permutations": args.permutations,
@@ -295,12 +309,9 @@ def scored(
 ) -> tuple[Comparison, np.ndarray]:
     """All metrics of all systems, and the user of each row as a number."""
     groups = data.rows[USER_ID].rank("dense").to_numpy().astype(np.int64) - 1
-    several = RELEVANT in data.rows.columns
     comparison = compare(
         lists,
-        ItemLists.from_column(data.rows[RELEVANT])
-        if several
-        else data.rows[TARGET].to_numpy().astype(np.int64),
+        relevant_items(data.rows),
         catalog.height,
         args.ks,
         reference=args.system,
@@ -322,11 +333,12 @@ def scored(
 
 def counts(rows: pl.DataFrame, found: Sequence[RecommendedLists]) -> dict[str, int]:
     """Rows, users, and what could not be scored (summed over seeds)."""
-    seen_before = rows.select(pl.col(SEEN).list.contains(pl.col(TARGET)).sum()).item()
+    relevant = pl.col(RELEVANT) if RELEVANT in rows.columns else pl.concat_list(TARGET)
+    again = rows.select(relevant.list.set_intersection(pl.col(SEEN)).list.len().sum()).item()
     return {
         "rows": rows.height,
         "users": rows[USER_ID].n_unique(),
-        "targets_seen_before": int(seen_before),
+        "targets_seen_before": int(again),
         "rows_without_list": sum(one.rows_without_list for one in found),
         "unknown_items": sum(one.unknown_items for one in found),
         "ignored_lists": sum(one.ignored_lists for one in found),

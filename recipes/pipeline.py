@@ -40,6 +40,7 @@ from genrec.columns import (
     USER_ID,
 )
 from genrec.config import check_choice, parse, run
+from genrec.data.splits import read_split
 
 RECIPES = Path(__file__).resolve().parent
 TRAINING = ("sft", "grpo")
@@ -84,6 +85,8 @@ def main() -> None:
         stages = stages[: stages.index(args.until) + 1] if args.until in stages else stages
     if not stages:
         raise ValueError(f"{folder} holds no <stage>.yaml; the stages are {', '.join(FOLDERS)}")
+    if args.seeds is not None and "sft" not in stages:
+        raise ValueError(f"--seeds are for training, and {folder} holds no sft.yaml before the end")
     for stage in stages:  # a typo in the last file must not show after hours in the first stages
         check_config(stage, folder / f"{stage}.yaml")
     console = Console()
@@ -203,7 +206,7 @@ def show_list(run_dir: Path, split: str, console: Console) -> None:
     log = pl.read_parquet(data / "interactions.parquet").filter(pl.col(USER_ID) == user_id)
     history = log.sort(POSITION)[ITEM_INDEX].to_list()
     # The list was made for one moment; the user's log may go on behind it.
-    rows = pl.read_parquet(data / f"{split}.parquet", columns=[ROW_ID, TARGET_POSITION])
+    rows = read_split(run_dir, split, "pipeline")
     history = history[: rows.filter(pl.col(ROW_ID) == row_id)[TARGET_POSITION].item()]
     console.print(f"\n[bold]User {user_id}[/bold] had {len(history)} items, the last ones:")
     for item in history[-5:]:

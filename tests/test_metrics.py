@@ -139,18 +139,18 @@ def test_several_relevant_items_by_hand():
     assert gains(found, 4).tolist() == pytest.approx(expected)
     assert gains(found, 2).tolist() == pytest.approx([1 / gain(1, 2), gain(2) / gain(1, 2), 0, 0])
     # Precision at each hit: 1/1 and 2/4; 1/2 and 2/3; none; 1/3.
-    expected = [(1 + 2 / 4) / 2, (1 / 2 + 2 / 3) / 3, 0, (1 / 3) / 4]
+    expected = [(1 + 2 / 4) / 2, (1 / 2 + 2 / 3) / 3, 0, (1 / 3) / 6]
     assert average_precisions(found, 4).tolist() == pytest.approx(expected)
-    expected = [1 / 2, (1 / 2) / 2, 0, 0]
+    expected = [1 / 2, (1 / 2) / 3, 0, 0]
     assert average_precisions(found, 2).tolist() == pytest.approx(expected)
 
 
-def test_a_perfect_list_scores_one_whatever_k_and_number_of_relevant_items():
+def test_a_perfect_list_scores_one_but_map_and_recall_count_all_that_is_relevant():
     lists = np.array([[1, 2, 3], [4, 5, 6]])
     found = find_relevant(lists, items_of([3, 2, 1, 7, 8], [4]))
     for k in (1, 2, 3):
         assert gains(found, k).tolist() == pytest.approx([1, 1])
-        assert average_precisions(found, k).tolist() == pytest.approx([1, 1])
+        assert average_precisions(found, k).tolist() == pytest.approx([k / 5, 1])
     assert recalls(found, 3).tolist() == pytest.approx([3 / 5, 1])
 
 
@@ -161,7 +161,10 @@ def test_a_perfect_list_scores_one_whatever_k_and_number_of_relevant_items():
 )
 def test_one_relevant_item_equals_the_metrics_of_a_target(keys, target, k):
     lists = np.argsort(np.hstack([keys, keys[:, :4]]), axis=1, kind="stable")[:, :6]
-    rank, found = target_rank(lists, target), find_relevant(lists, items_of(*target[:, None].tolist()))
+    rank, found = (
+        target_rank(lists, target),
+        find_relevant(lists, items_of(*target[:, None].tolist())),
+    )
     single = RelevantRanks.of_targets(rank)
     for name in ("row", "rank", "n_relevant"):
         assert getattr(found, name).tolist() == getattr(single, name).tolist()

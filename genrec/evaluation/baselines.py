@@ -20,6 +20,10 @@ IntArray = npt.NDArray[np.int64]
 BATCH_ROWS = 1024  # rows scored, or items compared, at once: bounds the memory
 
 
+class UnfitData(ValueError):
+    """A baseline cannot be made from these data (no timestamps, no vectors, too many items)."""
+
+
 def training_sequences(rows: pl.DataFrame) -> ItemLists:
     """History and target of each split row as one sequence, oldest first."""
     return ItemLists.from_column(rows.select(pl.concat_list(HISTORY, TARGET)).to_series())
@@ -104,22 +108,20 @@ def random_lists(n_items: int, seen: ItemLists, k: int, seed: int = 0) -> IntArr
         seed: seed of the draws.
 
     Returns:
-        Item indices, padded with `EMPTY` where fewer than `k` are left. ``# (n_rows, k)``
+        Item indices, padded with `EMPTY` where fewer than `k` are left. The first places do not
+        depend on `k`. ``# (n_rows, k)``
     """
     rng = np.random.default_rng(seed)
     n_rows = len(seen)
-    wanted = np.arange(k)[None, :] < (n_items - seen.lengths)[:, None]  # (n_rows, k)
-    lists = np.where(wanted, rng.integers(0, n_items, (n_rows, k)), EMPTY)
+    lists = np.full((n_rows, k), EMPTY, dtype=np.int64)
     seen_keys = seen.keys(n_items)
-    todo = np.arange(n_rows)
-    while len(todo):
-        part = lists[todo]
-        # A slot is drawn again if its item is seen or stands in an earlier slot of the list.
-        bad = contains(seen_keys, todo[:, None] * n_items + part)
-        for column in range(1, k):
-            bad[:, column] |= (part[:, :column] == part[:, column : column + 1]).any(axis=1)
-        bad &= wanted[todo]
-        part[bad] = rng.integers(0, n_items, int(bad.sum()))
-        lists[todo] = part
-        todo = todo[bad.any(axis=1)]
+    # Place by place, so that a longer list begins with the shorter one.
+    for column in range(k):
+        todo = np.flatnonzero(n_items - seen.lengths > column)
+        while len(todo):
+            drawn = rng.integers(0, n_items, len(todo))
+            bad = contains(seen_keys, todo * n_items + drawn)
+            bad |= (lists[todo, :column] == drawn[:, None]).any(axis=1)
+            lists[todo[~bad], column] = drawn[~bad]
+            todo = todo[bad]
     return lists

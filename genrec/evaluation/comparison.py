@@ -141,18 +141,26 @@ def compare(
                 f"coverage@{k}": [coverage_at_k(lists, n_items, k) for lists in runs],
                 f"gini@{k}": [gini_at_k(lists, n_items, k) for lists in runs],
             }
-            values = {m: Interval(float(np.mean(v)), seeds=tuple(v)) for m, v in whole.items()}
+            # Gini is not defined where nothing is shown.
+            values = {
+                m: Interval(float(np.mean(v)), seeds=tuple(v))
+                for m, v in whole.items()
+                if not np.isnan(v).any()
+            }
             found.metrics[name].update(values)
             if facts is not None and facts.sid_of_item is not None:
                 if isinstance(relevant, ItemLists):
                     raise ValueError("shared SID credit is defined for one relevant item a row")
-                sids = facts.sid_of_item
-                credit = np.stack([shared_sid_credit(x, relevant, sids, k) for x in runs], axis=1)
-                draws = bootstrap_means(credit, samples, seed, groups)[:, :, None]
-                means, drawn = credit.mean(axis=0), resample_seeds(draws, seed)[:, 0]
-                found.metrics[name][f"SID-credit@{k}"] = interval(
-                    means.mean(), drawn, seeds=means.tolist()
-                )
+                credit = np.stack(
+                    [shared_sid_credit(x, relevant, facts.sid_of_item, k) for x in runs], axis=1
+                )  # (n_rows, n_seeds)
+                tables = {f"SID-match@{k}": (credit > 0).astype(float), f"SID-credit@{k}": credit}
+                found_draws = _means_and_draws(tables, samples, seed, groups)
+                for metric, (means, draws) in found_draws.items():
+                    drawn = resample_seeds(draws[:, :, None], seed)[:, 0]
+                    found.metrics[name][metric] = interval(
+                        means.mean(), drawn, seeds=means.tolist()
+                    )
         if facts is not None:
             found.metrics[name].update(_beyond_accuracy(runs, facts, ks, samples, seed, groups))
     return found
@@ -219,13 +227,17 @@ def compare_ranks(
     differences = {}
     if reference is not None:
         means = {name: v.mean(axis=0) for name, v in values.items()}  # (n_rows, n_metrics)
-        differences = _differences(means, drawn, names, reference, permutations, seed, groups)
+        n_seeds = {name: len(v) for name, v in values.items()}
+        differences = _differences(
+            means, drawn, n_seeds, names, reference, permutations, seed, groups
+        )
     return Comparison(runs, metrics, differences, reference)
 
 
 def _differences(
     means: Mapping[str, FloatArray],
     draws: Mapping[str, FloatArray],
+    n_seeds: Mapping[str, int],
     names: Sequence[str],
     reference: str,
     permutations: int,
@@ -236,6 +248,12 @@ def _differences(
     others = [name for name in means if name != reference]
     apart = {name: means[reference] - means[name] for name in others}
     p = {name: randomisation_test(apart[name], permutations, seed, groups) for name in others}
+    for name in others:
+        if n_seeds[reference] > 1 or n_seeds[name] > 1:
+            # The test takes the trained models as given; the bootstrap also draws training seeds.
+            drawn = draws[reference] - draws[name]
+            below, above = (drawn <= 0).mean(axis=0), (drawn >= 0).mean(axis=0)
+            p[name] = np.maximum(p[name], np.minimum(1.0, 2 * np.minimum(below, above)))
     adjusted = np.array([holm([p[name][j] for name in others]) for j in range(len(names))])
     result: dict[str, dict[str, Difference]] = {}
     for i, name in enumerate(others):
@@ -351,5 +369,5 @@ def describe_difference(comparison: Comparison, metric: str) -> str | None:
         verdict = "above 0" if found.low > 0 else "below 0"
     return (
         f"{comparison.reference} − {other}, {metric}: {found.value:+.4f} "
-        f"[{found.low:+.4f}, {found.high:+.4f}], p = {found.p:.2g}, {verdict}"
+        f"[{found.low:+.4f}, {found.high:+.4f}], p = {found.p_holm:.2g} (Holm), {verdict}"
     )

@@ -11,11 +11,13 @@ import polars as pl
 import scipy.sparse as sp
 
 from genrec.columns import HISTORY, TARGET
-from genrec.evaluation.baselines import BATCH_ROWS, item_counts, popularity_order
+from genrec.evaluation.baselines import BATCH_ROWS, UnfitData, item_counts, popularity_order
 from genrec.evaluation.profiles import recommend_by_similarity
 from genrec.evaluation.tuning import coordinate_search
 from genrec.item_lists import ItemLists
 from genrec.metrics import gains, target_rank
+
+_BLOCK_CELLS = 1 << 25  # similarities held at once: 128 MiB, and twice that to sort them
 
 CONTENT_KNN_GRID: dict[str, list[float]] = {
     "power": [1, 4, 8, 16],
@@ -58,8 +60,11 @@ def nearest_items(vectors: npt.NDArray, neighbours: int) -> sp.csr_matrix:
     unit = np.ascontiguousarray(unit, dtype=np.float32)
     n_items, keep = len(unit), min(neighbours, len(unit) - 1)
     rows, columns, values = [], [], []
-    for start in range(0, n_items, BATCH_ROWS):
-        block = unit[start : start + BATCH_ROWS] @ unit.T  # (batch, n_items)
+    if keep < 1:
+        return sp.csr_matrix((n_items, n_items))
+    batch = min(BATCH_ROWS, max(16, _BLOCK_CELLS // n_items))
+    for start in range(0, n_items, batch):
+        block = unit[start : start + batch] @ unit.T  # (batch, n_items)
         own = np.arange(len(block))
         block[own, start + own] = -np.inf
         nearest = np.argpartition(block, -keep, axis=1)[:, -keep:]
@@ -83,7 +88,7 @@ def tune_content_knn(
 ) -> tuple[ContentSettings, list[dict[str, Any]]]:
     """Choose the settings by NDCG@k on validation rows (see `tune_knn`)."""
     if valid.is_empty():
-        raise ValueError("content-kNN is tuned on validation rows, and there are none")
+        raise UnfitData("content-kNN is tuned on validation rows, and there are none")
     history = ItemLists.from_column(valid[HISTORY])
     target = valid[TARGET].to_numpy().astype(np.int64)
     order = popularity_order(item_counts(rows, len(vectors)), seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,17 @@ class Evaluated:
     def baselines(self) -> dict[str, Ranks]:
         """Ranks of everything else."""
         return {name: r for name, r in self.ranks.items() if name != self.metrics["reference"]}
+
+    def up_to(self, depth: int) -> Evaluated:
+        """The same with lists cut to `depth` places, so that runs with longer ones compare."""
+        ranks = {
+            name: [
+                RelevantRanks(r.row[r.within(depth)], r.rank[r.within(depth)], r.n_relevant)
+                for r in found
+            ]
+            for name, found in self.ranks.items()
+        }
+        return replace(self, ranks=ranks)
 
 
 def load_evaluated(system: str, folder: Path) -> Evaluated:
@@ -128,6 +139,8 @@ def gather_ranks(runs: Sequence[Evaluated]) -> dict[str, Ranks]:
     Raises:
         ValueError: a baseline differs between two runs, or a run is named like a baseline.
     """
+    depth = min(int(run.metrics["depth"]) for run in runs)
+    runs = [run.up_to(depth) for run in runs]
     ranks: dict[str, Ranks] = {}
     for run in runs:
         ranks[run.system] = [*ranks.get(run.system, []), *run.own]

@@ -28,6 +28,7 @@ import scipy.sparse as sp
 from genrec.columns import HISTORY, TARGET, USER_ID
 from genrec.evaluation.baselines import (
     BATCH_ROWS,
+    UnfitData,
     item_counts,
     popularity_order,
     supervised_positions,
@@ -236,7 +237,7 @@ def tune_knn(
         ValueError: there are no validation rows.
     """
     if valid.is_empty():
-        raise ValueError("item-kNN is tuned on validation rows, and there are none")
+        raise UnfitData("item-kNN is tuned on validation rows, and there are none")
     history = ItemLists.from_column(valid[HISTORY])
     target = valid[TARGET].to_numpy().astype(np.int64)
     fitted: dict[KNNSettings, ItemKNN] = {}

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from scipy.linalg import lapack
 
 from genrec.columns import HISTORY, TARGET, USER_ID
-from genrec.evaluation.baselines import item_counts, popularity_order, training_sequences
+from genrec.evaluation.baselines import UnfitData, item_counts, popularity_order, training_sequences
 from genrec.evaluation.profiles import recommend_by_similarity
 from genrec.evaluation.tuning import coordinate_search
 from genrec.item_lists import ItemLists
@@ -34,10 +34,12 @@ class EaseSettings:
     Attributes:
         regularization: L2 weight (lambda).
         decay: weight of a history item at serving is ``decay ** age``; the paper has 1.
+        self_weight: how much an item of the history speaks for itself; the paper has 0.
     """
 
     regularization: float = 300.0
     decay: float = 0.7
+    self_weight: float = 0.0
 
     def describe(self) -> str:
         """The settings in one line."""
@@ -70,7 +72,7 @@ def ease_weights(matrix: sp.csr_matrix, regularization: float) -> npt.NDArray[np
     """
     n_items = matrix.shape[1]
     if n_items > MAX_ITEMS:
-        raise ValueError(
+        raise UnfitData(
             f"EASE inverts a dense matrix of {n_items} x {n_items}; it is meant for at most "
             f"{MAX_ITEMS} items: leave it out of --baselines"
         )
@@ -97,6 +99,7 @@ def tune_ease(
     valid: pl.DataFrame,
     seen: ItemLists,
     n_items: int,
+    grid: dict[str, list[float]] | None = None,
     k: int = 10,
     seed: int = 0,
 ) -> tuple[EaseSettings, list[dict[str, Any]]]:
@@ -106,7 +109,7 @@ def tune_ease(
         The best settings, and every trial.
     """
     if valid.is_empty():
-        raise ValueError("EASE is tuned on validation rows, and there are none")
+        raise UnfitData("EASE is tuned on validation rows, and there are none")
     history = ItemLists.from_column(valid[HISTORY])
     target = valid[TARGET].to_numpy().astype(np.int64)
     matrix = user_item_matrix(rows, n_items)
@@ -118,8 +121,10 @@ def tune_ease(
             fitted.clear()  # one dense matrix at a time
             fitted[settings.regularization] = ease_weights(matrix, settings.regularization)
         weights = fitted[settings.regularization]
-        lists = recommend_by_similarity(weights, order, history, seen, k, settings.decay)
+        lists = recommend_by_similarity(
+            weights, order, history, seen, k, settings.decay, settings.self_weight
+        )
         return float(gains(target_rank(lists, target), k).mean())
 
     # One pass: another would invert again for a decay that hardly moves.
-    return coordinate_search(EaseSettings(), EASE_GRID, score, passes=1)
+    return coordinate_search(EaseSettings(), grid or EASE_GRID, score, passes=1)

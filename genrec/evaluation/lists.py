@@ -16,7 +16,7 @@ import numpy.typing as npt
 import polars as pl
 
 from genrec.artifacts import read_json
-from genrec.columns import ITEM_ID, ITEM_INDEX, RANK, ROW_ID, SCORE, USER_ID
+from genrec.columns import ITEM_ID, ITEM_INDEX, RANK, RELEVANT, ROW_ID, SCORE, TARGET, USER_ID
 from genrec.item_lists import ItemLists
 from genrec.metrics import EMPTY
 
@@ -57,6 +57,16 @@ def read_recommendations(path: Path | str) -> pl.DataFrame:
             path, separator="\t" if path.suffix == ".tsv" else ",", infer_schema=False
         )
     raise ValueError(f"{path} must end in .parquet, .csv or .tsv")
+
+
+def relevant_items(rows: pl.DataFrame) -> npt.NDArray[np.int64] | ItemLists:
+    """What counts as a hit in each split row: its target, or all its relevant items.
+
+    Protocols with several relevant items a row (time-cutoff) have a column for them.
+    """
+    if RELEVANT in rows.columns:
+        return ItemLists.from_column(rows[RELEVANT])
+    return rows[TARGET].to_numpy().astype(np.int64)
 
 
 def read_sid_map(path: Path | str, catalog: pl.DataFrame) -> npt.NDArray[np.int64]:

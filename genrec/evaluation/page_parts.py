@@ -20,6 +20,18 @@ from genrec.page import display_text, number
 ACCURACY = ("HR", "Recall", "NDCG", "MRR", "MAP")
 # Metric -> (name, arrow and word for the header, what it says).
 BEYOND = {
+    "SID-match": (
+        "SID match",
+        "what string comparison reports",
+        "Hit rate if a shared semantic id counted as a hit for every item behind it, as "
+        "tables that compare SID strings have it. At least the hit rate by item.",
+    ),
+    "SID-credit": (
+        "SID credit",
+        "higher: more right",
+        "The same, but a SID shared by n items earns 1/n: the chance that picking one of them is "
+        "right. Equal to SID match where no two items share a SID.",
+    ),
     "coverage": (
         "Coverage",
         "higher: more of the catalogue",

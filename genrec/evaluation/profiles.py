@@ -63,6 +63,8 @@ def recommend_by_similarity(
         batch = np.arange(start, min(start + BATCH_ROWS, len(history)))
         banned = seen.take(batch)
         profile = decayed_profiles(history.take(batch), n_items, decay)
+        if not sp.issparse(similarity):
+            profile = profile.astype(similarity.dtype)  # else all scores would be doubled in width
         scores = profile @ similarity + self_weight * profile
         if sp.issparse(scores):
             row, place, column = _best_sparse(scores.tocsr(), banned, tie, k)

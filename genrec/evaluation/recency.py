@@ -11,13 +11,14 @@ import polars as pl
 from genrec.columns import (
     HISTORY,
     ITEM_INDEX,
+    POSITION,
     SUPERVISE_FROM,
     TARGET,
     TARGET_TIME,
     TIMESTAMP,
     USER_ID,
 )
-from genrec.evaluation.baselines import fill_from_order, popularity_order
+from genrec.evaluation.baselines import UnfitData, fill_from_order, popularity_order
 from genrec.item_lists import ItemLists
 from genrec.metrics import EMPTY, gains, target_rank
 
@@ -25,7 +26,7 @@ IntArray = npt.NDArray[np.int64]
 
 DAY = 86_400
 WINDOWS_DAYS = [1, 3, 7, 30, 90, 365]
-_STEPS = 400  # moments at which the order is taken anew
+_STEPS = 2000  # moments at which the order is taken anew
 
 
 def training_events(rows: pl.DataFrame, interactions: pl.DataFrame) -> tuple[IntArray, IntArray]:
@@ -42,21 +43,19 @@ def training_events(rows: pl.DataFrame, interactions: pl.DataFrame) -> tuple[Int
         ValueError: the data have no timestamps.
     """
     if rows[TARGET_TIME].null_count() or rows.is_empty():
-        raise ValueError("recent popularity needs timestamps, and the data have none")
-    sequences = rows.select(
-        USER_ID,
-        TARGET_TIME,
-        pl.concat_list(HISTORY, TARGET).list.slice(pl.col(SUPERVISE_FROM)).alias(ITEM_INDEX),
+        raise UnfitData("recent popularity needs timestamps, and the data have none")
+    supervised = pl.concat_list(HISTORY, TARGET).list.slice(pl.col(SUPERVISE_FROM))
+    taken = rows.select(USER_ID, supervised.cast(pl.List(pl.Int32)).alias(ITEM_INDEX))
+    taken = taken.explode(ITEM_INDEX).group_by(USER_ID, ITEM_INDEX).agg(pl.len().alias("taken"))
+    # Training is the head of each user's log: of an item that stands there n times, the first n.
+    log = interactions.select(USER_ID, pl.col(ITEM_INDEX).cast(pl.Int32), TIMESTAMP, POSITION)
+    log = log.sort(USER_ID, POSITION).with_columns(
+        pl.int_range(pl.len()).over(USER_ID, ITEM_INDEX).alias("meeting")
     )
-    taken = sequences.explode(ITEM_INDEX).with_columns(pl.col(ITEM_INDEX).cast(pl.Int32))
-    log = interactions.select(USER_ID, pl.col(ITEM_INDEX).cast(pl.Int32), TIMESTAMP)
-    # An item that a user has twice is matched with each time up to the row's last.
     events = (
-        taken.unique([USER_ID, ITEM_INDEX, TARGET_TIME])
-        .join(log, on=[USER_ID, ITEM_INDEX])
-        .filter(pl.col(TIMESTAMP) <= pl.col(TARGET_TIME))
-        .unique([USER_ID, ITEM_INDEX, TIMESTAMP])
-        .sort(TIMESTAMP, USER_ID, ITEM_INDEX)
+        log.join(taken, on=[USER_ID, ITEM_INDEX])
+        .filter(pl.col("meeting") < pl.col("taken"))
+        .sort(TIMESTAMP, USER_ID, POSITION)
     )
     return events[TIMESTAMP].to_numpy(), events[ITEM_INDEX].to_numpy().astype(np.int64)
 
@@ -72,7 +71,7 @@ def recent_popularity(
 ) -> IntArray:
     """The `k` items taken up most often in the `window_days` before each row's moment.
 
-    Rows are served at some hundred moments, each at or before its own time, so nothing later than a
+    Rows are served at up to 2,000 moments, each at or before its own time, so nothing later than a
     row counts. Before the first event everything is equally popular (in a seeded order).
 
     Args:
@@ -88,16 +87,23 @@ def recent_popularity(
         Item indices, padded with `EMPTY`. ``# (n_rows, k)``
     """
     seconds, items = events
+    latest = int(seconds[-1]) if len(seconds) else 0
     lists = np.full((len(time), k), EMPTY, dtype=np.int64)
     order = np.argsort(time, kind="stable")
     for part in np.array_split(order, min(_STEPS, max(1, len(order)))):
         if not len(part):
             continue
         moment = time[part].min()
+        # A split by time ends training before these rows: then the newest known window counts.
+        end = min(moment, latest + 1)
         # Strictly before: an event of the same second may be the row's own.
-        first, last = np.searchsorted(seconds, [moment - window_days * DAY, moment])
+        first, last = np.searchsorted(seconds, [end - window_days * DAY, end])
         count = np.bincount(items[first:last], minlength=n_items)
-        lists[part] = fill_from_order(lists[part], popularity_order(count, seed), seen.take(part))
+        ever = np.bincount(items[:last], minlength=n_items)
+        # Ties go to what was more popular ever, then to a seeded order.
+        by_count = popularity_order(ever, seed)
+        by_count = by_count[np.argsort(-count[by_count], kind="stable")]
+        lists[part] = fill_from_order(lists[part], by_count, seen.take(part))
     return lists
 
 
@@ -115,7 +121,7 @@ def tune_window(
         ValueError: there are no validation rows.
     """
     if valid.is_empty():
-        raise ValueError("recent popularity is tuned on validation rows, and there are none")
+        raise UnfitData("recent popularity is tuned on validation rows, and there are none")
     time = valid[TARGET_TIME].to_numpy()
     target = valid[TARGET].to_numpy().astype(np.int64)
     trials: list[dict[str, Any]] = []

@@ -99,14 +99,10 @@ def long_table(lists: IntArray, rows: pl.DataFrame, catalog: pl.DataFrame) -> pl
     """Item lists as one row per recommended item."""
     row, place = np.nonzero(lists >= 0)
     index = lists[row, place]
-    return (
-        rows[row]
-        .select(ROW_ID, USER_ID)
-        .with_columns(
-            pl.Series(RANK, place + 1, dtype=pl.Int32),
-            catalog[ITEM_ID].gather(index),
-            pl.Series(ITEM_INDEX, index, dtype=pl.Int32),
-        )
+    return rows.select(ROW_ID, USER_ID)[row].with_columns(  # first the columns: histories are long
+        pl.Series(RANK, place + 1, dtype=pl.Int32),
+        catalog[ITEM_ID].gather(index),
+        pl.Series(ITEM_INDEX, index, dtype=pl.Int32),
     )
 
 

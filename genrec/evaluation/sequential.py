@@ -30,6 +30,7 @@ from genrec.artifacts import sha256_json
 from genrec.columns import HISTORY, TARGET
 from genrec.evaluation.baselines import (
     ItemLists,
+    UnfitData,
     supervised_positions,
     training_sequences,
 )
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 IntArray = npt.NDArray[np.int64]
 
 _SCORED_ROWS = 256  # rows whose scores over the catalogue are held at once
+_WARMUP_STEPS = 200
+MAX_ITEMS = 200_000  # a batch has some 800 rows of logits over the catalogue
 _BUCKET = 16  # batches that are sorted by length together: little padding, still random
 
 
@@ -68,8 +71,8 @@ class SequentialSettings:
     dropout: float = 0.5
     learning_rate: float = 1e-3
     batch_size: int = 128
-    max_epochs: int = 40
-    patience: int = 5
+    max_epochs: int = 100
+    patience: int = 8
     epochs_per_measurement: int = 1
     mask_share: float = 0.3
 
@@ -101,7 +104,17 @@ class SequentialSettings:
         """
         if name == "SASRec":
             return cls()
-        return cls(causal=False, max_epochs=120, epochs_per_measurement=3)
+        return cls(causal=False, max_epochs=300, epochs_per_measurement=3)
+
+    @property
+    def name(self) -> str:
+        """Name of the model."""
+        return "SASRec" if self.causal else "BERT4Rec"
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a training run this one; when it stops doesn't: it may go on later."""
+        values = asdict(self)
+        return {key: values[key] for key in values if key not in ("max_epochs", "patience")}
 
     def describe(self) -> str:
         """The settings in one line."""
@@ -127,6 +140,7 @@ class SequentialTransformer(nn.Module):
         super().__init__()
         self.n_items, self.max_length, self.settings = n_items, max_length, settings
         self.mask, self.padding = n_items, n_items + 1
+        self.room = max_length - 1  # newest items of a history that are read
         self.items = nn.Embedding(n_items + 2, settings.dim, padding_idx=self.padding)
         self.positions = nn.Embedding(max_length, settings.dim)
         self.dropout = nn.Dropout(settings.dropout)
@@ -250,14 +264,13 @@ def recommend_sequential(
         Item indices, padded with `EMPTY` where the catalogue is used up. ``# (n_rows, k)``
     """
     model.eval()
-    room = model.max_length if model.settings.causal else model.max_length - 1
-    keep = np.minimum(history.lengths, room)
+    keep = np.minimum(history.lengths, model.room)
     lists = np.full((len(history), k), EMPTY, dtype=np.int64)
     order = np.argsort(keep, kind="stable")  # by length: little padding
     for start in range(0, len(order), _SCORED_ROWS):
         rows = order[start : start + _SCORED_ROWS]
         part, length = history.take(rows), keep[rows]
-        # The last `room` items, then the mask (BERT4Rec) or nothing (SASRec).
+        # The newest items, then the mask (BERT4Rec) or nothing (SASRec).
         extra = 0 if model.settings.causal else 1
         ids = np.full((len(rows), max(1, int(length.max()) + extra)), model.padding, np.int64)
         place = np.arange(len(part.values)) - part.offsets[part.rows]
@@ -292,6 +305,11 @@ class Trained:
     curve: list[dict[str, float]]
 
     @property
+    def stopped(self) -> str:
+        """Why training ended: "patience", or "cap" if the epochs ran out before."""
+        return "patience" if _since_best(self.curve) >= self.model.settings.patience else "cap"
+
+    @property
     def best(self) -> dict[str, float]:
         """The measurement with the highest validation NDCG@10."""
         return max(self.curve, key=lambda entry: entry["ndcg@10"])
@@ -306,7 +324,7 @@ def train_sequential(
     seed: int = 0,
     checkpoint: Path | None = None,
 ) -> Trained:
-    """Train until the validation NDCG@10 stops rising; keep the best weights.
+    """Train until validation NDCG@10 stops rising, or to `max_epochs`; keep the best weights.
 
     Args:
         rows: training split rows.
@@ -319,89 +337,115 @@ def train_sequential(
             on from there. It is left behind when training ends, so a finished run is just loaded.
 
     Returns:
-        The trained model. The same seed gives the same model, interrupted or not.
+        The trained model. The same seed gives the same model, interrupted or not, on one machine.
 
     Raises:
-        ValueError: no usable training rows, or no validation rows.
+        ValueError: no usable training rows, no validation rows, or more than `MAX_ITEMS` items.
     """
     if valid.is_empty():
-        raise ValueError("early stopping needs validation rows, and there are none")
+        raise UnfitData("early stopping needs validation rows, and there are none")
+    if n_items > MAX_ITEMS:
+        raise UnfitData(
+            f"full softmax over {n_items} items needs more memory than a baseline should take; "
+            f"SASRec and BERT4Rec are offered for at most {MAX_ITEMS} items"
+        )
     windows = _Windows.of_rows(rows)
     if not (windows.sequences.lengths >= 2).any():
-        raise ValueError("no training row has two items, so there is no next item to learn")
-    longest = int(windows.sequences.lengths.max())
-    longest = max(
-        longest, int(valid[HISTORY].list.len().to_numpy().max()) + 2
-    )  # test: one item more
-    torch.manual_seed(seed)
-    model = SequentialTransformer(n_items, longest, settings)
-    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, betas=(0.9, 0.98))
+        raise UnfitData("no training row has two items, so there is no next item to learn")
     history, target = ItemLists.from_column(valid[HISTORY]), valid[TARGET].to_numpy()
-    curve: list[dict[str, float]] = []
-    best = {name: value.clone() for name, value in model.state_dict().items()}
-    key = sha256_json({**asdict(settings), "seed": seed, "n_items": n_items, "rows": rows.height})
+    torch.manual_seed(seed)
+    longest = max(int(windows.sequences.lengths.max()), int(history.lengths.max()) + 2)
+    model = SequentialTransformer(n_items, longest, settings)
+    # Behind the longest training window lie positions whose embeddings were never trained.
+    model.room = int(windows.sequences.lengths.max()) - 1
+    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, betas=(0.9, 0.98))
+    state: dict[str, Any] = {
+        "key": sha256_json(
+            {**settings.identity(), "seed": seed, "n_items": n_items, "rows": rows.height}
+        ),
+        "curve": [],
+        "best": {name: value.clone() for name, value in model.state_dict().items()},
+    }
     if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        if state["key"] != key:
+        saved = torch.load(checkpoint, weights_only=True)
+        if saved["key"] != state["key"]:
             raise ValueError(f"{checkpoint} belongs to other settings or data; delete it")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        curve, best = state["curve"], state["best"]
-    warmup = 200
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state |= {"curve": saved["curve"], "best": saved["best"]}
+    curve = state["curve"]
     while not _finished(curve, settings):
         started = time.perf_counter()
-        losses: list[float] = []
         first = int(curve[-1]["epoch"]) if curve else 0
-        model.train()
-        for epoch in range(first, first + settings.epochs_per_measurement):
-            # Seeded by the epoch, so that an interrupted run repeats what it lost.
-            torch.manual_seed(seed * 100_003 + epoch)
-            rng = np.random.default_rng([seed, epoch])
-            for batch in windows.batches(settings.batch_size, rng):
-                if settings.causal:
-                    loss = _next_item_loss(model, windows, batch)
-                else:
-                    loss = _cloze_loss(model, windows, batch, rng)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                steps = len(losses) + (warmup if curve else 0)
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.learning_rate * min(1.0, (steps + 1) / warmup)
-                optimizer.step()
-                losses.append(float(loss.detach()))
-        lists = recommend_sequential(model, history, seen, 10)
-        rank = target_rank(lists, target)
+        loss = _train_epochs(model, optimizer, windows, seed, first)
+        rank = target_rank(recommend_sequential(model, history, seen, 10), target)
         entry = {
             "epoch": float(first + settings.epochs_per_measurement),
-            "loss": float(np.mean(losses)),
+            "loss": loss,
             "hr@10": float(hits(rank, 10).mean()),
             "ndcg@10": float(gains(rank, 10).mean()),
             "seconds": round(time.perf_counter() - started, 1),
         }
-        if not curve or entry["ndcg@10"] > max(e["ndcg@10"] for e in curve):
-            best = {name: value.clone() for name, value in model.state_dict().items()}
+        if entry["ndcg@10"] > max((e["ndcg@10"] for e in curve), default=-1.0):
+            state["best"] = {name: value.clone() for name, value in model.state_dict().items()}
         curve.append(entry)
-        logger.info("%s seed %d: %s", "SASRec" if settings.causal else "BERT4Rec", seed, entry)
+        logger.info("%s seed %d: %s", settings.name, seed, entry)
         if checkpoint is not None:
-            state = {
-                "key": key,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "curve": curve,
-                "best": best,
-            }
-            checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            partial = checkpoint.with_name(checkpoint.name + ".partial")
-            torch.save(state, partial)
-            partial.replace(checkpoint)
-    model.load_state_dict(best)
+            now = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            _save(checkpoint, {**state, **now})
+    model.load_state_dict(state["best"])
+    if _since_best(curve) < settings.patience:
+        logger.warning(
+            "%s seed %d stopped at its cap of %d epochs, still rising; raise max_epochs",
+            settings.name, seed, settings.max_epochs,
+        )  # fmt: skip
     return Trained(model.eval(), curve)
+
+
+def _train_epochs(
+    model: SequentialTransformer,
+    optimizer: torch.optim.Optimizer,
+    windows: _Windows,
+    seed: int,
+    first: int,
+) -> float:
+    """Train until the next measurement; the mean loss."""
+    settings = model.settings
+    losses: list[float] = []
+    model.train()
+    for epoch in range(first, first + settings.epochs_per_measurement):
+        # Seeded by the epoch, so that an interrupted run repeats what it lost.
+        torch.manual_seed(seed * 100_003 + epoch)
+        rng = np.random.default_rng([seed, epoch])
+        for batch in windows.batches(settings.batch_size, rng):
+            if settings.causal:
+                loss = _next_item_loss(model, windows, batch)
+            else:
+                loss = _cloze_loss(model, windows, batch, rng)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            steps = len(losses) + (_WARMUP_STEPS if first else 0)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * min(1.0, (steps + 1) / _WARMUP_STEPS)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return float(np.mean(losses))
+
+
+def _save(checkpoint: Path, state: dict[str, Any]) -> None:
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    partial = checkpoint.with_name(checkpoint.name + ".partial")
+    torch.save(state, partial)
+    partial.replace(checkpoint)
+
+
+def _since_best(curve: list[dict[str, Any]]) -> int:
+    scores = [entry["ndcg@10"] for entry in curve]
+    return len(scores) - 1 - int(np.argmax(scores))
 
 
 def _finished(curve: list[dict[str, Any]], settings: SequentialSettings) -> bool:
     if not curve:
         return False
-    scores = [entry["ndcg@10"] for entry in curve]
-    since_best = len(scores) - 1 - int(np.argmax(scores))
-    return curve[-1]["epoch"] >= settings.max_epochs or since_best >= settings.patience
+    return curve[-1]["epoch"] >= settings.max_epochs or _since_best(curve) >= settings.patience

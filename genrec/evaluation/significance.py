@@ -54,7 +54,8 @@ class Difference:
         value: mean difference.
         low: lower end of its bootstrap interval.
         high: upper end.
-        p: two-sided p-value of the randomisation test.
+        p: two-sided p-value of the randomisation test; with several training seeds the larger of it
+            and that of the bootstrap over users and seeds.
         p_holm: the same, adjusted for the number of systems compared (Holm 1979).
     """
 

@@ -203,8 +203,8 @@ def gaps(
     """Between groups of people: the best served group's mean minus the worst served one's.
 
     A range is above 0 by chance alone, the more so the more groups there are. `p` says how often
-    groups of the same sizes, with the people shuffled among them, differ as much. Groups with fewer
-    than `MIN_ROWS` rows are left out.
+    groups of the same sizes, with the people shuffled among them, differ as much. Groups of fewer
+    than `MIN_ROWS` people are left out.
 
     Returns:
         family -> system -> metric -> value, low, high, best, worst, p. The interval is that of the
@@ -217,8 +217,9 @@ def gaps(
     for slicing in slicings:
         if not slicing.user_attribute:
             continue
-        sizes = np.bincount(slicing.codes[slicing.codes >= 0], minlength=len(slicing.labels))
-        large = np.flatnonzero(sizes >= MIN_ROWS)
+        grouped = slicing.codes >= 0
+        people = np.unique(np.stack([slicing.codes[grouped], user[grouped]]), axis=1)[0]
+        large = np.flatnonzero(np.bincount(people, minlength=len(slicing.labels)) >= MIN_ROWS)
         if len(large) < 2:
             continue
         inside = np.isin(slicing.codes, large)

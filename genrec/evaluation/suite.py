@@ -5,7 +5,7 @@ the same rule for seen items. What it made is kept in a cache folder, so that ma
 dataset share it:
 
     <cache>/<split hash>/<name>-<settings hash>/lists-<seed>.parquet, settings.json (written last)
-    <cache>/<split hash>/training/*.pt   state of SASRec and BERT4Rec, to go on after a kill
+    <cache>/<split hash>/training-<n>-items/   SASRec's and BERT4Rec's state, to go on after a kill
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from genrec.artifacts import (
     write_json,
     write_parquet,
 )
-from genrec.columns import HISTORY, ROW_ID, SEEN, TARGET_TIME
+from genrec.columns import HISTORY, ITEM_INDEX, ROW_ID, SEEN, TARGET_TIME, TIMESTAMP, USER_ID
 from genrec.data.splits import content_sha256
 from genrec.evaluation.baselines import (
+    UnfitData,
     item_counts,
     popularity,
     popularity_order,
@@ -63,7 +64,8 @@ logger = logging.getLogger(__name__)
 IntArray = npt.NDArray[np.int64]
 
 FIT_ON = ("train", "train+valid")
-VERSION = 1  # raise it when a change makes other lists: cached ones are not used any more
+VERSION = 2  # raise it when a change makes other lists: cached ones are not used any more
+MAX_TUNING_ROWS = 50_000  # validation rows that settings are chosen on: a seeded sample of more
 LISTS = "items"
 
 # Full-softmax transformers are tuned alike: the same number of trials, all else the same.
@@ -109,6 +111,12 @@ class SplitData:
         if self.fit_on == "train":
             return self.train
         return pl.concat([self.train, self.valid.select(self.train.columns)])
+
+    def tuning_rows(self, seed: int) -> pl.DataFrame:
+        """Validation rows that settings are chosen on."""
+        if len(self.valid) <= MAX_TUNING_ROWS:
+            return self.valid
+        return self.valid.sample(MAX_TUNING_ROWS, seed=seed)
 
     @property
     def history(self) -> ItemLists:
@@ -185,8 +193,8 @@ def _popularity(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
 
 def _recent_popularity(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
     events = training_events(data.train, data.interactions)
-    valid_seen = data.seen(data.valid)
-    days, trials = tune_window(events, data.n_items, data.valid, valid_seen, seed=seed)
+    valid = data.tuning_rows(seed)
+    days, trials = tune_window(events, data.n_items, valid, data.seen(valid), seed=seed)
     if data.fit_on != "train":
         events = training_events(data.fit_rows, data.interactions)
     when = data.rows[TARGET_TIME].to_numpy()
@@ -199,8 +207,9 @@ def _knn(data: SplitData, seed: int, lag_power: float | None) -> tuple[IntArray,
     grid = dict(ITEM_KNN_GRID if lag_power is None else SEQUENTIAL_KNN_GRID)
     if not data.filter_seen:  # then repeats can be targets, for kNN as for the model
         grid["self_weight"] = SELF_WEIGHTS
-    start, seen = KNNSettings(lag_power=lag_power), data.seen(data.valid)
-    best, trials = tune_knn(data.train, data.valid, seen, data.n_items, start, grid, 10, seed)
+    start, valid = KNNSettings(lag_power=lag_power), data.tuning_rows(seed)
+    seen = data.seen(valid)
+    best, trials = tune_knn(data.train, valid, seen, data.n_items, start, grid, 10, seed)
     model = ItemKNN(data.fit_rows, data.n_items, best, seed)
     lists = model.recommend(data.history, data.seen(data.rows), data.k)
     return lists, _tuned(asdict(best), best.describe(), grid, trials)
@@ -216,12 +225,13 @@ def _sequential_knn(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any
 
 def _content_knn(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
     if data.vectors is None:
-        raise ValueError("content-kNN needs item vectors; run the embed stage first")
+        raise UnfitData("content-kNN needs item vectors; run the embed stage first")
     grid = dict(CONTENT_KNN_GRID)
     if not data.filter_seen:
         grid["self_weight"] = SELF_WEIGHTS
+    valid = data.tuning_rows(seed)
     best, trials = tune_content_knn(
-        data.vectors, data.train, data.valid, data.seen(data.valid), grid, seed=seed
+        data.vectors, data.train, valid, data.seen(valid), grid, seed=seed
     )
     order = popularity_order(item_counts(data.fit_rows, data.n_items), seed)
     weights = nearest_items(data.vectors, best.neighbours).power(best.power)
@@ -232,22 +242,31 @@ def _content_knn(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
 
 
 def _ease(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
-    seen = data.seen(data.valid)
-    best, trials = tune_ease(data.train, data.valid, seen, data.n_items, seed=seed)
+    grid = dict(EASE_GRID)
+    if not data.filter_seen:
+        grid["self_weight"] = SELF_WEIGHTS
+    valid = data.tuning_rows(seed)
+    best, trials = tune_ease(data.train, valid, data.seen(valid), data.n_items, grid, seed=seed)
     order = popularity_order(item_counts(data.fit_rows, data.n_items), seed)
     weights = ease_weights(user_item_matrix(data.fit_rows, data.n_items), best.regularization)
     lists = recommend_by_similarity(
-        weights, order, data.history, data.seen(data.rows), data.k, best.decay
+        weights, order, data.history, data.seen(data.rows), data.k, best.decay, best.self_weight
     )
-    return lists, _tuned(asdict(best), best.describe(), EASE_GRID, trials)
+    return lists, _tuned(asdict(best), best.describe(), grid, trials)
 
 
 def _tuned(
     chosen: dict[str, Any], text: str, grid: dict[str, Any], trials: list[dict[str, Any]]
 ) -> dict[str, Any]:
+    edges = [
+        name
+        for name, values in grid.items()
+        if len(values) > 2 and chosen[name] in (min(values), max(values))
+    ]
     return {
         "chosen": chosen,
         "description": text,
+        "at_grid_edge": edges,  # a wider grid might find better ones
         "grid": grid,
         "trials": trials,
         "valid_ndcg@10": max(trial["ndcg"] for trial in trials),
@@ -264,6 +283,15 @@ FITTED: dict[str, Callable[[SplitData, int], tuple[IntArray, dict[str, Any]]]] =
     "EASE": _ease,
 }
 BASELINES = (*FITTED, *TRAINED)
+_GRIDS: dict[str, Any] = {
+    "recent-popularity": WINDOWS_DAYS,
+    "item-kNN": ITEM_KNN_GRID,
+    "sequential-kNN": SEQUENTIAL_KNN_GRID,
+    "content-kNN": CONTENT_KNN_GRID,
+    "EASE": EASE_GRID,
+    "SASRec": DROPOUTS,
+    "BERT4Rec": DROPOUTS,
+}
 
 
 def baseline(
@@ -279,8 +307,9 @@ def baseline(
         training_seeds: SASRec and BERT4Rec are trained once for each.
 
     Raises:
-        ValueError: an unknown name, or a baseline that these data don't allow (no timestamps, no
-            item vectors, too many items).
+        UnfitData: these data don't allow the baseline (no timestamps, no item vectors, too many
+            items).
+        ValueError: an unknown name, or a damaged cache.
     """
     if name not in BASELINES:
         raise ValueError(f"baseline {name!r} is not known; choose from {', '.join(BASELINES)}")
@@ -295,7 +324,7 @@ def baseline(
     logger.info("%s: fitting and tuning", name)
     started = time.perf_counter()
     if name in TRAINED:
-        found = _train(name, data, cache / data.split_hash[:16] / "training", training_seeds)
+        found = _train(name, data, _training(data, cache), training_seeds)
     else:
         lists, settings = FITTED[name](data, seed)
         found = BaselineLists([lists], settings)
@@ -307,11 +336,22 @@ def baseline(
     return found
 
 
-def is_cached(
-    name: str, data: SplitData, cache: Path, seed: int = 0, training_seeds: Sequence[int] = (0,)
-) -> bool:
-    """Whether `baseline` would find its lists in the cache."""
-    return (_folder(name, data, cache, seed, training_seeds) / "settings.json").exists()
+def trained_seeds(name: str, data: SplitData, cache: Path) -> list[int] | None:
+    """Training seeds for which SASRec or BERT4Rec is trained on this split; None if it isn't.
+
+    Its lists then cost seconds, whatever the split, the rows and their length.
+    """
+    path = _training(data, cache) / f"{name}{_rule(data)}.json"
+    return list(read_json(path)["training_seeds"]) if path.exists() else None
+
+
+def _training(data: SplitData, cache: Path) -> Path:
+    return cache / data.split_hash[:16] / f"training-{data.n_items}-items"
+
+
+def _rule(data: SplitData) -> str:
+    # The weights kept are those that are best under the rule.
+    return "" if data.filter_seen else "-seen-allowed"
 
 
 def _folder(
@@ -325,9 +365,16 @@ def _folder(
         "fit_on": data.fit_on,
         "k": data.k,
         "seed": seed,
+        "n_items": data.n_items,
+        "grid": _GRIDS.get(name),
     }
     if name in TRAINED:
-        key |= {"training_seeds": list(training_seeds), "dropouts": DROPOUTS}
+        from genrec.evaluation.sequential import SequentialSettings
+
+        key |= {"training_seeds": list(training_seeds), **asdict(SequentialSettings.of(name))}
+    if name == "recent-popularity":
+        log = data.interactions.select(USER_ID, ITEM_INDEX, TIMESTAMP)
+        key["interactions"] = content_sha256({"interactions": log})
     if name == "content-kNN" and data.vectors is not None:
         key["vectors"] = sha256_bytes(np.ascontiguousarray(data.vectors).tobytes())
     return cache / data.split_hash[:16] / f"{name}-{sha256_json(key)[:12]}"
@@ -352,18 +399,15 @@ def _train(
     )
 
     if data.fit_on != "train":
-        raise ValueError(
+        raise UnfitData(
             f"{name} learns from train and stops early on valid, so fit_on={data.fit_on!r} would "
             "show it its own validation targets; use fit_on=train"
         )
     start = SequentialSettings.of(name)
     seen = data.seen(data.valid)
 
-    # The weights kept are those that are best under the rule.
-    rule = "" if data.filter_seen else "-seen-allowed"
-
     def train(settings: SequentialSettings, seed: int) -> Trained:
-        file = folder / f"{name}-{sha256_json(asdict(settings))[:12]}-{seed}{rule}.pt"
+        file = folder / f"{name}-{sha256_json(settings.identity())[:12]}-{seed}{_rule(data)}.pt"
         return train_sequential(data.train, data.valid, seen, data.n_items, settings, seed, file)
 
     first, *others = training_seeds
@@ -373,12 +417,16 @@ def _train(
     runs = [tried[best], *(train(settings, seed) for seed in others)]
     found = _tuned(
         asdict(settings),
-        f"{settings.describe()}, full softmax, {len(runs)} training seeds",
+        f"{settings.describe()}, full softmax, {len(runs)} training seeds, epochs "
+        + ", ".join(f"{run.best['epoch']:g} ({run.stopped})" for run in runs),
         {"dropout": DROPOUTS},
         [{"settings": {"dropout": d}, "ndcg": tried[d].best["ndcg@10"]} for d in DROPOUTS],
     )
     found["curves"] = [run.curve for run in runs]
+    found["stopped"] = [run.stopped for run in runs]
     found["training_seconds"] = sum(e["seconds"] for run in runs for e in run.curve)
+    done = {"training_seeds": list(training_seeds), "settings": asdict(settings)}
+    write_json(folder / f"{name}{_rule(data)}.json", done)
     return BaselineLists(
         [
             recommend_sequential(run.model, data.history, data.seen(data.rows), data.k)

@@ -50,9 +50,7 @@ def test_diversity_of_four_vectors_by_hand():
     vectors = np.array([[1.0, 0], [0, 2], [-3, 0], [1, 1]])
     lists = np.array([[0, 1, 2], [0, -1, 3], [0, -1, -1], [-1, -1, -1]])
     # Distances 0-1: 1, 0-2: 2, 1-2: 1; 0-3: 1 - 1/sqrt(2); one item makes no pair.
-    same(
-        intra_list_diversity(lists, vectors, 3), [4 / 3, 1 - math.sqrt(0.5), math.nan, math.nan]
-    )
+    same(intra_list_diversity(lists, vectors, 3), [4 / 3, 1 - math.sqrt(0.5), math.nan, math.nan])
     same(intra_list_diversity(lists, vectors, 2), [1, math.nan, math.nan, math.nan])
 
 

@@ -17,7 +17,7 @@ from genrec.evaluation.linear import (
     user_item_matrix,
 )
 from genrec.evaluation.profiles import recommend_by_similarity
-from genrec.item_lists import ItemLists
+from genrec.item_lists import ItemLists, no_items
 from genrec.metrics import ndcg_at_k
 
 
@@ -109,4 +109,15 @@ def test_tuning_picks_the_best_trial_and_inverts_once_per_regularization(monkeyp
     assert ndcg_at_k(lists, valid["target_item_index"].to_numpy(), 2) == top > 0.5
     with pytest.raises(ValueError, match="tuned on validation rows, and there are none"):
         tune_ease(rows, valid[:0], seen, 10)
-    assert best.describe() == f"regularization={best.regularization:g}, decay={best.decay:g}"
+    assert EaseSettings(100, 0.5).describe() == "regularization=100, decay=0.5, self_weight=0"
+
+
+def test_where_repeats_are_allowed_the_self_weight_is_tuned_too():
+    """The next item is always the one before: without a weight on itself EASE cannot say so."""
+    rows = rows_of(*[(f"u{i}", [i % 6, (i * 5 + 1) % 6], (i * 2 + 3) % 6) for i in range(60)])
+    valid = rows_of(*[(f"u{i}", [(i + 1) % 6, i % 6], i % 6) for i in range(30)])
+    seen = no_items(30)
+    for grid, ndcg in (({"decay": [0.5]}, None), ({"self_weight": [0.0, 5.0]}, 1)):
+        best, trials = tune_ease(rows, valid, seen, 6, grid, k=1)
+        top = max(trial["ndcg"] for trial in trials)
+        assert top < 1 if ndcg is None else top == 1 and best.self_weight == 5

@@ -9,7 +9,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from genrec.evaluation.lists import align, check_unseen, read_recommendations, read_sid_map
+from genrec.evaluation.lists import (
+    align,
+    check_unseen,
+    read_recommendations,
+    read_sid_map,
+    relevant_items,
+)
 from genrec.item_lists import ItemLists
 
 CATALOG = pl.DataFrame({"item_index": [0, 1, 2, 3], "item_id": ["007", "7", "x", "y"]}).cast(
@@ -204,3 +210,15 @@ def test_integer_item_ids_are_found_by_their_text(tmp_path):
 def test_other_files_are_refused(tmp_path, index, message):
     with pytest.raises(ValueError, match=message):
         sid_map(tmp_path, index)
+
+
+# What counts as a hit. ----------------------------------------------------------------------------
+
+
+def test_relevant_items_are_the_target_or_all_of_a_row():
+    rows = pl.DataFrame({"target_item_index": pl.Series([2, 0], dtype=pl.Int32)})
+    single = relevant_items(rows)
+    assert isinstance(single, np.ndarray) and single.dtype == np.int64 and single.tolist() == [2, 0]
+    lists = pl.Series("relevant_item_index", [[2, 1], [0]], dtype=pl.List(pl.Int32))
+    several = relevant_items(rows.with_columns(lists))
+    assert several.values.tolist() == [2, 1, 0] and several.lengths.tolist() == [2, 1]

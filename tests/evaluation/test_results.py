@@ -122,7 +122,9 @@ def test_examples_show_titles_hits_and_all_targets():
 
 
 def test_ten_examples_are_drawn_whether_hit_or_not():
-    many = pl.concat([ROWS] * 20).with_columns(pl.int_range(pl.len()).cast(pl.String).alias("row_id"))
+    many = pl.concat([ROWS] * 20).with_columns(
+        pl.int_range(pl.len()).cast(pl.String).alias("row_id")
+    )
     many = many.with_columns(
         pl.lit(pl.Series([list(range(4)) * 4])).first().alias("history_item_index")
     )

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from genrec.evaluation import slices
 from genrec.evaluation.slices import (
     MAX_GROUPS,
     MIN_ROWS,
@@ -253,9 +254,10 @@ def test_p_is_uniform_where_groups_are_alike():
         assert abs((np.array(p) <= level).mean() - level) < error
 
 
-def test_a_users_rows_move_together():
+def test_a_users_rows_move_together(monkeypatch):
     # Two groups of 4 users with 30 equal rows each: were rows shuffled, nothing would come near;
     # of the 70 divisions of the people, 2 are as far apart.
+    monkeypatch.setattr(slices, "MIN_ROWS", 4)
     user = np.repeat(np.arange(8), 30)
     rank = user < 4
     found = gaps(
@@ -277,6 +279,8 @@ def test_small_groups_and_other_slicings_have_no_gap():
     found = gaps([people(codes, ["a", "b", "few"])], ranks, users, 1, 50, 50)
     assert found["kind"]["ours"]["HR@1"]["best"] == "a"
     assert gaps([Slicing("time", ["a", "b"], codes)], ranks, users, 1, 50, 50) == {}
+    # Many rows of few people are few people.
+    assert gaps([people(codes, ["a", "b", "few"])], ranks, users // 6, 1, 50, 50) == {}
     # A single group that is large enough.
     alone = np.where(codes == 0, 0, np.where(codes == 2, 1, -1))
     assert gaps([people(alone, ["a", "few"])], ranks, users, 1, 50, 50) == {}

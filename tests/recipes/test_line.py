@@ -24,7 +24,7 @@ UPSTREAM = {
     "sft": {"prepare", "quantize", "build_dataset"},
     "grpo": {"prepare", "quantize", "build_dataset", "sft"},
     "recommend": {"prepare", "quantize", "build_dataset", "grpo"},
-    "evaluate": {"prepare", "recommend"},
+    "evaluate": {"prepare", "embed", "recommend"},
 }
 BEFORE_SFT = ("data", "embeddings", "semantic_ids", "dataset")
 

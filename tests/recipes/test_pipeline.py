@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -58,3 +59,36 @@ def test_a_target_in_the_middle_of_the_log(tiny, tmp_path):
     said, history = shown(tmp_path, "test")
     assert said == f"User {row['user_id']} had 2 items, the last ones:"
     assert history == items[:2]
+
+
+@pytest.mark.slow
+def test_seeds_are_trained_on_the_same_data_and_compared(tmp_path, recipe, tiny_flags):
+    """`--seeds 0 1`: two runs that differ in training alone, and one system in the comparison."""
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    for stage in ("prepare", "embed", "quantize", "build_dataset", "sft", "recommend", "evaluate"):
+        flags = tiny_flags[stage]
+        values = dict(zip([f.removeprefix("--") for f in flags[::2]], flags[1::2], strict=True))
+        values.pop("seed", None)
+        text = "".join(f"{key}: {value}\n" for key, value in values.items())
+        (configs / f"{stage}.yaml").write_text(text or "seed: 0\n")
+    run = tmp_path / "runs"
+    recipe("pipeline", run, "--configs", str(configs), "--seeds", "0", "1")
+    one, two = (run / f"seed-{n}" for n in (0, 1))
+    for stage in ("data", "embeddings", "semantic_ids", "dataset"):
+        manifests = [(r / stage / "manifest.json").read_bytes() for r in (one, two)]
+        assert manifests[0] == manifests[1]
+    seeds = [json.loads((r / "sft" / "manifest.json").read_text())["seed"] for r in (one, two)]
+    assert seeds == [0, 1]
+    weights = [(r / "sft" / "model" / "model.safetensors").read_bytes() for r in (one, two)]
+    assert weights[0] != weights[1]
+    found = json.loads((run / "comparison" / "comparison.json").read_text())
+    assert len(found["systems"]["genrec"]["NDCG@10"]["seeds"]) == 2
+    again = recipe("pipeline", run, "--configs", str(configs), "--seeds", "0", "1")
+    assert "complete, skipped" in again.stderr
+    assert (run / "comparison.old-1").is_dir()  # nothing is overwritten
+
+
+def test_seeds_must_be_distinct(tmp_path, recipe):
+    done = recipe("pipeline", tmp_path / "run", "--seeds", "1", "1", fails=True)
+    assert "seeds=[1, 1] must be distinct" in done.stderr

@@ -50,11 +50,12 @@ def split_of(sequences: list[list[int]], n_items: int = N_ITEMS, max_history: in
     return leave_one_out(log, n_items, max_history)
 
 
-def cycles(n_users: int = 120, seed: int = 0) -> Splits:
+def cycles(n_users: int = 80, seed: int = 0) -> Splits:
     """Item i is followed by item i + 1, from any start."""
     rng = np.random.default_rng(seed)
-    starts, lengths = rng.integers(0, N_ITEMS, n_users), rng.integers(4, 11, n_users)
-    return split_of([[(s + i) % N_ITEMS for i in range(n)] for s, n in zip(starts, lengths, strict=True)])
+    starts, lengths = rng.integers(0, N_ITEMS, n_users), rng.integers(4, 12, n_users)
+    pairs = zip(starts.tolist(), lengths.tolist(), strict=True)
+    return split_of([[(s + i) % N_ITEMS for i in range(n)] for s, n in pairs])
 
 
 def train(splits: Splits, settings: SequentialSettings, seed: int = 0, **more) -> Trained:
@@ -203,8 +204,7 @@ def test_the_order_of_a_history_matters(name):
 
 def scores_of(model: SequentialTransformer, history: list[int]) -> np.ndarray:
     """Scores of one history by itself."""
-    room = model.max_length - (not model.settings.causal)
-    ids = history[-room:]
+    ids = history[-model.room :]
     if not ids or not model.settings.causal:
         ids = [*ids, model.mask]
     with torch.no_grad():
@@ -215,7 +215,9 @@ def scores_of(model: SequentialTransformer, history: list[int]) -> np.ndarray:
 def test_lists_do_not_depend_on_the_batch(monkeypatch, name):
     model = fresh(name)
     rng = np.random.default_rng(0)
-    rows = [rng.integers(0, N_ITEMS, n).tolist() for n in [0, 0, 1, 14, 9, 8, *rng.integers(0, 14, 30)]]
+    rows = [
+        rng.integers(0, N_ITEMS, n).tolist() for n in [0, 0, 1, 14, 9, 8, *rng.integers(0, 14, 30)]
+    ]
     whole = recommend_sequential(model, lists_of(*rows), no_items(len(rows)), 5)
     for size in (1, 7):
         monkeypatch.setattr(sequential, "_SCORED_ROWS", size)
@@ -247,12 +249,20 @@ def test_seen_items_are_left_out_and_only_items_are_named(name):
 
 def test_the_newest_items_count_where_a_history_is_too_long():
     for name in NAMES:
-        model = fresh(name, max_length=4)
-        long, short = [9, 9, 9, 1, 2, 3], [1, 2, 3]
-        if name == "SASRec":
-            long, short = [9, 9, 1, 2, 3, 4], [1, 2, 3, 4]
-        one, two = recommend_sequential(model, lists_of(long, short), no_items(2), 6)
-        assert one.tolist() == two.tolist()
+        histories = lists_of([9, 9, 9, 1, 2, 3], [1, 2, 3], [2, 3])
+        one, two, three = recommend_sequential(fresh(name, 4), histories, no_items(3), 6).tolist()
+        assert one == two != three
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_history_reaches_positions_that_training_never_saw(name):
+    """Users of one length: every test history is longer than every training window."""
+    splits = split_of([[(s + i) % N_ITEMS for i in range(6)] for s in range(N_ITEMS)] * 8)
+    windows = ItemLists.from_column(splits.train["history_item_index"]).lengths + 1
+    assert (history_of(splits.test).lengths > windows.max()).all()
+    model = train(splits, SETTINGS[name]).model
+    lists = recommend_sequential(model, history_of(splits.test), no_items(96), 1)
+    assert hit_rate_at_k(lists, splits.test["target_item_index"].to_numpy(), 1) > 0.9
 
 
 # Training again and going on. ---------------------------------------------------------------------
@@ -313,6 +323,17 @@ def test_a_kill_while_the_state_is_written_loses_one_period_only(tmp_path, monke
     same(whole, train(splits, SHORT["SASRec"], checkpoint=file))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_higher_cap_goes_on_instead_of_starting_again(tmp_path, name):
+    splits, file = cycles(60), tmp_path / "state.pt"
+    settings = SHORT[name]
+    first = train(splits, replace(settings, max_epochs=2), checkpoint=file)
+    assert first.stopped == "cap" and first.curve[-1]["epoch"] == 2
+    further = train(splits, settings, checkpoint=file)
+    assert further.curve[: len(first.curve)] == first.curve
+    same(further, train(splits, settings))
+
+
 def test_another_seed_is_another_model():
     splits = cycles(40)
     settings = replace(SHORT["SASRec"], max_epochs=1)
@@ -333,7 +354,7 @@ def test_a_state_of_something_else_is_refused(tmp_path, change):
 
 
 def test_training_stops_when_nothing_improves_and_keeps_the_best(monkeypatch):
-    quality = iter([0.1, 0.5, 0.3, 0.2, 0.4])  # the third measurement in vain is the last
+    quality = iter([0.125, 0.5, 0.25, 0.125, 0.375])  # the third measurement in vain is the last
     weights = []
 
     def measured(rank, k):
@@ -346,8 +367,8 @@ def test_training_stops_when_nothing_improves_and_keeps_the_best(monkeypatch):
     monkeypatch.setattr(sequential, "gains", measured)
     monkeypatch.setattr(sequential, "recommend_sequential", remembered)
     found = train(cycles(30), replace(TINY, max_epochs=50, patience=3))
-    assert [entry["ndcg@10"] for entry in found.curve] == [0.1, 0.5, 0.3, 0.2, 0.4]
-    assert found.best["epoch"] == 2
+    assert [entry["ndcg@10"] for entry in found.curve] == [0.125, 0.5, 0.25, 0.125, 0.375]
+    assert found.best["epoch"] == 2 and found.stopped == "patience"
     assert torch.equal(found.model.items.weight, weights[1])
     assert not torch.equal(weights[1], weights[4]) and not found.model.training
 
@@ -398,10 +419,13 @@ def test_defaults_of_both_models():
     assert "mask_share" in bert4rec.describe() and "mask_share" not in sasrec.describe()
 
 
-def test_nothing_to_learn_from():
+def test_nothing_to_learn_from(monkeypatch):
     splits = cycles(30)
     with pytest.raises(ValueError, match="early stopping needs validation rows"):
         train_sequential(splits.train, splits.valid[:0], no_items(0), N_ITEMS, TINY)
     single = split_of([[1, 2, 3], [4, 5, 6]])  # one training item each
     with pytest.raises(ValueError, match="no training row has two items"):
         train(single, TINY)
+    monkeypatch.setattr(sequential, "MAX_ITEMS", N_ITEMS - 1)
+    with pytest.raises(ValueError, match="12 items needs more memory than a baseline should take"):
+        train(splits, TINY)
