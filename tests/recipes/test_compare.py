@@ -129,7 +129,7 @@ def test_rows_with_several_targets(compare, evaluated):
     table.write_parquet(path)  # genrec hits at [1, 3], [2, 3], nothing, [3]
     found = read_json(compare("A=a") / "comparison.json")["systems"]["A"]
     assert found["HR@2"]["value"] == 0.5 and found["Recall@2"]["value"] == 0.25
-    assert found["MAP@1"]["value"] == 0.25
+    assert found["MAP@1"]["value"] == 0.125  # one row of four, with one of two items
     curve = read_json(compare("A=a", output="again") / "comparison.json")["curves"]["A"]
     assert curve["recall"] == pytest.approx([1 / 8, 2 / 8, 5 / 8])
 
