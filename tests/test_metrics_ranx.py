@@ -18,10 +18,6 @@ from genrec.metrics import (
     reciprocal_ranks,
 )
 
-# Its loops run as plain Python: compiling them takes a minute, running these few rows none.
-os.environ["NUMBA_DISABLE_JIT"] = "1"
-ranx = pytest.importorskip("ranx")
-
 N_ITEMS, K_MAX, KS = 40, 10, (1, 3, 10)
 
 
@@ -40,8 +36,18 @@ def draw(seed: int, n_rows: int = 300) -> tuple[np.ndarray, list[list[int]]]:
     return lists, relevant
 
 
+@pytest.fixture(scope="module")
+def ranx():
+    """Imported by the test alone: collecting this file must not load numba, which vLLM trips over.
+
+    Its loops run as plain Python: compiling them takes a minute, running these few rows none.
+    """
+    os.environ["NUMBA_DISABLE_JIT"] = "1"
+    return pytest.importorskip("ranx")
+
+
 @pytest.mark.parametrize("seed", [0, 1])
-def test_agreement_with_ranx(seed):
+def test_agreement_with_ranx(ranx, seed):
     lists, relevant = draw(seed)
     assert (lists == -1).any() and (lists[:, 0] >= 0).all()
     found = find_relevant(lists, ItemLists.from_column(pl.Series(relevant)))
