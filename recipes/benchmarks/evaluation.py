@@ -20,6 +20,7 @@ import json
 import resource
 import sys
 import time
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ def against_ranx(lists: np.ndarray, target: np.ndarray) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     apart = {name: float(np.abs(ours[name] - np.asarray(theirs[name])).max()) for name in names}
     return {
-        "ranx_version": getattr(ranx, "__version__", "unknown"),
+        "ranx_version": metadata.version("ranx"),
         "ranx_users": len(lists),
         "ranx_seconds": round(seconds_ranx, 2),
         "same_metrics_seconds": round(seconds, 2),
