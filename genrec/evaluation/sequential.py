@@ -6,8 +6,7 @@ what made the SASRec of most tables weak (Klenitskiy and Vasilev 2023; Petrov an
 Layers come from `torch.nn.TransformerEncoder`; item embeddings are tied to the output layer.
 
 Deviations from the papers: pre-norm and GELU in both; positions count from a window's start;
-logits are computed only where something is predicted, which is what makes a CPU enough (a library
-that scores padding as well needs several times as long).
+logits are computed only where something is predicted, not on padding.
 """
 
 from __future__ import annotations
