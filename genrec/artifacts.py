@@ -274,6 +274,7 @@ class Stage:
         inputs: names of the upstream stages that are read (each must be complete).
         files: name -> external file, hashed by content (so moving it is not a change).
         ignore: settings that can't change the result (`run_dir` and `overwrite` always are).
+        hashes: name -> content hash of what is read of other runs.
     """
 
     def __init__(
@@ -284,6 +285,7 @@ class Stage:
         inputs: Iterable[str] = (),
         files: Mapping[str, Path | str] | None = None,
         ignore: Iterable[str] = (),
+        hashes: Mapping[str, str] | None = None,
     ) -> None:
         """Read the upstream manifests and compute the fingerprint; writes nothing."""
         self.run_dir, self.name = Path(run_dir), name
@@ -294,6 +296,7 @@ class Stage:
         self.inputs = {stage: manifest.content_hash for stage, manifest in self.upstream.items()}
         for label, path in (files or {}).items():
             self.inputs[label] = sha256_file(path)
+        self.inputs |= hashes or {}
         self.fingerprint = sha256_json(
             {"stage": name, "schema": SCHEMA_VERSION, "config": self.config, "inputs": self.inputs}
         )

@@ -159,7 +159,7 @@ def run(main: Callable[[], None]) -> None:
     and keeps its traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "filelock", "fsspec", "datasets", "urllib3"):
+    for noisy in ("httpx", "faiss", "filelock", "fsspec", "datasets", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         main()

@@ -142,7 +142,11 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 @torch.no_grad()
 def initialize_from_codebooks(
-    model: PreTrainedModel, token_ids: list[list[int]], codebooks: np.ndarray, n_old: int, seed: int
+    model: PreTrainedModel,
+    token_ids: list[list[int]],
+    codebooks: Sequence[np.ndarray],
+    n_old: int,
+    seed: int,
 ) -> None:
     """Set SID rows to their centroids, randomly rotated into the hidden size.
 
@@ -152,12 +156,13 @@ def initialize_from_codebooks(
     Args:
         model: already resized.
         token_ids: per level, (codebook_size,).
-        codebooks: (n_levels, codebook_size, dim).
+        codebooks: a vector per code, (codebook_size, dim) per level; see
+            `genrec.quantizers.code_vectors`.
         n_old: rows that existed before the SID tokens.
         seed: of the rotation.
     """
     hidden = _weight(model.get_input_embeddings()).shape[1]
-    dim = codebooks.shape[-1]
+    dim = codebooks[0].shape[-1]
     generator = torch.Generator().manual_seed(seed)
     rotation, _ = torch.linalg.qr(
         torch.randn(max(dim, hidden), max(dim, hidden), generator=generator)

@@ -11,7 +11,14 @@ from typing import Any, Protocol
 import numpy as np
 import polars as pl
 
-from genrec.artifacts import load_manifest, require, sha256_bytes, stage_folder, write_parquet
+from genrec.artifacts import (
+    load_manifest,
+    read_json,
+    require,
+    sha256_bytes,
+    stage_folder,
+    write_parquet,
+)
 from genrec.columns import (
     CERTIFIED,
     HISTORY,
@@ -28,7 +35,7 @@ from genrec.columns import (
 )
 from genrec.decoding.beam import BeamResult, Normalizer, default_beam_width
 from genrec.decoding.trie import CatalogueView, SidTrie
-from genrec.modeling import encode_prompts, load_model, load_tokenizer, sid_token_ids
+from genrec.modeling import ABOUT, encode_prompts, load_model, load_tokenizer, sid_token_ids
 from genrec.prompts import PromptRenderer
 from genrec.semantic_ids import SemanticIds
 from genrec.tasks.sequential import history_prompt
@@ -110,6 +117,7 @@ class Recommender:
         normalizer: Normalizer = "full",
         dtype: Any = "float32",
         batch_size: int = 64,
+        model_run: Path | str | None = None,
     ) -> Recommender:
         """Load a run folder.
 
@@ -120,9 +128,13 @@ class Recommender:
             normalizer: of the scores; full vocabulary, level or trie.
             dtype: of the weights.
             batch_size: users decoded together.
+            model_run: run that the model comes from, with its tokenizer, templates and length of
+                histories; `run_dir` then gives the catalogue and a SID map that extends the
+                model's. None: `run_dir`.
 
         Raises:
-            ValueError: a stage is missing, broken, or was built from other inputs.
+            ValueError: a stage is missing, broken, or was built from other inputs, or the map does
+                not extend the model's.
         """
         if engine not in ENGINES:
             raise ValueError(f"engine={engine!r} is not known; choose one of {', '.join(ENGINES)}")
@@ -130,13 +142,17 @@ class Recommender:
             raise ValueError(
                 f"stage={stage!r} is not known; choose one of {', '.join(MODEL_STAGES)}"
             )
-        stage = stage or ("grpo" if load_manifest(run_dir, "grpo") else "sft")
-        trained = require(run_dir, stage)
-        data = require(run_dir, "prepare")
-        dataset = require(run_dir, "build_dataset")
+        source = run_dir if model_run is None else model_run
+        stage = stage or ("grpo" if load_manifest(source, "grpo") else "sft")
+        trained = require(source, stage)
+        data = require(source, "prepare")
+        dataset = require(source, "build_dataset")
+        require(run_dir, "quantize")
         semantic_ids = SemanticIds.load(stage_folder(run_dir, "quantize"))
         trie = SidTrie.build(semantic_ids.codes)
-        folder = stage_folder(run_dir, stage) / "model"
+        folder = stage_folder(source, stage) / "model"
+        if model_run is not None:
+            _check_descent(run_dir, semantic_ids, model_run, folder)
         built: Engine
         if engine == "vllm":
             from genrec.decoding.vllm_engine import VllmEngine
@@ -155,7 +171,7 @@ class Recommender:
         return cls(
             pl.read_parquet(stage_folder(run_dir, "prepare") / "catalog.parquet"),
             semantic_ids,
-            PromptRenderer(stage_folder(run_dir, "build_dataset") / "prompts"),
+            PromptRenderer(stage_folder(source, "build_dataset") / "prompts"),
             dataset.metrics["serving_template"],
             tokenizer,
             built,
@@ -246,6 +262,21 @@ class Recommender:
                 PROMPT_SHA256: hashes[row],
             }
         )
+
+
+def _check_descent(
+    run_dir: Path | str, semantic_ids: SemanticIds, model_run: Path | str, model: Path
+) -> None:
+    """Raise ValueError unless the run's map extends the one that the other run's model knows."""
+    if (model / ABOUT).exists():
+        trained_on = read_json(model / ABOUT)["semantic_ids_sha256"]
+        if not semantic_ids.descends_from(trained_on):
+            raise ValueError(
+                f"the SID map in {stage_folder(run_dir, 'quantize')} ({semantic_ids.sha256[:12]}) "
+                f"does not extend the one that the model in {model} was trained on "
+                f"({trained_on[:12]}); make it with: genrec quantize --run_dir {run_dir} "
+                f"--extend {model_run} --overwrite true"
+            )
 
 
 def generate(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +46,10 @@ class SemanticIds:
         item_ids: the user's identifiers in catalogue order, (n_items,).
         codes: integer codes, (n_items, n_levels); every row distinct, fixed length.
         codebook_sizes: number of codes per level; level l holds codes 0 … size-1.
-        version: 1 for a fresh map, +1 for each extension.
-        ancestors: hashes of the maps that this one extends, oldest first.
+        version: 1 for a fresh map, +1 for each successor.
+        ancestors: hashes of the maps that this one succeeds, oldest first.
+        reserved: items that left the catalogue and keep their SIDs: columns item_id and codes.
+        quantizer_sha256: hash of the quantizer's file that gave the codes; None if none did.
 
     Raises:
         ValueError: shapes disagree, a code is outside its codebook, or two items share a SID.
@@ -58,6 +60,8 @@ class SemanticIds:
     codebook_sizes: tuple[int, ...]
     version: int = 1
     ancestors: tuple[str, ...] = field(default=())
+    reserved: pl.DataFrame | None = None
+    quantizer_sha256: str | None = None
 
     def __post_init__(self) -> None:
         """Check the invariants: shape, range, bijection."""
@@ -81,6 +85,8 @@ class SemanticIds:
                 f"{int(shared.sum())} items share a SID (first: {first}); resolve collisions first "
                 "(genrec.quantizers.collisions.resolve_collisions)"
             )
+        if self.reserved is not None:
+            _check_reserved(self)
 
     @property
     def n_items(self) -> int:
@@ -94,11 +100,14 @@ class SemanticIds:
 
     @property
     def sha256(self) -> str:
-        """Hash of the map: item ids, codes and codebook sizes."""
+        """Hash of the map: item ids, codes, codebook sizes and reserved SIDs."""
         digest = hashlib.sha256(
             json.dumps([list(self.codebook_sizes), self.item_ids.to_list()]).encode()
         )
         digest.update(self.codes.astype("<i4").tobytes())
+        if self.reserved is not None:
+            digest.update(json.dumps(self.reserved[ITEM_ID].to_list()).encode())
+            digest.update(self.reserved["codes"].to_numpy().astype("<i4").tobytes())
         return digest.hexdigest()
 
     def descends_from(self, sha256: str) -> bool:
@@ -142,37 +151,125 @@ class SemanticIds:
         match = np.flatnonzero((self.codes == np.asarray(codes)).all(axis=1))
         return int(match[0]) if len(match) else None
 
+    def known_codes(self, item_ids: pl.Series) -> tuple[np.ndarray, np.ndarray]:
+        """SIDs that items have or had here.
+
+        Args:
+            item_ids: identifiers, (n,).
+
+        Returns:
+            Codes (n, n_levels), −1 for unknown items, and which are known (n,).
+
+        Raises:
+            ValueError: the identifiers are of another type than this map's.
+        """
+        if item_ids.dtype != self.item_ids.dtype:
+            raise ValueError(
+                f"item ids are {item_ids.dtype}, the map's are {self.item_ids.dtype}; read both "
+                "catalogues alike"
+            )
+        every = pl.concat([self.item_ids, *self._reserved_ids()])
+        codes = self.taken_codes()
+        rows = pl.DataFrame({ITEM_ID: every, "row": np.arange(len(every))})
+        found = (
+            item_ids.alias(ITEM_ID).to_frame().join(rows, ITEM_ID, "left", maintain_order="left")
+        )
+        row = found["row"].fill_null(-1).to_numpy()
+        known = row >= 0
+        return np.where(known[:, None], codes[row], -1).astype(np.int32), known
+
+    def taken_codes(self) -> np.ndarray:
+        """Every SID that no new item may get: of the items, then of the reserved ones."""
+        if self.reserved is None:
+            return self.codes
+        return np.concatenate([self.codes, self.reserved["codes"].to_numpy()])
+
+    def _reserved_ids(self) -> list[pl.Series]:
+        return [] if self.reserved is None else [self.reserved[ITEM_ID].alias(self.item_ids.name)]
+
+    def successor(self, item_ids: pl.Series, codes: np.ndarray) -> SemanticIds:
+        """The map of a later catalogue, in that catalogue's order.
+
+        Items that both have keep their SIDs; those that left keep theirs reserved and get them back
+        if they return; new ones must have SIDs that nobody has or had. (Which ones is the
+        business of `genrec.quantizers.collisions.place_items`.)
+
+        Args:
+            item_ids: identifiers of the later catalogue, (n,).
+            codes: their codes, (n, n_levels).
+
+        Raises:
+            ValueError: a known item's codes changed, or a new item got a SID that is taken.
+        """
+        codes = np.asarray(codes, dtype=np.int32)
+        if item_ids.n_unique() != len(item_ids):
+            raise ValueError("item ids repeat; each item has one SID")
+        before, known = self.known_codes(item_ids)
+        if codes.shape != before.shape:
+            raise ValueError(f"codes have shape {codes.shape}, {before.shape} is needed")
+        if (moved := (codes != before).any(axis=1) & known).any():
+            raise ValueError(
+                f"{int(moved.sum())} items changed their SID, the first is "
+                f"{item_ids[int(moved.argmax())]!r}; a map only grows"
+            )
+        every = pl.DataFrame(
+            {
+                ITEM_ID: pl.concat([self.item_ids, *self._reserved_ids()]),
+                "codes": pl.Series(self.taken_codes(), dtype=_codes_type(self.n_levels)),
+            }
+        )
+        gone = every.join(
+            item_ids.alias(ITEM_ID).to_frame(), ITEM_ID, "anti", maintain_order="left"
+        )
+        return SemanticIds(
+            item_ids.alias(self.item_ids.name),
+            codes,
+            self.codebook_sizes,
+            self.version + 1,
+            (*self.ancestors, self.sha256),
+            gone if len(gone) else None,
+            self.quantizer_sha256,
+        )
+
+    def with_quantizer(self, sha256: str) -> SemanticIds:
+        """The same map, naming the hash of the quantizer's file that gave its codes."""
+        return replace(self, quantizer_sha256=sha256)
+
     def extend(self, item_ids: pl.Series, codes: np.ndarray) -> SemanticIds:
-        """A descendant map with more items; no old item's codes change.
+        """A successor with more items behind the ones that are there.
 
         Args:
             item_ids: identifiers of the new items, (n_new,).
             codes: their codes, (n_new, n_levels), none of them taken.
         """
-        return SemanticIds(
+        return self.successor(
             pl.concat([self.item_ids, item_ids.alias(self.item_ids.name)]),
             np.concatenate([self.codes, np.asarray(codes, dtype=np.int32)]),
-            self.codebook_sizes,
-            self.version + 1,
-            (*self.ancestors, self.sha256),
         )
 
     def save(self, folder: Path | str) -> None:
-        """Write ``items.parquet`` (item_index, item_id, sid, codes) and ``semantic_ids.json``."""
+        """Write ``items.parquet`` (item_index, item_id, sid, codes) and ``semantic_ids.json``.
+
+        Reserved SIDs go into ``reserved.parquet`` (item_id, codes).
+        """
         table = pl.DataFrame(
             {
                 ITEM_INDEX: np.arange(self.n_items, dtype=np.int32),
                 ITEM_ID: self.item_ids,
                 SID: self.sids(),
-                "codes": pl.Series(self.codes, dtype=pl.Array(pl.Int32, self.n_levels)),
+                "codes": pl.Series(self.codes, dtype=_codes_type(self.n_levels)),
             }
         )
         write_parquet(Path(folder) / "items.parquet", table)
+        if self.reserved is not None:
+            write_parquet(Path(folder) / "reserved.parquet", self.reserved)
         about = {
             "codebook_sizes": list(self.codebook_sizes),
             "n_items": self.n_items,
             "version": self.version,
             "ancestors": list(self.ancestors),
+            "reserved": 0 if self.reserved is None else len(self.reserved),
+            "quantizer_sha256": self.quantizer_sha256,
             "sha256": self.sha256,
         }
         write_json(Path(folder) / "semantic_ids.json", about)
@@ -188,6 +285,8 @@ class SemanticIds:
             tuple(about["codebook_sizes"]),
             about["version"],
             tuple(about["ancestors"]),
+            pl.read_parquet(Path(folder) / "reserved.parquet") if about.get("reserved") else None,
+            about.get("quantizer_sha256"),
         )
         if ids.sha256 != about["sha256"]:
             raise ValueError(
@@ -202,3 +301,33 @@ class SemanticIds:
         rows = zip(self.item_ids.to_list(), self.codes.tolist(), strict=True)
         index = {str(i): [sid_token(level, c) for level, c in enumerate(row)] for i, row in rows}
         write_json(path, index)
+
+
+def _codes_type(n_levels: int) -> pl.Array:
+    return pl.Array(pl.Int32, n_levels)
+
+
+def _check_reserved(ids: SemanticIds) -> None:
+    """Raise ValueError unless reserved items and SIDs are apart from the catalogue's."""
+    assert ids.reserved is not None
+    codes = ids.reserved["codes"].to_numpy()
+    if codes.shape[1:] != (ids.n_levels,):
+        raise ValueError(
+            f"reserved codes have shape {codes.shape}; {ids.n_levels} levels are needed"
+        )
+    if (codes < 0).any() or (codes >= np.array(ids.codebook_sizes)).any():
+        raise ValueError(f"a reserved code lies outside its codebook (sizes {ids.codebook_sizes})")
+    if ids.reserved[ITEM_ID].dtype != ids.item_ids.dtype:
+        raise ValueError(
+            f"reserved item ids are {ids.reserved[ITEM_ID].dtype}, the catalogue's are "
+            f"{ids.item_ids.dtype}; both must be alike"
+        )
+    if ids.reserved[ITEM_ID].n_unique() != len(ids.reserved):
+        raise ValueError("reserved item ids repeat; each item has one SID")
+    if shared_rows(ids.taken_codes()).any():
+        raise ValueError(
+            "a SID is used twice among items and reserved ones; SIDs of items that left are not "
+            "given away"
+        )
+    if ids.reserved[ITEM_ID].is_in(ids.item_ids.implode()).any():
+        raise ValueError("an item is both in the catalogue and among the reserved ones")

@@ -88,7 +88,14 @@ def the_key(args: AuditArgs) -> AuditKey:
 def write() -> None:
     """Run the stage."""
     args = parse(AuditArgs)
-    model_stage = require(args.run_dir, "recommend").config["model_stage"]
+    made = require(args.run_dir, "recommend").config
+    if made.get("model_run"):
+        raise ValueError(
+            f"the lists of {args.run_dir} were made by the model of {made['model_run']}; records "
+            "name files of one run folder, by hash, and replay needs them there: audit lists of "
+            "the model's own run, or train a model in this one"
+        )
+    model_stage = made["model_stage"]
     require(args.run_dir, "explain")
     from genrec.audit.custody import seal, write_log
     from genrec.audit.records import ExplainedRun, build_records

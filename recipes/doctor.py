@@ -119,12 +119,16 @@ def with_history(run_dir: str, split: str) -> pl.DataFrame:
 
 def load(args: DoctorArgs, served: dict[str, Any]) -> Recommender | Check:
     """The run's model, or why there is none."""
-    if not any((stage_folder(args.run_dir, s) / MANIFEST).exists() for s in MODEL_STAGES):
+    source = served.get("model_run") or args.run_dir  # a later catalogue is served by an old model
+    if not any((stage_folder(source, s) / MANIFEST).exists() for s in MODEL_STAGES):
         command = f"genrec sft --config <its yaml> --run_dir {args.run_dir}"
         return not_run("model", "neither sft nor grpo has finished", command)
     stage, normalizer = args.model_stage or served.get("model_stage"), served.get("normalizer")
     try:
-        return Recommender.load(args.run_dir, stage, "torch", normalizer or "full")
+        model_run = served.get("model_run")
+        return Recommender.load(
+            args.run_dir, stage, "torch", normalizer or "full", model_run=model_run
+        )
     except Exception as error:  # whatever is broken in a run, the other checks still help
         value = f"{type(error).__name__}: {error}"
         advice = "mend what it names; if manifests or semantic ids are bad, those first"

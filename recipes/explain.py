@@ -119,11 +119,21 @@ def evidence_table(
 def main() -> None:
     """Run the stage."""
     args = parse(ExplainArgs)
-    made = require(args.run_dir, "recommend").config
+    recommended = require(args.run_dir, "recommend")
+    made, model_run = recommended.config, recommended.config.get("model_run")
     settings = {**asdict(args), "normalizer": made["normalizer"]}
     settings["dtype"] = args.dtype or made["dtype"]
-    inputs = ["prepare", "quantize", "build_dataset", made["model_stage"], "recommend"]
-    stage = Stage(args.run_dir, "explain", settings, inputs, ignore=["batch_size"])
+    inputs, of_model = ["prepare", "quantize", "recommend"], ["build_dataset", made["model_stage"]]
+    hashes = {}
+    if model_run is None:
+        inputs += of_model
+    else:
+        hashes = {f"model_run/{s}": require(model_run, s).content_hash for s in of_model}
+        if not hashes.items() <= recommended.inputs.items():
+            raise ValueError(
+                f"the model of {model_run} is not the one that made the lists; rerun recommend"
+            )
+    stage = Stage(args.run_dir, "explain", settings, inputs, ignore=["batch_size"], hashes=hashes)
     source = stage_folder(args.run_dir, "recommend")
     rows = chosen_rows(pl.read_parquet(source / "rows.parquet"), args)
     if stage.is_done(args.overwrite):
@@ -149,6 +159,7 @@ def main() -> None:
         made["normalizer"],
         settings["dtype"],
         args.batch_size,
+        model_run,
     )
     attributes = Attributes.from_catalog(recommender.catalog)
     histories = shown(recommender, split[HISTORY].to_list())

@@ -1,74 +1,398 @@
 """Item vectors -> semantic ids, one distinct tuple of codes per item.
 
     genrec quantize --config recipes/configs/quickstart/quantize.yaml --run_dir runs/quickstart
+    genrec quantize --run_dir runs/next --extend runs/mine      # a later catalogue: old SIDs stay
 
-Reads ``embeddings/``; writes ``semantic_ids/``: items.parquet, semantic_ids.json, index.json
-(LC-Rec's form), quantizer.safetensors and quality.json.
+With `extend` the map is that run's, grown: items keep their SIDs, those that left keep theirs
+reserved and get them back if they return, new ones get SIDs that nobody had. Its model then serves
+the later catalogue (see embed.py, which comes first, for the whole way).
+
+Reads ``embeddings/`` and the training rows (for the quality report and the indexes that learn from
+them); writes ``semantic_ids/``: items.parquet, semantic_ids.json, index.json (LC-Rec's form),
+quantizer.safetensors, quality.json and report.html.
 """
 
+from __future__ import annotations
+
+import logging
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
 
-from genrec.artifacts import Stage, stage_folder, write_json
-from genrec.columns import ITEM_ID
-from genrec.config import parse, run
+from genrec.artifacts import Stage, load_manifest, sha256_file, stage_folder, write_json
+from genrec.columns import CATEGORIES, HISTORY, ITEM_ID, TARGET
+from genrec.config import check_choice, dataset_path, parse, run
+from genrec.data.splits import read_split
+from genrec.item_lists import ItemLists
+from genrec.semantic_ids import SemanticIds
+
+logger = logging.getLogger("genrec.quantize")
+
+KMEANS = ("residual-kmeans", "hierarchical-kmeans", "product")
+QUANTIZERS = (*KMEANS, "rqvae")
+INDEXES = ("random", "sequential", "collaborative", "independent", "semantic", "hybrid")
+METHODS = (*QUANTIZERS, *INDEXES, "import")
+QUANTIZER_FILE = "quantizer.safetensors"
+SAME_SPACE = 0.5  # share of old items whose vectors still give their first code, at least
 
 
 @dataclass
 class QuantizeArgs:
-    """Settings of the quantize stage (residual k-means)."""
+    """Settings of the quantize stage."""
 
     run_dir: str = "runs/default"
     overwrite: bool = False
+    # residual-kmeans, hierarchical-kmeans, product, rqvae: from item vectors. random, sequential,
+    # collaborative, independent, semantic, hybrid: P5's indexes. import: an index.json
+    method: str = "residual-kmeans"
     n_levels: int = 3  # tokens per item
     codebook_size: int = 256  # codes per level; at most the number of distinct item vectors
-    n_init: int = 1  # k-means restarts per level
+    codebook_sizes: list[int] | None = None  # one per level, instead of the two above
+    # What happens to vectors first: scale (one number), standard (each dimension), whiten, none
+    standardize: str = "scale"
+    pca_dim: int | None = None  # principal axes that are kept; null: all
+    collisions: str = "minimal"  # minimal, sinkhorn or suffix: how items get distinct SIDs
+    # k-means methods
+    n_init: int = 1  # restarts per level
+    max_fill: float | None = None  # balanced: cap on a code's items, in even shares; null: none
+    normalize_residuals: bool = False  # residual-kmeans: lower levels see unit vectors, as in GRID
+    rotate: bool = True  # product: OPQ; false: plain PQ
+    # rqvae
+    preset: str = "default"  # default, tiger, lc-rec, letter, grid-rvq or mender
+    epochs: int | None = None  # null: the preset's; published ones are thousands
+    device: str | None = None
+    # collaborative, hybrid: children of a cluster, and items of a cluster that is cut no further
+    branching: int = 20
+    leaf_size: int = 256
+    # import
+    index: str | None = None  # index.json
+    index_offset: int | None = None  # item id = key + offset; 1 if the file counts from 0
+    data_dir: str | None = None
+    # A later catalogue: the run whose SIDs stay; new items are placed by its quantizer
+    extend: str | None = None
+    report_map: str = "tsne"  # the report's map of items: tsne, or pca (faster)
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""
-        for name, low in (("n_levels", 1), ("codebook_size", 2), ("n_init", 1)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < low:
+        check_choice("method", self.method, METHODS)
+        check_choice("collisions", self.collisions, ("minimal", "sinkhorn", "suffix"))
+        check_choice("standardize", self.standardize, ("scale", "standard", "whiten", "none"))
+        check_choice("report_map", self.report_map, ("tsne", "pca"))
+        for name, low in (("n_levels", 1), ("codebook_size", 2), ("n_init", 1), ("branching", 2),
+            ("leaf_size", 2), ("pca_dim", 1), ("epochs", 1)):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name in ("pca_dim", "epochs"):
+                continue
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {low}")
+        if self.extend and Path(self.extend).resolve() == Path(self.run_dir).resolve():
+            raise ValueError(f"extend={self.extend} is this run itself; name an earlier one")
+        if self.method == "import" and not self.index:
+            raise ValueError("method=import needs `index`, the path of an index.json")
+        if self.method == "rqvae":
+            rqvae_settings(self)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Codes per level."""
+        return tuple(self.codebook_sizes or (self.codebook_size,) * self.n_levels)
+
+
+def rqvae_settings(args: QuantizeArgs) -> Any:
+    """The preset with what the settings say otherwise.
+
+    A published preset keeps its levels and codes unless `codebook_sizes` gives others.
+    """
+    from genrec.quantizers.presets import preset
+
+    changes: dict[str, Any] = {} if args.epochs is None else {"epochs": args.epochs}
+    if args.preset == "default" or args.codebook_sizes:
+        changes |= {"n_levels": len(args.sizes), "codebook_size": args.sizes}
+    return preset(args.preset, **changes)
+
+
+def fit_quantizer(args: QuantizeArgs, vectors: np.ndarray, folder: Path) -> Any:
+    """Fit the quantizer that the settings name."""
+    if args.method == "rqvae":
+        from genrec.quantizers.presets import PRESET_NOTES
+        from genrec.quantizers.rqvae import RQVAE
+
+        if note := PRESET_NOTES.get(args.preset):
+            logger.warning("preset %s: %s", args.preset, note)
+        settings, behaviour = rqvae_settings(args), None
+        if settings.collaborative_weight > 0:
+            path = folder / "collaborative_embeddings.npy"
+            if not path.exists():
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be an integer of at least {low}"
+                    f"preset={args.preset} needs collaborative vectors; rerun embed with "
+                    "`collaborative: sasrec` (or cooccurrence)"
                 )
+            behaviour = np.load(path)
+        return RQVAE.fit(vectors, settings, args.seed, args.device, behaviour)
+    options: dict[str, Any] = {
+        "seed": args.seed,
+        "n_init": args.n_init,
+        "max_fill": args.max_fill,
+        "standardize": args.standardize,
+        "pca_dim": args.pca_dim,
+    }
+    if args.method == "residual-kmeans":
+        from genrec.quantizers.residual_kmeans import ResidualKMeans
+
+        options["normalize_residuals"] = args.normalize_residuals
+        return ResidualKMeans.fit(vectors, args.sizes, **options)
+    if args.method == "hierarchical-kmeans":
+        from genrec.quantizers.hierarchical_kmeans import HierarchicalKMeans
+
+        return HierarchicalKMeans.fit(vectors, args.sizes, **options)
+    from genrec.quantizers.product import ProductQuantizer
+
+    return ProductQuantizer.fit(vectors, args.sizes, **options, rotate=args.rotate)
+
+
+def index_codes(
+    args: QuantizeArgs, catalog: pl.DataFrame, sequences: ItemLists
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Codes of one of P5's indexes."""
+    from genrec.quantizers import item_indexes
+
+    n_items, seed = len(catalog), args.seed
+    if args.method == "random":
+        found = item_indexes.random_index(n_items, args.n_levels, args.codebook_size, seed)
+    elif args.method == "sequential":
+        found = item_indexes.sequential_index(
+            sequences, n_items, args.n_levels, args.codebook_size, seed
+        )
+    elif args.method == "independent":
+        found = item_indexes.independent_index(n_items)
+    elif args.method == "semantic":
+        found = item_indexes.semantic_index(category_paths(catalog), n_items)
+    else:
+        found = item_indexes.collaborative_index(
+            sequences, n_items, args.branching, args.leaf_size, seed=seed
+        )
+        if args.method == "hybrid":
+            found = item_indexes.hybrid_index(found)
+    return found.codes, found.codebook_sizes
+
+
+def category_paths(catalog: pl.DataFrame) -> list[list[str] | None]:
+    """Category path of each item, without a root that all share: it would cost a token."""
+    if CATEGORIES not in catalog.columns:
+        raise ValueError("method=semantic needs categories; this catalogue has none")
+    paths = catalog[CATEGORIES]
+    while paths.list.get(0, null_on_oob=True).drop_nulls().n_unique() == 1:
+        paths = paths.list.slice(1)
+    return paths.to_list()
+
+
+def imported_codes(
+    args: QuantizeArgs, path: Path, catalog: pl.DataFrame, vectors: np.ndarray
+) -> tuple[np.ndarray, tuple[int, ...], dict[str, Any]]:
+    """Codes of an index.json, collisions resolved and accounted for."""
+    from genrec.quantizers.index_files import read_index, resolve_shared
+    from genrec.quantizers.quality import collision_rate
+
+    found = read_index(path, catalog[ITEM_ID], args.index_offset)
+    if found.missing:
+        raise ValueError(
+            f"{path} lacks {len(found.missing)} items of the catalogue, such as {found.missing[:3]}"
+        )
+    codes = resolve_shared(found.codes, found.codebook_sizes, vectors, args.seed)
+    report = {
+        "method": "import",
+        "rate_before": collision_rate(found.codes),
+        "groups": len(found.shared_items),
+        "moved": int((codes != found.codes).any(axis=1).sum()),
+        "unused_keys": len(found.extra),
+    }
+    return codes, found.codebook_sizes, report
+
+
+def extended_map(
+    old_run: Path, catalog: pl.DataFrame, vectors: np.ndarray, seed: int
+) -> tuple[SemanticIds, Any, dict[str, Any]]:
+    """The old run's map for a later catalogue: known items keep their SIDs, new ones get free ones.
+
+    Returns:
+        The map, the quantizer (None for an index without one), and what was done.
+    """
+    from genrec.quantizers.collisions import place_items
+    from genrec.quantizers.item_indexes import next_codes
+    from genrec.quantizers.loading import load_quantizer
+
+    folder = stage_folder(old_run, "quantize")
+    manifest = load_manifest(old_run, "quantize")
+    if manifest is None:
+        raise ValueError(f"extend={old_run}: stage 'quantize' has not finished there")
+    old = SemanticIds.load(folder)
+    codes, known = old.known_codes(catalog[ITEM_ID])
+    taken, n_new = old.taken_codes(), int((~known).sum())
+    quantizer, method = None, manifest.metrics["method"]
+    if (folder / QUANTIZER_FILE).exists():
+        quantizer = load_quantizer(folder / QUANTIZER_FILE)
+        if known.any():
+            check_same_space(quantizer, vectors[known], codes[known], old_run)
+        if n_new:
+            codes[~known] = place_items(quantizer, vectors[~known], taken, old.codebook_sizes)
+    elif method in INDEXES and method != "semantic":
+        codes[~known] = next_codes(method, taken, old.codebook_sizes, n_new, seed)
+    elif n_new:
+        raise ValueError(
+            f"{n_new} new items can't be placed in a map made by method={method}: it has no rule "
+            "for them; build a new map"
+        )
+    grown = old.successor(catalog[ITEM_ID], codes)
+    reserved = 0 if grown.reserved is None else len(grown.reserved)
+    report = {"method": "extend", "new": n_new, "kept": int(known.sum()), "reserved": reserved}
+    return grown, quantizer, {**report, "index_method": method}
+
+
+def check_same_space(quantizer: Any, vectors: np.ndarray, codes: np.ndarray, run: Path) -> None:
+    """Refuse vectors of another encoder: new items would be placed at random."""
+    same = float((quantizer.encode(vectors)[:, 0] == codes[:, 0]).mean())
+    if same < SAME_SPACE:
+        raise ValueError(
+            f"only {same:.0%} of the old items' vectors still give their first code: they are of "
+            f"another space than those of {run}; embed with `extend: {run}`"
+        )
+    if same < 0.95:
+        logger.warning("%.0f%% of the old items' vectors give their first code", 100 * same)
+
+
+def make_map(
+    args: QuantizeArgs,
+    catalog: pl.DataFrame,
+    vectors: np.ndarray,
+    sequences: ItemLists,
+    index: Path,
+) -> tuple[SemanticIds, Any, dict[str, Any]]:
+    """The map that the settings ask for.
+
+    Returns:
+        The map, the quantizer (None for an index without one), and what was done with collisions.
+    """
+    from genrec.quantizers.collisions import resolve_collisions
+    from genrec.quantizers.quantizer import check_capacity
+
+    quantizer = None
+    if args.method in QUANTIZERS:
+        quantizer = fit_quantizer(args, vectors, stage_folder(args.run_dir, "embed"))
+        if advice := check_capacity(len(catalog), quantizer.codebook_sizes):
+            logger.warning(advice)
+        codes, sizes, found = resolve_collisions(
+            quantizer, vectors, quantizer.encode(vectors), cast(Any, args.collisions)
+        )
+        report = asdict(found)
+    elif args.method == "import":
+        codes, sizes, report = imported_codes(args, index, catalog, vectors)
+    else:
+        (codes, sizes), report = index_codes(args, catalog, sequences), {"method": "none"}
+    return SemanticIds(catalog[ITEM_ID], codes, sizes), quantizer, report
+
+
+def measure_quality(
+    args: QuantizeArgs,
+    semantic_ids: SemanticIds,
+    quantizer: Any,
+    catalog: pl.DataFrame,
+    vectors: np.ndarray,
+    sequences: ItemLists,
+    report: dict[str, Any],
+) -> dict[str, Any]:
+    """The quality report; neighbours by content are those of the text, where it is kept apart."""
+    from genrec.quantizers.quality import quality_report, reconstruction_error
+
+    text = stage_folder(args.run_dir, "embed") / "text_embeddings.npy"
+    valid = read_split(args.run_dir, "valid", "quantize").filter(pl.col(HISTORY).list.len() > 0)
+    held_out = (valid[HISTORY].list.last().to_numpy(), valid[TARGET].to_numpy())
+    quality = quality_report(
+        semantic_ids.codes,
+        semantic_ids.codebook_sizes,
+        np.load(text) if text.exists() else vectors,
+        catalog,
+        sequences,
+        collisions=report,
+        held_out=held_out if len(valid) else None,
+        seed=args.seed,
+        map_method=cast(Any, args.report_map),
+    )
+    if quantizer is not None and quantizer.codebook_sizes == semantic_ids.codebook_sizes:
+        error = reconstruction_error(semantic_ids.codes, vectors, quantizer)
+        quality["reconstruction"] = error
+    return quality
 
 
 def main() -> None:
     """Run the stage."""
     args = parse(QuantizeArgs)
-    stage = Stage(args.run_dir, "quantize", asdict(args), ["prepare", "embed"])
+    files = {}
+    if args.method == "import" and not args.extend:
+        files["index"] = dataset_path(args.index, args.data_dir)
+    if args.extend:
+        files["extended_map"] = stage_folder(args.extend, "quantize") / "semantic_ids.json"
+        if not files["extended_map"].exists():
+            raise ValueError(f"extend={args.extend}: there is no {files['extended_map']}")
+    ignore = ["index", "data_dir", "device", "extend"]
+    stage = Stage(args.run_dir, "quantize", asdict(args), ["prepare", "embed"], files, ignore)
     if stage.is_done(args.overwrite):
         return
-    from genrec.quantizers.collisions import resolve_collisions
-    from genrec.quantizers.quality import level_usage
-    from genrec.quantizers.residual_kmeans import ResidualKMeans
-    from genrec.semantic_ids import SemanticIds
+    from genrec.embedding.collaborative import training_histories
+    from genrec.quantizers.quality_page import write_quality_page
 
-    catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet")
+    catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet", glob=False)
     vectors = np.load(stage_folder(args.run_dir, "embed") / "item_embeddings.npy")
-    quantizer = ResidualKMeans.fit(
-        vectors, args.n_levels, args.codebook_size, args.seed, args.n_init
-    )
-    codes, report = resolve_collisions(
-        quantizer.standardize(vectors), quantizer.encode(vectors), quantizer.codebooks
-    )
-    semantic_ids = SemanticIds(catalog[ITEM_ID], codes, (args.codebook_size,) * args.n_levels)
+    sequences = training_histories(read_split(args.run_dir, "train", "quantize"))
+    if args.extend:
+        old_run = Path(args.extend)
+        semantic_ids, quantizer, report = extended_map(old_run, catalog, vectors, args.seed)
+    else:
+        semantic_ids, quantizer, report = make_map(
+            args, catalog, vectors, sequences, files.get("index", Path())
+        )
+    made = report.pop("index_method", args.method)
+    if quantizer is not None:
+        quantizer.save(stage.folder / QUANTIZER_FILE)
+        digest = sha256_file(stage.folder / QUANTIZER_FILE)
+        semantic_ids = semantic_ids.with_quantizer(digest)
     semantic_ids.save(stage.folder)
     semantic_ids.export_index(stage.folder / "index.json")
-    quantizer.save(stage.folder / "quantizer.safetensors")
-    quality = {"levels": level_usage(codes, semantic_ids.codebook_sizes), **asdict(report)}
+    quality = measure_quality(args, semantic_ids, quantizer, catalog, vectors, sequences, report)
     write_json(stage.folder / "quality.json", quality)
-    stage.finish(rows=semantic_ids.n_items, seed=args.seed, metrics=quality)
+    write_quality_page(stage.folder / "report.html", quality, Path(args.run_dir).name)
+    names = ("levels", "collisions", "vector_neighbours", "copurchase_neighbours")
+    metrics = {"method": made, **{name: quality[name] for name in names}}
+    stage.finish(rows=semantic_ids.n_items, seed=args.seed, metrics=metrics)
+    print_summary(semantic_ids, quality, stage.folder)
+
+
+def print_summary(semantic_ids: SemanticIds, quality: dict[str, Any], folder: Path) -> None:
+    """What one wants to know at once."""
+    shape = " x ".join(map(str, semantic_ids.codebook_sizes))
     perplexity = " / ".join(f"{level['perplexity']:.0f}" for level in quality["levels"])
+    found = quality["collisions"]
     print(
-        f"{semantic_ids.n_items:,} items, {args.n_levels} levels x {args.codebook_size} codes, "
-        f"perplexity {perplexity}; {report.rate_before:.1%} of the items shared a SID, now none "
-        f"({report.moved} moved, {report.spilled} above the last level), e.g. "
+        f"{semantic_ids.n_items:,} items, codes {shape}, perplexity {perplexity}, e.g. "
         f"{semantic_ids.sids()[0]}"
     )
+    if "rate_before" in found:
+        shared, moved = found["rate_before"], found["moved"]
+        print(f"{shared:.1%} of the items shared a SID, now none; {moved:,} moved")
+    if "new" in found:
+        print(
+            f"{found['kept']:,} items kept their SIDs, {found['new']:,} are new, "
+            f"{found['reserved']:,} SIDs are reserved for items that left"
+        )
+    by_vector, by_users = quality["vector_neighbours"], quality["copurchase_neighbours"]
+    if by_vector is not None and by_users is not None:
+        print(
+            f"same first code: {by_vector:.3f} of the nearest by content, {by_users:.3f} of the "
+            f"most co-purchased; report: {folder / 'report.html'}"
+        )
 
 
 if __name__ == "__main__":

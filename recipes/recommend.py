@@ -1,6 +1,11 @@
 """Model + trie -> a ranked list of catalogue items for every row of a split.
 
     genrec recommend --config recipes/configs/quickstart/recommend.yaml --run_dir runs/quickstart
+    genrec recommend --run_dir runs/next --model_run runs/mine  # a later catalogue, an old model
+
+With `model_run` the model, its tokenizer, templates and length of histories are that run's;
+`run_dir` needs prepare, embed and quantize alone, extended from that run (see embed.py). A new
+item's SID is made of tokens that the model knows, in prompts as in lists.
 
 Writes ``recommendations/recommendations-00000.parquet``, … (one row per recommended item) and
 ``rows.parquet`` (the rows that were asked for). Killed and started again, it goes on at the next
@@ -13,7 +18,7 @@ from dataclasses import asdict, dataclass
 import polars as pl
 from tqdm import tqdm
 
-from genrec.artifacts import Stage, load_manifest, read_shards, write_parquet
+from genrec.artifacts import Stage, load_manifest, read_shards, require, write_parquet
 from genrec.columns import CERTIFIED, RANK, ROW_ID, SEEN, USER_ID
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
@@ -26,6 +31,7 @@ class RecommendArgs:
     run_dir: str = "runs/default"
     overwrite: bool = False
     model_stage: str | None = None  # sft or grpo; default: grpo where it is complete
+    model_run: str | None = None  # run that the model comes from; default: run_dir
     engine: str = "torch"  # torch (in process) or vllm
     split: str = "test"
     k: int = 10
@@ -53,26 +59,36 @@ class RecommendArgs:
 def main() -> None:
     """Run the stage."""
     args = parse(RecommendArgs)
-    model_stage = args.model_stage or ("grpo" if load_manifest(args.run_dir, "grpo") else "sft")
+    source = args.model_run or args.run_dir
+    model_stage = args.model_stage or ("grpo" if load_manifest(source, "grpo") else "sft")
     config = {**asdict(args), "model_stage": model_stage}
-    inputs = ["prepare", "quantize", "build_dataset", model_stage]
-    ignore = ["batch_size"]
-    stage = Stage(args.run_dir, "recommend", config, inputs, ignore=ignore)
+    inputs, of_model = ["prepare", "quantize"], ["build_dataset", model_stage]
+    ignore, hashes = ["batch_size"], {}
+    if args.model_run is None:
+        inputs += of_model
+        ignore.append("model_run")
+    else:
+        hashes = {f"model_run/{s}": require(source, s).content_hash for s in of_model}
+    stage = Stage(args.run_dir, "recommend", config, inputs, ignore=ignore, hashes=hashes)
     if stage.is_done(args.overwrite):
         return
     from genrec.recommend import Recommender, generate
 
-    if (rule := stage.upstream[model_stage].config.get("filter_seen")) not in (
-        None,
-        args.filter_seen,
-    ):
+    rule = require(source, model_stage).config.get("filter_seen")
+    if rule not in (None, args.filter_seen):
         print(f"warning: {model_stage} was validated with filter_seen={rule}, this differs")
     rows = read_split(args.run_dir, args.split, "recommend", model_stage=model_stage)
     if args.max_rows is not None and args.max_rows < len(rows):
         rows = rows.sample(args.max_rows, seed=args.seed).sort(ROW_ID)
     write_parquet(stage.folder / "rows.parquet", rows.select(ROW_ID, USER_ID))
     recommender = Recommender.load(
-        args.run_dir, model_stage, args.engine, args.normalizer, args.dtype, args.batch_size
+        args.run_dir,
+        model_stage,
+        args.engine,
+        args.normalizer,
+        args.dtype,
+        args.batch_size,
+        args.model_run,
     )
     seen = rows[SEEN] if args.filter_seen else None
     started = time.perf_counter()

@@ -10,10 +10,10 @@ last checkpoint.
 
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import polars as pl
 from accelerate.state import PartialState
 from datasets import Dataset
-from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -26,6 +26,7 @@ from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 from genrec.evaluation.validation import BeamValidation
 from genrec.prompts import escape_text
+from genrec.quantizers.code_vectors import code_vectors
 from genrec.semantic_ids import SemanticIds
 
 SID_INITS = ("codebooks", "titles")
@@ -66,7 +67,7 @@ def main() -> None:
     """Run the stage."""
     args, training = parse(SftArgs, SFTConfig)
     config = {**asdict(args), "training": training_fingerprint(training)}
-    inputs = ["prepare", "quantize", "build_dataset"]
+    inputs = ["prepare", "embed", "quantize", "build_dataset"]
     with PartialState().main_process_first():
         stage = Stage(args.run_dir, "sft", config, inputs)
         if stage.is_done(args.overwrite and PartialState().is_main_process):
@@ -118,9 +119,10 @@ def main() -> None:
     if len(tokenizer) == n_text_tokens:
         print("the base model has these SID tokens already; their rows are kept")
     elif args.sid_init == "codebooks":
-        quantizer = load_file(stage_folder(args.run_dir, "quantize") / "quantizer.safetensors")
+        vectors = np.load(stage_folder(args.run_dir, "embed") / "item_embeddings.npy")
+        codebooks = code_vectors(vectors, semantic_ids.codes, semantic_ids.codebook_sizes)
         modeling.initialize_from_codebooks(
-            model, token_ids, quantizer["codebooks"], n_text_tokens, training.seed
+            model, token_ids, codebooks, n_text_tokens, training.seed
         )
     else:
         modeling.initialize_from_titles(

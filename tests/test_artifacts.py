@@ -54,6 +54,19 @@ def test_same_settings_are_skipped_and_nothing_is_touched(tmp_path: Path):
     assert files(tmp_path) == before
 
 
+def test_content_of_another_run_is_an_input(tmp_path: Path):
+    def stage(sha256: str) -> Stage:
+        return Stage(tmp_path, "recommend", {}, hashes={"model_run/sft": sha256})
+
+    first = stage("a" * 64)
+    assert not first.is_done()
+    assert first.finish(rows=0).inputs == {"model_run/sft": "a" * 64}
+    assert stage("a" * 64).is_done()
+    assert require(tmp_path, "recommend").rows == 0  # it names no stage of this run
+    with pytest.raises(ValueError, match="other input 'model_run/sft'"):
+        stage("b" * 64).is_done()
+
+
 def test_ignored_settings_and_moved_files_are_no_change(tmp_path: Path):
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text("same")

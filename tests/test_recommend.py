@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from genrec.artifacts import Stage, write_parquet
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 from genrec.modeling import encode_prompts
@@ -131,6 +132,68 @@ def test_what_load_refuses(world, tiny, tmp_path: Path):
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(ValueError, match=f"{weights.name} has .* bytes, its manifest says"):
         Recommender.load(tmp_path)
+
+
+@pytest.fixture
+def later(world, tmp_path: Path) -> Path:
+    """A run without a model: its catalogue is another order of some items and two new ones."""
+    _, shop, _ = world
+    old = shop.semantic_ids
+    names = ["n1", "n2"] if old.item_ids.dtype == pl.String else [901, 902]
+    rows = [7, 3, 0, 12]
+    ids = pl.concat([pl.Series("item_id", names), old.item_ids.gather(rows)])
+    used = {tuple(codes) for codes in old.codes.tolist()}
+    free = [c for c in np.ndindex(4, 4, 4) if c not in used]
+    codes = np.concatenate([np.array([free[0], free[-1]]), old.codes[rows]])
+    catalog = pl.DataFrame({"item_id": ids, "title": [f"title {i}" for i in range(6)]})
+    stage = Stage(tmp_path / "later", "prepare", {"max_history": 2})
+    assert not stage.is_done()
+    write_parquet(stage.folder / "catalog.parquet", catalog)
+    stage.finish(rows=6)
+    stage = Stage(tmp_path / "later", "quantize", {}, ["prepare"])
+    assert not stage.is_done()
+    old.successor(ids, codes).save(stage.folder)
+    stage.finish(rows=6)
+    return tmp_path / "later"
+
+
+def test_a_model_of_another_run_serves_a_later_catalogue(world, later: Path):
+    run, shop, recommender = world
+    new = Recommender.load(later, model_run=run)
+    ids = new.catalog["item_id"].to_list()
+    assert new.max_history == MAX_HISTORY and new.model_stage == "sft"
+    history = [ids[2], ids[4], ids[3]]
+    assert new.prompts([new.rows_of(history)]) == recommender.prompts(
+        [recommender.rows_of(history)]
+    )  # rows differ, SIDs don't
+    made = new.recommend(history, k=6, filter_seen=False)
+    assert {r.item_id for r in made} == set(ids)
+    before = {r.item_id: r for r in recommender.recommend(history, k=20, filter_seen=False)}
+    for r in made:
+        if r.item_id in before:
+            assert r.sid == before[r.item_id].sid
+            assert r.score == pytest.approx(before[r.item_id].score, abs=1e-4)
+    assert len({r.item_id for r in made} - set(before)) == 2
+    assert {r.item_id for r in new.recommend(ids[:2], k=4)} == set(ids[2:])
+
+
+def test_a_model_of_another_run_must_know_the_map(world, later: Path, tiny, tmp_path: Path):
+    run, shop, _ = world
+    with pytest.raises(ValueError, match="stage 'sft' has not finished"):
+        Recommender.load(later)
+    with pytest.raises(ValueError, match=f"{later}/sft has no manifest.json"):
+        Recommender.load(run, model_run=later)
+    other = tiny.shop(n_items=12, seed=5)
+    model, tokenizer, _ = tiny.sid_lm(other.semantic_ids)
+    tiny.save_run(tmp_path / "other", other, model, tokenizer)
+    with pytest.raises(ValueError, match="does not extend the one that the model in") as error:
+        Recommender.load(later, model_run=tmp_path / "other")
+    for name in (later / "semantic_ids", tmp_path / "other" / "sft" / "model"):
+        assert str(name) in str(error.value)
+    items = later / "semantic_ids" / "items.parquet"
+    items.write_bytes(items.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="items.parquet has .* bytes, its manifest says"):
+        Recommender.load(later, model_run=run)
 
 
 def tables(folder: Path) -> pl.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -164,6 +165,188 @@ def test_an_extension_keeps_old_codes_and_descends(tmp_path: Path, tiny):
         ids.extend(pl.Series("item_id", [900]), ids.codes[:1])
     with pytest.raises(ValueError, match="item ids repeat"):
         ids.extend(ids.item_ids[:1], np.array(free[:1]))
+
+
+def small_map(ids=(1, 2, 3), codes=((0, 0), (0, 1), (1, 1))) -> SemanticIds:
+    return SemanticIds(pl.Series("item_id", list(ids)), np.array(codes), (3, 3))
+
+
+def test_an_item_leaves_and_returns():
+    first = small_map()
+    second = first.successor(pl.Series([3, 1]), np.array([[1, 1], [0, 0]]))  # 2 left, order changed
+    assert second.item_ids.to_list() == [3, 1] and second.version == 2
+    assert second.reserved is not None
+    assert second.reserved.to_dict(as_series=False) == {"item_id": [2], "codes": [[0, 1]]}
+    assert second.descends_from(first.sha256) and not first.descends_from(second.sha256)
+    codes, known = second.known_codes(pl.Series([9, 2, 1]))
+    assert codes.tolist() == [[-1, -1], [0, 1], [0, 0]] and known.tolist() == [False, True, True]
+    assert codes.dtype == np.int32
+    assert second.taken_codes().tolist() == [[1, 1], [0, 0], [0, 1]]
+    # Its SID is not given away, whoever asks.
+    with pytest.raises(ValueError, match="a SID is used twice among items and reserved ones"):
+        second.extend(pl.Series([9]), np.array([[0, 1]]))
+    with pytest.raises(ValueError, match="1 items changed their SID, the first is 2; a map only"):
+        second.extend(pl.Series([2]), np.array([[2, 2]]))
+    third = second.extend(pl.Series([2, 9]), np.array([[0, 1], [2, 2]]))
+    assert third.reserved is None and third.item_ids.to_list() == [3, 1, 2, 9]
+    assert third.version == 3 and third.ancestors == (first.sha256, second.sha256)
+    assert third.descends_from(first.sha256) and third.descends_from(third.sha256)
+
+
+def test_a_successor_needs_codes_that_fit():
+    ids = small_map()
+    with pytest.raises(ValueError, match="1 items changed their SID, the first is 2; a map only"):
+        ids.successor(pl.Series([1, 2]), np.array([[0, 0], [2, 2]]))
+    with pytest.raises(ValueError, match=r"codes have shape \(1, 2\), \(2, 2\) is needed"):
+        ids.successor(pl.Series([1, 2]), np.array([[0, 0]]))
+    with pytest.raises(ValueError, match="2 items share a SID"):
+        ids.successor(pl.Series([1, 7]), np.array([[0, 0], [0, 0]]))
+    with pytest.raises(ValueError, match="item ids repeat"):
+        ids.successor(pl.Series([1, 1]), np.array([[0, 0], [0, 0]]))
+    with pytest.raises(ValueError, match="outside its codebook"):
+        ids.successor(pl.Series([1, 7]), np.array([[0, 0], [3, 0]]))
+    with pytest.raises(ValueError, match="no items"):
+        ids.successor(pl.Series([], dtype=pl.Int64), np.zeros((0, 2)))
+
+
+@pytest.mark.parametrize("other", [pl.Series(["1", "2"]), pl.Series([1, 2], dtype=pl.Int32)])
+def test_ids_of_another_type_are_refused_rather_than_unknown(other: pl.Series):
+    for call in (lambda: small_map().known_codes(other),
+                 lambda: small_map().successor(other, np.array([[0, 0], [0, 1]]))):  # fmt: skip
+        with pytest.raises(ValueError, match="item ids are .*, the map's are Int64; read both"):
+            call()
+
+
+def test_codes_of_known_items_come_in_the_order_asked_for():
+    ids = small_map(("b", "a", "c"))
+    codes, known = ids.known_codes(pl.Series(["c", "x", "b", "c"]))
+    assert codes.tolist() == [[1, 1], [-1, -1], [0, 0], [1, 1]]
+    assert known.tolist() == [True, False, True, True]
+    codes, known = ids.known_codes(pl.Series([], dtype=pl.String))
+    assert codes.shape == (0, 2) and known.shape == (0,)
+
+
+def reserved(ids: list, codes: list, n_levels: int = 2) -> pl.DataFrame:
+    rows = np.array(codes, dtype=np.int32).reshape(-1, n_levels)
+    return pl.DataFrame({"item_id": ids, "codes": pl.Series(rows, dtype=pl.Array(pl.Int32, n_levels))})  # fmt: skip # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (reserved([9], [[0, 0]]), "a SID is used twice among items and reserved ones"),
+        (reserved([8, 9], [[2, 2], [2, 2]]), "a SID is used twice"),
+        (reserved([1], [[2, 2]]), "both in the catalogue and among the reserved ones"),
+        (reserved([9], [[2, 3]]), "a reserved code lies outside its codebook"),
+        (reserved([9], [[2, -1]]), "a reserved code lies outside its codebook"),
+        (reserved([9], [[2, 2, 2]], 3), r"reserved codes have shape \(1, 3\); 2 levels are needed"),
+        (reserved(["9"], [[2, 2]]), "reserved item ids are String, the catalogue's are Int64"),
+        (reserved([9, 9], [[2, 2], [2, 1]]), "reserved item ids repeat"),
+    ],
+)
+def test_reserved_sids_are_checked(frame: pl.DataFrame, message: str):
+    ids = small_map()
+    with pytest.raises(ValueError, match=message):
+        SemanticIds(ids.item_ids, ids.codes, (3, 3), reserved=frame)
+
+
+@pytest.mark.parametrize("strings", [False, True])
+def test_a_map_with_reserved_sids_is_saved_and_loaded(tmp_path: Path, tiny, strings: bool):
+    first = tiny.sids(10, strings=strings)
+    second = first.successor(first.item_ids[3:], first.codes[3:]).with_quantizer("abc")
+    second.save(tmp_path)
+    back = SemanticIds.load(tmp_path)
+    assert back.sha256 == second.sha256 and back.quantizer_sha256 == "abc"
+    assert back.version == 2 and back.ancestors == second.ancestors
+    assert back.reserved is not None and back.reserved.equals(second.reserved)
+    returned = back.successor(first.item_ids, first.codes)
+    assert returned.reserved is None and returned.version == 3
+    assert returned.sha256 == first.sha256  # the same map again
+
+
+@pytest.mark.parametrize("change", ["codes", "ids", "drop", "forget", "file"])
+def test_tampered_reserved_sids_are_refused(tmp_path: Path, tiny, change: str):
+    first = tiny.sids(10)
+    first.successor(first.item_ids[3:], first.codes[3:]).save(tmp_path)
+    path, about = tmp_path / "reserved.parquet", tmp_path / "semantic_ids.json"
+    table = pl.read_parquet(path)
+    if change == "codes":
+        table.with_columns(pl.col("codes").reverse()).write_parquet(path)
+    elif change == "ids":
+        table.with_columns(pl.col("item_id") + 1000).write_parquet(path)
+    elif change == "drop":
+        table[1:].write_parquet(path)
+    elif change == "forget":
+        about.write_text(json.dumps({**json.loads(about.read_text()), "reserved": 0}))
+    else:
+        path.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match="match semantic_ids.json|reserved"):
+        SemanticIds.load(tmp_path)
+
+
+def test_the_quantizer_is_named_and_inherited(tmp_path: Path):
+    plain = small_map()
+    named = plain.with_quantizer("abc")
+    assert plain.quantizer_sha256 is None and named.quantizer_sha256 == "abc"
+    assert named.sha256 == plain.sha256 and named.descends_from(plain.sha256)
+    assert named.extend(pl.Series([9]), np.array([[2, 2]])).quantizer_sha256 == "abc"
+    named.save(tmp_path)
+    assert SemanticIds.load(tmp_path).quantizer_sha256 == "abc"
+
+
+def test_the_hash_of_a_map_without_reserved_sids_stays_what_it_was(tmp_path: Path):
+    # By hand, from the definition that the first release had: what trained models refer to.
+    ids = small_map()
+    text = json.dumps([[3, 3], [1, 2, 3]]).encode()
+    codes = np.array([[0, 0], [0, 1], [1, 1]], dtype="<i4").tobytes()
+    assert ids.sha256 == hashlib.sha256(text + codes).hexdigest()
+    ids.save(tmp_path)  # and files of that release, without the newer fields, can be read
+    about = json.loads((tmp_path / "semantic_ids.json").read_text())
+    for name in ("reserved", "quantizer_sha256"):
+        del about[name]
+    (tmp_path / "semantic_ids.json").write_text(json.dumps(about))
+    back = SemanticIds.load(tmp_path)
+    assert back.sha256 == ids.sha256 and back.reserved is None and back.quantizer_sha256 is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.integers(0, 14), min_size=1, max_size=10, unique=True), min_size=1, max_size=7
+    ),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+def test_no_sid_ever_changes_hands(tmp_path_factory, catalogues, strings: bool, random):
+    """Catalogues of any items in any order, one after the other."""
+    name = (lambda i: f"item {i}") if strings else (lambda i: i)
+    every = list(itertools.product(range(4), repeat=2))
+    owner: dict[tuple, object] = {}  # who ever had a SID, kept apart from the code under test
+    ids: SemanticIds | None = None
+    for catalogue in catalogues:
+        items = pl.Series("item_id", [name(i) for i in catalogue])
+        free = [sid for sid in every if sid not in owner]
+        random.shuffle(free)
+        if ids is None:
+            codes = np.array(free[: len(items)])
+            ids = SemanticIds(items, codes, (4, 4))
+        else:
+            before, known = ids.known_codes(items)
+            assert known.tolist() == [item in owner.values() for item in items]
+            assert not set(map(tuple, ids.taken_codes().tolist())) & set(free)
+            codes = before.copy()
+            codes[~known] = np.array(free[: (~known).sum()], dtype=np.int32).reshape(-1, 2)
+            last = ids.sha256
+            ids = ids.successor(items, codes)
+            assert ids.descends_from(last)
+        for item, sid in zip(items, map(tuple, ids.codes.tolist()), strict=True):
+            assert owner.setdefault(sid, item) == item
+        assert {tuple(row) for row in ids.taken_codes().tolist()} == set(owner)
+        assert ids.item_ids.to_list() == items.to_list()
+        folder = tmp_path_factory.mktemp("map")
+        ids.save(folder)
+        ids = SemanticIds.load(folder)
+    assert ids is not None and ids.version == len(catalogues)
 
 
 def test_hash_covers_ids_order_codes_and_sizes():

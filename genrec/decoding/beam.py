@@ -211,6 +211,11 @@ def advance(
         At most `width` beams, ordered by (score descending, SID ascending).
     """
     users, n_beams, n_child = child.shape
+    end_code = tensors.trie.end_code
+    if end_code is not None and level > 0:
+        # After an end mark the only child is another one: it is padding, not a choice.
+        ended = (beams.codes == end_code).unsqueeze(-1) & torch.isfinite(log_probs)
+        log_probs = log_probs.masked_fill(ended, 0.0)
     scores = (beams.scores.unsqueeze(-1) + log_probs).flatten(1)  # (U, B*M)
     flat = child.flatten(1)
     keep = min(width + 1, scores.shape[1])

@@ -24,6 +24,8 @@ class SidTrie:
         leaves: per level, the first leaf of each node and an end mark, (n_nodes[l] + 1,) int64.
         items: catalogue row of each leaf, (n_items,) int64.
         leaf_of_item: the inverse.
+        end_code: for codes of unequal length, padded with it: the code of the end mark. What
+            follows the first one is forced and costs nothing. None: all codes count.
     """
 
     tokens: tuple[np.ndarray, ...]
@@ -31,19 +33,30 @@ class SidTrie:
     leaves: tuple[np.ndarray, ...]
     items: np.ndarray
     leaf_of_item: np.ndarray
+    end_code: int | None = None
 
     @classmethod
-    def build(cls, codes: np.ndarray) -> SidTrie:
+    def build(cls, codes: np.ndarray, end_code: int | None = None) -> SidTrie:
         """Trie of distinct codes, (n_items, n_levels).
 
+        Args:
+            codes: row i is catalogue row i.
+            end_code: of a title index; see the class.
+
         Raises:
-            ValueError: there are no items, or two share a SID.
+            ValueError: there are no items, two share a SID, or something follows an end mark.
         """
         codes = np.asarray(codes)
         if codes.ndim != 2 or codes.size == 0:
             raise ValueError(
                 f"codes have shape {codes.shape}; (n_items, n_levels) with items is needed"
             )
+        if end_code is not None:
+            ended = codes == end_code
+            if (ended[:, :-1] & ~ended[:, 1:]).any() or not ended[:, -1].all():
+                raise ValueError(
+                    f"end_code={end_code} must end every row, and only itself may follow it"
+                )
         order = np.lexsort(codes.T[::-1])
         ordered = codes[order]
         is_new = np.ones(len(codes), dtype=bool)
@@ -63,7 +76,8 @@ class SidTrie:
             raise ValueError(f"{len(codes) - len(tokens[-1])} items repeat another item's SID")
         inverse = np.empty(len(order), dtype=np.int64)
         inverse[order] = np.arange(len(order))
-        return cls(tuple(tokens), tuple(children), tuple(leaves), order.astype(np.int64), inverse)
+        rows = order.astype(np.int64)
+        return cls(tuple(tokens), tuple(children), tuple(leaves), rows, inverse, end_code)
 
     @property
     def n_levels(self) -> int:

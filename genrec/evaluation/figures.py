@@ -19,7 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from genrec.evaluation.svg import (
+from genrec.page import display_text, number
+from genrec.svg import (
     CARD,
     FONT,
     INK,
@@ -31,7 +32,6 @@ from genrec.evaluation.svg import (
     inline_svg,
     svg_style,
 )
-from genrec.page import display_text, number
 
 WIDTH = 360
 MAX_LABEL = 125  # width of the names beside a figure's rows

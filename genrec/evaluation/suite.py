@@ -24,7 +24,6 @@ import polars as pl
 from genrec.artifacts import (
     load_manifest,
     read_json,
-    require,
     sha256_bytes,
     sha256_json,
     stage_folder,
@@ -33,6 +32,7 @@ from genrec.artifacts import (
 )
 from genrec.columns import HISTORY, ITEM_INDEX, ROW_ID, SEEN, TARGET_TIME, TIMESTAMP, USER_ID
 from genrec.data.splits import content_sha256
+from genrec.embedding.vectors import content_vectors
 from genrec.evaluation.baselines import (
     UnfitData,
     item_counts,
@@ -83,7 +83,7 @@ class SplitData:
         rows: rows that lists are wanted for.
         interactions: the cleaned log, for times.
         n_items: size of the catalogue.
-        vectors: item vectors, for content-kNN, or None. ``# (n_items, dim)``
+        vectors: item vectors without behaviour, for content-kNN, or None. ``# (n_items, dim)``
         filter_seen: leave out what a row has seen.
         fit_on: "train", or "train+valid" for the counts and neighbours that lists are made from.
         k: list length.
@@ -146,8 +146,7 @@ def load_split_data(
     train, valid = (pl.read_parquet(data / f"{n}.parquet", glob=False) for n in ("train", "valid"))
     vectors = None
     if load_manifest(run_dir, "embed") is not None:
-        require(run_dir, "embed")
-        vectors = np.load(stage_folder(run_dir, "embed") / "item_embeddings.npy")
+        vectors = content_vectors(run_dir)
     # Runs of before the hash was kept get one of the rows at hand.
     known = read_json(data / "split.json").get("split_sha256")
     return SplitData(
@@ -225,7 +224,10 @@ def _sequential_knn(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any
 
 def _content_knn(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
     if data.vectors is None:
-        raise UnfitData("content-kNN needs item vectors; run the embed stage first")
+        raise UnfitData(
+            "content-kNN needs item vectors that hold content; run the embed stage first, with "
+            "another method than collaborative"
+        )
     grid = dict(CONTENT_KNN_GRID)
     if not data.filter_seen:
         grid["self_weight"] = SELF_WEIGHTS

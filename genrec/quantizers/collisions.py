@@ -1,20 +1,47 @@
-"""Collision resolution: make codes bijective at the least added distortion, at fixed length.
+"""Collision resolution: make codes bijective, at fixed length, with the least added distortion.
 
-A prefix holds as many items as the levels below it have codes. First, from the top down, items that
-no longer fit below their prefix spill to the nearest sibling that has room; then, inside each
-prefix in which codes are shared, the last level is reassigned by an optimal matching of items to
-codes.
+Three ways, all of which end with one SID per item:
+
+- "minimal": inside each prefix in which codes are shared, the last level is matched to the items at
+  the least total distance (Kuhn 1955). Where a prefix has more items than codes, those that lose
+  least move to the nearest sibling prefix with room first.
+- "sinkhorn": items that share a SID are spread over the last level's codes by optimal transport, in
+  rounds, as LC-Rec (Zheng et al. 2024) and LETTER do; what is left is resolved as above.
+- "suffix": one level is appended that numbers the items of each SID, as TIGER (Rajput et al. 2023)
+  does; nothing moves, but every item gets one token more, and that token describes nothing.
+
+New items of a living catalogue are placed around the SIDs that are taken (`place_items`).
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import cdist
 
-from genrec.quantizers.quality import collision_rate
+from genrec.quantizers.quality import collision_rate, row_ids, shared_rows
+from genrec.quantizers.quantizer import (
+    BLOCK_ROWS,
+    CodeArray,
+    FloatArray,
+    Quantizer,
+    check_capacity,
+    check_codes,
+    check_input,
+)
+
+logger = logging.getLogger(__name__)
+
+Method = Literal["minimal", "sinkhorn", "suffix"]
+METHODS: tuple[Method, ...] = ("minimal", "sinkhorn", "suffix")
+IntArray = npt.NDArray[np.int64]
+
+_SINKHORN_ROUNDS, _SINKHORN_STEPS, _SINKHORN_EPSILON = 20, 50, 0.003  # LC-Rec's
 
 
 @dataclass(frozen=True)
@@ -22,15 +49,22 @@ class CollisionReport:
     """What the resolution found and did.
 
     Attributes:
+        method: "minimal", "sinkhorn" or "suffix".
         rate_before: items that share a SID / items, before.
-        identical_vectors: items whose vector equals another item's exactly.
+        groups: SIDs that were shared.
+        largest_group: most items that shared one SID.
+        identical_vectors: items whose vector equals another item's exactly; no quantizer can tell
+            them apart.
         moved: items whose codes changed.
         spilled: those of them that changed above the last level.
-        distortion_before: mean squared distance of the standardised vectors to their codes.
+        distortion_before: mean squared distance of the latents to what their codes stand for.
         distortion_after: the same afterwards.
     """
 
+    method: str
     rate_before: float
+    groups: int
+    largest_group: int
     identical_vectors: int
     moved: int
     spilled: int
@@ -39,101 +73,325 @@ class CollisionReport:
 
 
 def resolve_collisions(
-    vectors: np.ndarray, codes: np.ndarray, codebooks: np.ndarray
-) -> tuple[np.ndarray, CollisionReport]:
+    quantizer: Quantizer,
+    vectors: npt.NDArray[np.floating],
+    codes: npt.NDArray[np.integer],
+    method: Method = "minimal",
+) -> tuple[CodeArray, tuple[int, ...], CollisionReport]:
     """Codes in which no two items are alike.
 
     Args:
-        vectors: vectors in the codebooks' space, (n_items, dim).
+        quantizer: what gave the codes.
+        vectors: its input, (n_items, dim); may be a memory map.
         codes: (n_items, n_levels).
-        codebooks: (n_levels, codebook_size, dim), summed to reconstruct.
+        method: see the module.
 
     Returns:
-        The new codes and a report.
+        The new codes (n_items, n_levels; one level more for "suffix"), their codebook sizes, and a
+        report.
 
     Raises:
-        ValueError: there are more items than SIDs.
+        ValueError: there are more items than SIDs, or shapes disagree.
     """
-    n_levels, size = codebooks.shape[:2]
-    if len(codes) > size**n_levels:
+    sizes = quantizer.codebook_sizes
+    if method not in METHODS:
+        raise ValueError(f"collisions={method!r} is none of {', '.join(METHODS)}")
+    check_codes(codes, sizes)
+    check_input(vectors, quantizer.dim)
+    if len(codes) != len(vectors):
+        raise ValueError(f"{len(codes)} rows of codes for {len(vectors)} vectors")
+    old = np.ascontiguousarray(codes, dtype=np.int32)
+    if method == "suffix":
+        new = np.column_stack([old, _rank_in_group(row_ids(old)).astype(np.int32)])
+        # Twice the room that is needed today, for the items of tomorrow.
+        new_sizes = (*sizes, 2 * (int(new[:, -1].max()) + 1))
+    else:
+        check_capacity(len(codes), sizes)
+        new, new_sizes = old.copy(), sizes
+        state = _Placement(quantizer, vectors, new, n_fixed=0)
+        if method == "sinkhorn":
+            state.spread_by_sinkhorn()
+        state.make_distinct()
+    assert not shared_rows(new).any()
+    return new, new_sizes, _report(quantizer, vectors, old, new, method)
+
+
+def place_items(
+    quantizer: Quantizer,
+    vectors: npt.NDArray[np.floating],
+    taken: npt.NDArray[np.integer],
+    codebook_sizes: tuple[int, ...],
+) -> CodeArray:
+    """Codes of new items, none of them taken, none shared, nothing else moved.
+
+    Args:
+        quantizer: what the taken codes come from.
+        vectors: the new items', (n_new, dim).
+        taken: codes that are in use or reserved, distinct, (n_taken, n_levels).
+        codebook_sizes: the map's: the quantizer's, and a suffix level if it has one.
+
+    Returns:
+        (n_new, n_levels) int32.
+
+    Raises:
+        ValueError: no room is left, taken codes repeat, or shapes disagree.
+    """
+    sizes = quantizer.codebook_sizes
+    check_codes(taken, codebook_sizes)
+    if shared_rows(np.asarray(taken)).any():
+        raise ValueError("taken codes share a SID; resolve that map first")
+    if len(vectors) == 0:
+        return np.empty((0, len(codebook_sizes)), dtype=np.int32)
+    if codebook_sizes[:-1] == sizes:
+        return _place_by_suffix(quantizer.encode(vectors), np.asarray(taken), codebook_sizes)
+    if codebook_sizes != sizes:
         raise ValueError(
-            f"{len(codes)} items exceed the {size**n_levels} SIDs of {n_levels} levels x {size} "
-            "codes; "
-            "add a level or enlarge codebook_size"
+            f"the map has codebooks of {codebook_sizes}, the quantizer of {sizes}; they don't "
+            "belong together"
         )
-    new = codes.astype(np.int32).copy()
-    for level in range(n_levels - 1):
-        _spill(new, vectors, codebooks, level)
-    spilled = (new[:, :-1] != codes[:, :-1]).any(axis=1)
-    residual = vectors - _reconstruct(new[:, :-1], codebooks[:-1])
-    for rows in _groups(new[:, :-1]):
-        if len(np.unique(new[rows, -1])) < len(rows):
-            cost = cdist(residual[rows], codebooks[-1], "sqeuclidean")
-            new[rows, -1] = linear_sum_assignment(cost)[1]
-    _, inverse, counts = np.unique(vectors, axis=0, return_inverse=True, return_counts=True)
-    return new, CollisionReport(
-        rate_before=collision_rate(codes),
-        identical_vectors=int((counts[inverse.ravel()] > 1).sum()),
-        moved=int((new != codes).any(axis=1).sum()),
-        spilled=int(spilled.sum()),
-        distortion_before=_distortion(vectors, codes, codebooks),
-        distortion_after=_distortion(vectors, new, codebooks),
+    check_capacity(len(taken) + len(vectors), sizes)
+    codes = np.concatenate([taken, quantizer.encode(vectors)]).astype(np.int32)
+    _Placement(quantizer, vectors, codes, n_fixed=len(taken)).make_distinct()
+    assert not shared_rows(codes).any()
+    return codes[len(taken) :]
+
+
+def _place_by_suffix(
+    encoded: CodeArray, taken: npt.NDArray[np.integer], sizes: tuple[int, ...]
+) -> CodeArray:
+    """New items below a suffix level: numbers after the highest that their SID has."""
+    ids = row_ids(np.concatenate([taken[:, :-1], encoded]))
+    old, new = ids[: len(taken)], ids[len(taken) :]
+    first = np.zeros(ids.max() + 1, dtype=np.int64)
+    np.maximum.at(first, old, taken[:, -1] + 1)
+    suffix = first[new] + _rank_in_group(new)
+    if (full := suffix >= sizes[-1]).any():
+        raise ValueError(
+            f"{int(full.sum())} new items have no suffix left among the {sizes[-1]} of their SID; "
+            "quantize the whole catalogue anew"
+        )
+    return np.column_stack([encoded, suffix]).astype(np.int32)
+
+
+def _report(
+    quantizer: Quantizer,
+    vectors: npt.NDArray[np.floating],
+    old: CodeArray,
+    new: CodeArray,
+    method: str,
+) -> CollisionReport:
+    counts = np.bincount(row_ids(old))
+    kept = new[:, : old.shape[1]]
+    changed = kept != old
+    moved = np.flatnonzero(changed.any(axis=1))
+    before = after = 0.0
+    for start in range(0, len(old), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        before += _distortion(quantizer, vectors[block], old[block])
+    for start in range(0, len(moved), BLOCK_ROWS):
+        rows = moved[start : start + BLOCK_ROWS]
+        after += _distortion(quantizer, vectors[rows], kept[rows])
+        after -= _distortion(quantizer, vectors[rows], old[rows])
+    return CollisionReport(
+        method=method,
+        rate_before=collision_rate(old),
+        groups=int((counts > 1).sum()),
+        largest_group=int(counts.max()),
+        identical_vectors=identical_vectors(vectors),
+        moved=len(moved),
+        spilled=int(changed[:, :-1].any(axis=1).sum()),
+        distortion_before=before / len(old),
+        distortion_after=(before + after) / len(old),
     )
 
 
-def _spill(codes: np.ndarray, vectors: np.ndarray, codebooks: np.ndarray, level: int) -> None:
-    """Move items between siblings at `level` until each sibling can hold its own, in place."""
-    n_levels, size = codebooks.shape[:2]
-    capacity = size ** (n_levels - 1 - level)
-    for rows in _groups(codes[:, :level]):
-        counts = np.bincount(codes[rows, level], minlength=size)
-        if (counts <= capacity).all():
-            continue
-        residual = vectors[rows] - _reconstruct(codes[rows, :level], codebooks[:level])
-        cost = cdist(residual, codebooks[level], "sqeuclidean")
-        own = codes[rows, level].copy()
-        for full in np.flatnonzero(counts > capacity):
-            members = np.flatnonzero(own == full)
-            # Those farthest from the centroid lose least by leaving.
-            leaving = members[np.argsort(-cost[members, full], kind="stable")][
-                : len(members) - capacity
-            ]
-            for member in leaving:
-                room = np.where(counts < capacity, cost[member], np.inf)
-                target = int(room.argmin())
-                counts[full] -= 1
-                counts[target] += 1
-                own[member] = target
-        moved = own != codes[rows, level]
-        codes[rows, level] = own
-        _reencode(codes, vectors, codebooks, rows[moved], level + 1)
+def identical_vectors(vectors: npt.NDArray[np.floating]) -> int:
+    """Number of rows that equal another row in float32 (found by a 64-bit hash of each)."""
+    hashes = np.empty(len(vectors), dtype=np.int64)
+    for start in range(0, len(vectors), BLOCK_ROWS):
+        # Plus zero, so that -0.0 is 0.0.
+        rows = np.ascontiguousarray(vectors[start : start + BLOCK_ROWS], dtype=np.float32) + 0.0
+        hashes[start : start + BLOCK_ROWS] = [hash(row.tobytes()) for row in rows]
+    _, counts = np.unique(hashes, return_counts=True)
+    return int(counts[counts > 1].sum())
 
 
-def _reencode(
-    codes: np.ndarray, vectors: np.ndarray, codebooks: np.ndarray, rows: np.ndarray, level: int
-) -> None:
-    """Nearest codes from `level` on for rows whose prefix has changed, in place."""
-    residual = vectors[rows] - _reconstruct(codes[rows, :level], codebooks[:level])
-    for lower in range(level, len(codebooks)):
-        codes[rows, lower] = cdist(residual, codebooks[lower], "sqeuclidean").argmin(axis=1)
-        residual = residual - codebooks[lower][codes[rows, lower]]
+def _distortion(quantizer: Quantizer, vectors: npt.NDArray[np.floating], codes: CodeArray) -> float:
+    latents = quantizer.project(np.asarray(vectors, dtype=np.float32))
+    return float(((latents - quantizer.reconstruct(codes)) ** 2).sum(dtype=np.float64))
 
 
-def _reconstruct(codes: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
-    if codes.shape[1] == 0:
-        return np.zeros((len(codes), 1), dtype=np.float32)
-    return codebooks[np.arange(codes.shape[1]), codes].sum(axis=1)
+def _rank_in_group(ids: IntArray) -> IntArray:
+    """Position of each row among the rows of its group, in row order."""
+    order = np.argsort(ids, kind="stable")
+    starts = np.flatnonzero(np.concatenate([[True], np.diff(ids[order]) > 0]))
+    lengths = np.diff(np.append(starts, len(ids)))
+    ranks = np.empty(len(ids), dtype=np.int64)
+    ranks[order] = np.arange(len(ids)) - np.repeat(starts, lengths)
+    return ranks
 
 
-def _distortion(vectors: np.ndarray, codes: np.ndarray, codebooks: np.ndarray) -> float:
-    return float(((vectors - _reconstruct(codes, codebooks)) ** 2).sum(axis=1).mean())
+def _groups_of(ids: IntArray, wanted: npt.NDArray[np.bool_]) -> list[IntArray]:
+    """Rows of each group whose id is wanted, rows ascending."""
+    rows = np.flatnonzero(wanted[ids])
+    rows = rows[np.argsort(ids[rows], kind="stable")]
+    return np.split(rows, np.flatnonzero(np.diff(ids[rows])) + 1) if len(rows) else []
 
 
-def _groups(prefix: np.ndarray) -> list[np.ndarray]:
-    """Row numbers of each distinct prefix; one group if the prefix is empty."""
-    if prefix.shape[1] == 0:
-        return [np.arange(len(prefix))]
-    order = np.lexsort(prefix.T[::-1])
-    ordered = prefix[order]
-    starts = np.flatnonzero((ordered[1:] != ordered[:-1]).any(axis=1)) + 1
-    return np.split(order, starts)
+@dataclass
+class _Placement:
+    """Codes while they are made distinct, in place.
+
+    The first `n_fixed` rows of `codes` don't move; `vectors` are those of the rows after them.
+    """
+
+    quantizer: Quantizer
+    vectors: npt.NDArray[np.floating]
+    codes: CodeArray
+    n_fixed: int
+
+    def make_distinct(self) -> None:
+        """Spill what doesn't fit below its prefix, from the top down; then match the last level."""
+        for level in range(self.codes.shape[1] - 1):
+            self._spill(level)
+        self._match_last_level()
+
+    def _distances(self, rows: IntArray, level: int) -> FloatArray:
+        """Distances of rows (none of them fixed) to the codes of `level` below their prefixes."""
+        vectors = np.asarray(self.vectors[rows - self.n_fixed], dtype=np.float32)
+        latents = self.quantizer.project(vectors)
+        return self.quantizer.level_distances(latents, self.codes[rows, :level], level)
+
+    def _match_last_level(self) -> None:
+        """Give the items of each prefix distinct last codes at the least total distance."""
+        codes, sizes = self.codes, self.quantizer.codebook_sizes
+        last = len(sizes) - 1
+        prefixes = row_ids(codes[:, :last])
+        shared = np.zeros(prefixes.max() + 1, dtype=bool)
+        shared[prefixes[shared_rows(codes)]] = True
+        for batch in _batches(_groups_of(prefixes, shared), BLOCK_ROWS):
+            rows = np.concatenate(batch)
+            distances = self._distances(rows[rows >= self.n_fixed], last)
+            at = 0
+            for group in batch:
+                free = group[group >= self.n_fixed]
+                cost = distances[at : at + len(free)]
+                at += len(free)
+                # The codes of fixed items are not to be had.
+                taken = codes[group[group < self.n_fixed], last]
+                if not len(taken):
+                    codes[free, last] = _match(cost)
+                    continue
+                left = np.delete(np.arange(sizes[last]), taken)
+                codes[free, last] = left[_match(np.delete(cost, taken, axis=1))]
+
+    def _spill(self, level: int) -> None:
+        """Move items between siblings at `level` until each sibling can hold its own."""
+        codes, sizes = self.codes, self.quantizer.codebook_sizes
+        capacity = math.prod(sizes[level + 1 :])
+        nodes = row_ids(codes[:, : level + 1])
+        over = np.bincount(nodes) > capacity
+        if not over.any():
+            return
+        parents = row_ids(codes[:, :level])
+        crowded = np.zeros(parents.max() + 1, dtype=bool)
+        crowded[parents[over[nodes]]] = True
+        for rows in _groups_of(parents, crowded):
+            own = codes[rows, level].copy()
+            counts = np.bincount(own, minlength=sizes[level])
+            leaving = []
+            for full in np.flatnonzero(counts > capacity):
+                members = np.flatnonzero((own == full) & (rows >= self.n_fixed))
+                cost = self._distances(rows[members], level)[:, full]
+                # Those farthest from the centroid lose least by leaving.
+                surplus = counts[full] - capacity
+                leaving.append(members[np.argsort(-cost, kind="stable")][:surplus])
+                counts[full] = capacity
+            movers = np.concatenate(leaving)
+            room = np.maximum(capacity - counts, 0)
+            codes[rows[movers], level] = _fill(self._distances(rows[movers], level), room)
+            self._reencode(rows[movers], level + 1)
+
+    def _reencode(self, rows: IntArray, level: int) -> None:
+        """Nearest codes from `level` on for rows whose prefix has changed."""
+        for lower in range(level, self.codes.shape[1]):
+            for start in range(0, len(rows), BLOCK_ROWS):
+                block = rows[start : start + BLOCK_ROWS]
+                self.codes[block, lower] = self._distances(block, lower).argmin(axis=1)
+
+    def spread_by_sinkhorn(self) -> None:
+        """LC-Rec's rounds: colliding items are mapped uniformly to the last level's codes."""
+        last = self.codes.shape[1] - 1
+        for _ in range(_SINKHORN_ROUNDS):
+            rows = np.flatnonzero(shared_rows(self.codes))
+            if not len(rows):
+                return
+            for start in range(0, len(rows), BLOCK_ROWS):
+                block = rows[start : start + BLOCK_ROWS]
+                plan = uniform_plan(self._distances(block, last))
+                self.codes[block, last] = plan.argmax(axis=1)
+
+
+def _match(cost: FloatArray) -> IntArray:
+    """Column of each row in the cheapest assignment without repeats."""
+    n, width = cost.shape
+    if n == 1:
+        return cost.argmin(axis=1)
+    if 4 * n < width:  # a row never needs more than its n cheapest columns
+        cheapest = np.argpartition(cost, n, axis=1)[:, :n]
+        columns = np.unique(cheapest)
+        return columns[linear_sum_assignment(cost[:, columns])[1]]
+    return linear_sum_assignment(cost)[1]
+
+
+def _batches(groups: list[IntArray], most: int) -> list[list[IntArray]]:
+    """Groups together, at most `most` rows at once (or one larger group)."""
+    batches: list[list[IntArray]] = []
+    held = most
+    for group in groups:
+        if held + len(group) > most or not batches:
+            batches.append([])
+            held = 0
+        batches[-1].append(group)
+        held += len(group)
+    return batches
+
+
+def _fill(cost: FloatArray, room: IntArray) -> IntArray:
+    """Column of each row, none used more often than it has room; cheap rows choose first."""
+    left = room.copy()
+    chosen = np.full(len(cost), -1, dtype=np.int64)
+    open_rows = np.arange(len(cost))
+    while len(open_rows):
+        assert left.sum() >= len(open_rows), "the prefix above has room by construction"
+        wanted = np.where(left > 0, cost[open_rows], np.inf)
+        column = wanted.argmin(axis=1)
+        order = np.lexsort((wanted[np.arange(len(open_rows)), column], column))
+        accepted = order[_rank_in_group(column[order]) < left[column[order]]]
+        chosen[open_rows[accepted]] = column[accepted]
+        left -= np.bincount(column[accepted], minlength=len(left))
+        open_rows = np.delete(open_rows, accepted)
+    return chosen
+
+
+def uniform_plan(
+    distances: FloatArray, epsilon: float = _SINKHORN_EPSILON, steps: int = _SINKHORN_STEPS
+) -> FloatArray:
+    """Entropic transport of rows to columns, all columns alike full (Cuturi 2013), (n, size).
+
+    Distances are centred and scaled to [-1, 1] first, as in LC-Rec, so that `epsilon` doesn't
+    depend on their unit. Computed on logarithms, where a small epsilon can't underflow.
+    """
+    low, high = float(distances.min()), float(distances.max())
+    middle, half = (low + high) / 2, max((high - low) / 2, 1e-12)
+    log_plan = -((distances - middle) / half).astype(np.float64) / epsilon
+    n, size = log_plan.shape
+    for _ in range(steps):
+        log_plan -= _logsumexp(log_plan, 0) + np.log(size)
+        log_plan -= _logsumexp(log_plan, 1) + np.log(n)
+    return np.exp(log_plan + np.log(n)).astype(np.float32)
+
+
+def _logsumexp(values: npt.NDArray[np.float64], axis: int) -> npt.NDArray[np.float64]:
+    top = values.max(axis=axis, keepdims=True)
+    return top + np.log(np.exp(values - top).sum(axis=axis, keepdims=True))

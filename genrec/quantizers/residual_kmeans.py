@@ -1,21 +1,39 @@
 """Residual k-means: level l clusters what levels 0 … l-1 left over.
 
 The quantizer of OneRec (Zhou et al. 2025) and GREAM; GRID (Ju et al. 2025) compares it with RQ-VAE.
-Clusters by scikit-learn with k-means++ on all data, where GRID stops after 30 steps on a buffer.
+k-means++ on all data (or a large sample), where GRID stops after 30 steps on a buffer. With a cap
+on how full a code may get it is the balanced variant that OneRec and MiniOneRec use.
+
+GRID's normalised residuals: what a level leaves over is scaled to unit length before the next level
+clusters it. Items of dense and of sparse regions then use the lower codebooks alike, which raises
+their perplexity and lowers collisions at no cost to level 1. To decode, the length that was divided
+out is estimated by its mean below each code.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
-from sklearn.cluster import KMeans, MiniBatchKMeans
+import numpy.typing as npt
+from safetensors.numpy import save_file
 
-# Above this many items Lloyd's passes over all of them stop paying; mini-batches take over.
-_MINI_BATCH_ITEMS = 200_000
-_ENCODE_ROWS = 65_536
+from genrec.quantizers.kmeans import fit_rows, kmeans, nearest_codes
+from genrec.quantizers.projection import Kind, Projection, sample_rows
+from genrec.quantizers.quantizer import (
+    CodeArray,
+    FloatArray,
+    check_codes,
+    check_distinct,
+    check_input,
+    check_settings,
+    encode_by_levels,
+    read_tensors,
+    squared_distances,
+)
 
 
 @dataclass(frozen=True)
@@ -23,85 +41,156 @@ class ResidualKMeans:
     """A fitted residual quantizer.
 
     Attributes:
-        mean: subtracted from every vector, (dim,).
-        scale: every vector is divided by it afterwards; one number, so that directions of little
-            variance are not blown up.
-        codebooks: centroids, (n_levels, codebook_size, dim).
+        projection: what happens to vectors first.
+        codebooks: centroids, one array (codebook_size, latent_dim) per level.
+        prices: what a balanced fit adds to the distances, one (codebook_size,) per level.
+        norms: mean length of what each code leaves over, one (codebook_size,) per level but the
+            last; None if residuals aren't normalised.
+        seed: what it was fitted with.
     """
 
-    mean: np.ndarray
-    scale: float
-    codebooks: np.ndarray
+    kind: ClassVar[str] = "residual-kmeans"
+
+    projection: Projection
+    codebooks: tuple[FloatArray, ...]
+    prices: tuple[FloatArray, ...]
+    norms: tuple[FloatArray, ...] | None
+    seed: int
 
     @classmethod
     def fit(
-        cls, vectors: np.ndarray, n_levels: int, codebook_size: int, seed: int = 0, n_init: int = 1
+        cls,
+        vectors: npt.NDArray[np.floating],
+        codebook_sizes: tuple[int, ...],
+        seed: int = 0,
+        n_init: int = 1,
+        max_fill: float | None = None,
+        standardize: Kind = "scale",
+        pca_dim: int | None = None,
+        normalize_residuals: bool = False,
     ) -> ResidualKMeans:
         """Fit level by level.
 
         Args:
-            vectors: item vectors, (n_items, dim), finite.
-            n_levels: tokens per item.
-            codebook_size: centroids per level.
-            seed: of the k-means++ initialisation.
+            vectors: item vectors, (n_items, dim), finite; may be a memory map.
+            codebook_sizes: centroids per level.
+            seed: of the k-means++ starts and the sample.
             n_init: restarts per level; the lowest inertia wins.
+            max_fill: cap on a code's items at each level, as a multiple of an even share; the
+                perplexity of a level then is at least codebook_size / max_fill. None: no cap.
+            standardize: see `Projection.fit`.
+            pca_dim: see `Projection.fit`.
+            normalize_residuals: scale what a level leaves over to unit length.
 
         Raises:
-            ValueError: the codebook has more entries than there are distinct items.
+            ValueError: wrong shape, NaN or inf, fewer distinct vectors than codes, bad settings.
         """
-        distinct = len(np.unique(vectors, axis=0))
-        if codebook_size > distinct:
-            raise ValueError(
-                f"codebook_size={codebook_size} exceeds the {distinct} distinct item vectors; "
-                f"use at most {distinct}"
-            )
-        mean = vectors.mean(axis=0)
-        scale = float((vectors - mean).std()) or 1.0
-        residual = ((vectors - mean) / scale).astype(np.float32)
-        codebooks = []
-        for level in range(n_levels):
-            kind = KMeans if len(vectors) <= _MINI_BATCH_ITEMS else MiniBatchKMeans
-            kmeans = kind(codebook_size, n_init=n_init, random_state=seed + level).fit(residual)
-            centroids = kmeans.cluster_centers_.astype(np.float32)
-            residual = residual - centroids[_nearest(residual, centroids)]
+        check_settings(codebook_sizes, n_init, max_fill)
+        check_input(vectors)
+        rows = sample_rows(vectors, fit_rows(max(codebook_sizes)), seed)
+        check_distinct(rows, codebook_sizes)
+        projection = Projection.fit(vectors, standardize, pca_dim, seed)
+        residual = projection.apply(rows)
+        codebooks, prices, norms = [], [], []
+        for level, size in enumerate(codebook_sizes):
+            centroids, price = kmeans(residual, size, seed + 7919 * level, n_init, max_fill)
+            codes = nearest_codes(residual, centroids, price)
+            residual = residual - centroids[codes]
             codebooks.append(centroids)
-        return cls(mean.astype(np.float32), scale, np.stack(codebooks))
+            prices.append(price)
+            if normalize_residuals:
+                residual, length = _unit(residual)
+                norms.append(_mean_by_code(length, codes, size))
+        kept = tuple(norms[:-1]) if normalize_residuals else None
+        return cls(projection, tuple(codebooks), tuple(prices), kept, seed)
 
-    def encode(self, vectors: np.ndarray) -> np.ndarray:
-        """Codes of shape (n, n_levels), int32."""
-        residual = self.standardize(vectors)
-        codes = np.empty((len(vectors), len(self.codebooks)), dtype=np.int32)
-        for level, centroids in enumerate(self.codebooks):
-            codes[:, level] = _nearest(residual, centroids)
-            residual = residual - centroids[codes[:, level]]
-        return codes
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Number of codes per level."""
+        return tuple(len(codebook) for codebook in self.codebooks)
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
+    @property
+    def dim(self) -> int:
+        """Dimensions of the vectors that it encodes."""
+        return len(self.projection.mean)
+
+    def project(self, vectors: npt.NDArray[np.floating]) -> FloatArray:
+        """Vectors (n, dim) in the space of the codebooks, (n, latent_dim) float32."""
+        return self.projection.apply(vectors)
+
+    def level_distances(self, latents: FloatArray, prefix: CodeArray, level: int) -> FloatArray:
+        """Squared distances of the residuals to the codes of `level`, (n, codebook_size).
+
+        Below the first level they are in units of the residual's length if that is normalised.
+        """
+        residual = latents
+        for above in range(level):
+            residual = residual - self.codebooks[above][prefix[:, above]]
+            if self.norms is not None:
+                residual, _ = _unit(residual)
+        return squared_distances(residual, self.codebooks[level])
+
+    def level_bias(self, level: int) -> FloatArray | None:
+        """Prices of a level's codes; None if they are all zero."""
+        return self.prices[level] if self.prices[level].any() else None
+
+    def encode(self, vectors: npt.NDArray[np.floating]) -> CodeArray:
+        """Codes of vectors (n, dim), (n, n_levels) int32."""
+        return encode_by_levels(self, vectors)
+
+    def reconstruct(self, codes: CodeArray) -> FloatArray:
+        """Sum of the codes' centroids, (n, latent_dim)."""
+        check_codes(codes, self.codebook_sizes)
+        latents = np.zeros((len(codes), self.codebooks[0].shape[1]), dtype=np.float32)
+        length = np.ones((len(codes), 1), dtype=np.float32)
+        for level, codebook in enumerate(self.codebooks):
+            if level > 0 and self.norms is not None:
+                length = length * self.norms[level - 1][codes[:, level - 1], None]
+            latents += length * codebook[codes[:, level]]
+        return latents
+
+    def decode(self, codes: CodeArray) -> FloatArray:
         """Reconstructed vectors, (n, dim), in the space of the input."""
-        levels = np.arange(codes.shape[1])
-        return self.codebooks[levels, codes].sum(axis=1) * self.scale + self.mean
-
-    def standardize(self, vectors: np.ndarray) -> np.ndarray:
-        """Vectors in the space of the codebooks, (n, dim) float32."""
-        return ((vectors - self.mean) / self.scale).astype(np.float32)
+        return self.projection.invert(self.reconstruct(codes))
 
     def save(self, path: Path | str) -> None:
         """Write one safetensors file."""
-        tensors = {"mean": self.mean, "codebooks": self.codebooks, "scale": np.array([self.scale])}
-        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
+        tensors = self.projection.tensors()
+        for level, (codebook, price) in enumerate(zip(self.codebooks, self.prices, strict=True)):
+            tensors |= {f"codebook.{level}": codebook, f"prices.{level}": price}
+        tensors |= {f"norms.{level}": norms for level, norms in enumerate(self.norms or ())}
+        about = {
+            "kind": self.kind,
+            "seed": self.seed,
+            "n_levels": len(self.codebooks),
+            "normalize_residuals": self.norms is not None,
+        }
+        save_file(tensors, path, {"genrec": json.dumps(about)})
 
     @classmethod
     def load(cls, path: Path | str) -> ResidualKMeans:
         """Read what `save` wrote."""
-        tensors = load_file(path)
-        return cls(tensors["mean"], float(tensors["scale"][0]), tensors["codebooks"])
+        tensors, about = read_tensors(path, cls.kind)
+        levels = range(about["n_levels"])
+        return cls(
+            Projection.from_tensors(tensors),
+            tuple(tensors[f"codebook.{level}"] for level in levels),
+            tuple(tensors[f"prices.{level}"] for level in levels),
+            tuple(tensors[f"norms.{level}"] for level in levels[:-1])
+            if about["normalize_residuals"]
+            else None,
+            about["seed"],
+        )
 
 
-def _nearest(rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Index of the nearest centroid per row, (n,) int32; the lower index wins a tie."""
-    half = 0.5 * (centroids**2).sum(axis=1)
-    nearest = np.empty(len(rows), dtype=np.int32)
-    for start in range(0, len(rows), _ENCODE_ROWS):  # bounds the distance matrix
-        block = rows[start : start + _ENCODE_ROWS]
-        nearest[start : start + _ENCODE_ROWS] = np.argmin(half - block @ centroids.T, axis=1)
-    return nearest
+def _unit(rows: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Rows of unit length (n, dim), zero ones left as they are, and their lengths (n,)."""
+    length = np.linalg.norm(rows, axis=1)
+    return rows / np.where(length > 0, length, 1.0)[:, None], length
+
+
+def _mean_by_code(values: FloatArray, codes: npt.NDArray[np.integer], size: int) -> FloatArray:
+    """Mean of each code's values, (size,); the mean of all where a code has none."""
+    counts = np.bincount(codes, minlength=size)
+    sums = np.bincount(codes, weights=values, minlength=size)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), values.mean()).astype(np.float32)

@@ -261,3 +261,27 @@ def test_models_without_full_attention_are_refused(reference: Any):
     with pytest.raises(ValueError, match="chunked_attention"):
         TorchEngine(chunked, trie, ids, 0)
     TorchEngine(Qwen3ForCausalLM(Qwen3Config(**size, sliding_window=4)), trie, ids, 0)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_codes_of_unequal_length_count_up_to_their_end_mark(reference: Any, normalizer: str):
+    """A title index: codes are token ids, padded with the end mark, which then costs nothing."""
+    end, longest, vocab = 7, 5, reference.tiny_model().config.vocab_size
+    rng = np.random.default_rng(0)
+    titles = {tuple(rng.integers(8, 12, rng.integers(1, longest + 1))) for _ in range(40)}
+    codes = np.array([[*t, *[end] * (longest + 1 - len(t))] for t in sorted(titles)])
+    lengths = np.array([len(t) for t in sorted(titles)])
+    assert len(set(lengths)) > 2 and any(
+        a[: len(b)] == b for a in titles for b in titles if a != b
+    )  # some title is the beginning of another
+    ids = [list(range(vocab))] * codes.shape[1]
+    model, prompts = reference.tiny_model(), reference.random_prompts(1, 4)
+    engine = TorchEngine(model, SidTrie.build(codes, end), ids, 0, normalizer)
+    truth = reference.exhaustive(model, prompts, codes, ids, normalizer)
+    truth[:, np.arange(codes.shape[1]) > lengths[:, None]] = 0.0
+    result = engine.search(prompts, len(codes), len(codes))
+    reference.assert_same_lists(result.items, result.scores, truth.sum(-1), TOLERANCE)
+    padding = np.arange(codes.shape[1]) > lengths[result.items][:, :, None]
+    assert padding.any() and (result.level_log_probs[padding] == 0).all()
+    narrow = engine.search(prompts, 3, 4)
+    assert (narrow.items[narrow.certified] == result.items[narrow.certified, :3]).all()

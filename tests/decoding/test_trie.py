@@ -149,3 +149,10 @@ def test_unusable_lists_are_refused():
             trie.allow(np.array([0, wrong]))
         with pytest.raises(ValueError, match="there are 0..5"):
             trie.everything().exclude(np.array([0]), np.array([wrong]))
+
+
+def test_end_marks_close_every_row():
+    assert SidTrie.build(np.array([[1, 9, 9], [1, 2, 9]]), end_code=9).end_code == 9
+    for codes in ([[1, 9, 2], [1, 2, 9]], [[1, 2, 3], [1, 9, 9]]):
+        with pytest.raises(ValueError, match="end_code=9 must end every row"):
+            SidTrie.build(np.array(codes), end_code=9)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 import pytest
 
-from genrec.embedding.lsa import item_texts, lsa_vectors
+from genrec.embedding.lsa import LSA, fit_lsa, item_texts
 
 TEXTS = [
     "red wool hat", "blue wool hat", "red wool scarf", "steel tea pot", "oak tea tray",
     "steel tea tray", "cork yoga mat", "blue yoga mat",
 ]  # fmt: skip
+
+
+def lsa_vectors(texts: list[str], dim: int, seed: int = 0) -> np.ndarray:
+    return fit_lsa(texts, dim, seed)[1]
 
 
 def test_deterministic_unit_rows_that_know_what_is_alike():
@@ -27,6 +33,24 @@ def test_equal_texts_get_equal_vectors_and_unknown_terms_a_zero_row():
     vectors = lsa_vectors([*TEXTS, "red wool hat", "unheardof"], 4)
     assert vectors[8] == pytest.approx(vectors[0], abs=1e-6)
     assert (vectors[9] == 0).all() and np.isfinite(vectors).all()
+
+
+def test_later_items_get_vectors_in_the_same_space(tmp_path: Path):
+    fitted, vectors = fit_lsa(TEXTS, 4)
+    fitted.save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lsa.json", "lsa.safetensors"]
+    loaded = LSA.load(tmp_path)
+    assert loaded.terms == fitted.terms and "tea tray" in loaded.terms
+    assert loaded.components.shape == (4, len(loaded.terms))
+    assert loaded.encode(TEXTS) == pytest.approx(vectors, abs=1e-6)
+    # Alone, in another order, with words that nobody had: nothing of that moves a vector.
+    assert loaded.encode([TEXTS[5]])[0] == pytest.approx(vectors[5], abs=1e-6)
+    new = loaded.encode(["red wool hat unheardof", "unheardof", ""])
+    assert new[0] == pytest.approx(vectors[0], abs=1e-6) and not new[1:].any()
+    # By hand: two known terms, each once, idf = ln((1 + 8) / (1 + n)) + 1.
+    idf = {"blue": np.log(9 / 3) + 1, "tea": np.log(9 / 4) + 1}
+    row = sum(idf[t] * loaded.components[:, loaded.terms.index(t)] for t in idf)
+    assert loaded.encode(["blue tea"])[0] == pytest.approx(row / np.linalg.norm(row), abs=1e-5)
 
 
 def test_too_many_dimensions_names_the_limit():
@@ -55,3 +79,25 @@ def test_item_texts_leave_out_what_is_missing():
         }
     )
     assert item_texts(catalog) == ["Hat. Shop, Hats. Warm", "Pot. Acme"]
+
+
+def test_item_texts_for_language_models():
+    catalog = pl.DataFrame(
+        {
+            "title": ["Hat ", None, None],
+            "categories": [["Shop", "Hats"], [], ["Shop"]],
+            "brand": ["Acme", None, " "],
+            "description": ["Warm", None, None],
+        },
+        schema_overrides={"categories": pl.List(pl.String)},
+    )
+    assert item_texts(catalog, labelled=True) == [
+        "Hat. Shop > Hats. Brand: Acme. Warm.",
+        "",
+        "Shop.",
+    ]
+    assert item_texts(catalog, ["brand", "title"], labelled=True) == ["Brand: Acme. Hat.", "", ""]
+    assert item_texts(catalog, ["title", "brand"], labelled=True) == ["Hat. Brand: Acme", "", ""]
+    for fields in ([], ["title", "title"], ["price"]):
+        with pytest.raises(ValueError, match="must name some of title, categories"):
+            item_texts(catalog, fields)

@@ -195,7 +195,7 @@ def test_lora_on_a_pretrained_model(run_dir, own_csv, tiny, tmp_path):
 
 
 def test_python_snippet(run_dir, capsys):
-    (snippet,) = [block for kind, block in BLOCKS if kind == "python"]
+    (snippet,) = [block for kind, block in BLOCKS if kind == "python" and "Recommender" in block]
     catalog = pl.read_parquet(run_dir / "data" / "catalog.parquet")
     ids = catalog[ITEM_ID].to_list()
     snippet = snippet.replace("runs/quickstart", str(run_dir))
@@ -204,6 +204,48 @@ def test_python_snippet(run_dir, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert all(any(title in line for title in catalog[TITLE]) for line in lines)
+
+
+def test_quantizer_snippet():
+    (snippet,) = [block for kind, block in BLOCKS if kind == "python" and "vectors" in block]
+    values: dict = {}
+    exec(compile(snippet, "README.md", "exec"), values)
+    assert values["codes"].shape == (2000, 3) and values["report"].rate_before > 0
+    assert len({tuple(row) for row in values["codes"].tolist()}) == 2000
+
+
+def test_a_later_catalogue(run_dir, own_csv, tmp_path):
+    """The README's three commands, on the same files without one product and with a new one."""
+    files, configs = own_csv
+    later = tmp_path / "files"
+    later.mkdir()
+    orders = pl.read_csv(files / "orders.csv")
+    gone = orders["sku"].value_counts().sort("count", "sku")["sku"][0]
+    orders.filter(pl.col("sku") != gone).write_csv(later / "orders.csv")
+    products = pl.read_csv(files / "products.csv").filter(pl.col("sku") != gone)
+    new = products[:1].with_columns(sku=pl.lit("BRAND-NEW"), name=pl.lit("A brand-new thing"))
+    pl.concat([products, new]).write_csv(later / "products.csv")
+    run = tmp_path / "next"
+    prepare = ["genrec", "prepare", "--config", str(configs / "prepare.yaml")]
+    commands = [[*prepare, "--run_dir", str(run), "--data_dir", str(later)]]
+    commands += [list(c) for c in COMMANDS if "runs/next" in c]
+    assert [c[1] for c in commands] == ["prepare", "embed", "quantize", "recommend"]
+    places = {"runs/next": str(run), "runs/mine": str(run_dir)}
+    for command in commands:
+        done = call([places.get(word, word) for word in command])
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    columns = ["item_id", "sid"]
+    old, now = (
+        pl.read_parquet(r / "semantic_ids" / "items.parquet", columns=columns)
+        for r in (run_dir, run)
+    )
+    assert set(old["item_id"]) - set(now["item_id"]) == {gone}
+    assert set(now["item_id"]) - set(old["item_id"]) == {"BRAND-NEW"}
+    kept = old.join(now, "item_id", suffix="_now")
+    assert len(kept) == len(old) - 1 and (kept["sid"] == kept["sid_now"]).all()
+    assert now.filter(pl.col("item_id") == "BRAND-NEW")["sid"][0] not in set(old["sid"])
+    lists = pl.read_parquet(run / "recommendations" / "recommendations-00000.parquet")
+    assert gone not in set(lists["item_id"])
 
 
 def test_no_placeholder_is_left():

@@ -1,0 +1,281 @@
+"""Benchmark: every quantizer on one catalogue beside a published index, and their scale.
+
+    python recipes/benchmarks/quantizers.py --run_dir runs/beauty --letter_index letter_sids.json
+    python recipes/benchmarks/quantizers.py --scale 1000000 10000000
+    python recipes/benchmarks/quantizers.py --quick          # a synthetic shop and 100,000 items
+
+`--run_dir` is a run with prepare and embed done, embed with `collaborative`: quantizers get the
+fused vectors (those marked "text" the text vectors); neighbours by content are measured on the text
+vectors, co-purchases on training rows, "held_out" on each user's last training item and validation
+target. `--letter_index` is LETTER's published index.json of the same catalogue, measured by the
+same code. "faiss RQ" is faiss's ResidualQuantizer, what one would otherwise take for residual
+codes.
+
+`--scale` draws clustered vectors of 256 dimensions (float16, on disk, memory-mapped) and times
+fitting, encoding and resolving in a process of its own; its peak memory counts mapped pages. CPU
+only. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from genrec.artifacts import stage_folder, write_json
+from genrec.columns import HISTORY, ITEM_ID, TARGET
+from genrec.data.splits import read_split
+from genrec.embedding.collaborative import training_histories
+from genrec.quantizers.collisions import resolve_collisions
+from genrec.quantizers.hierarchical_kmeans import HierarchicalKMeans
+from genrec.quantizers.index_files import read_index, resolve_shared
+from genrec.quantizers.neighbours import (
+    co_purchases,
+    nearest_vectors,
+    neighbour_preservation,
+    pair_preservation,
+)
+from genrec.quantizers.presets import preset
+from genrec.quantizers.product import ProductQuantizer
+from genrec.quantizers.quality import attribute_agreement, collision_rate, level_usage
+from genrec.quantizers.residual_kmeans import ResidualKMeans
+
+WHITE: dict[str, Any] = {"standardize": "whiten", "normalize_residuals": True}
+DIM = 256  # of the vectors at scale
+
+
+class Shop:
+    """A run's vectors and what its indexes are measured by."""
+
+    def __init__(self, run_dir: Path) -> None:
+        data, embedded = stage_folder(run_dir, "prepare"), stage_folder(run_dir, "embed")
+        self.catalog = pl.read_parquet(data / "catalog.parquet", glob=False)
+        self.fused = np.load(embedded / "item_embeddings.npy")
+        if not (embedded / "text_embeddings.npy").exists():
+            raise SystemExit(f"{run_dir}: embed was run without `collaborative`; run it with")
+        self.text = np.load(embedded / "text_embeddings.npy")
+        sequences = training_histories(read_split(run_dir, "train", "benchmark"))
+        valid = read_split(run_dir, "valid", "benchmark").filter(pl.col(HISTORY).list.len() > 0)
+        self.near = nearest_vectors(self.text, 10)
+        self.bought = co_purchases(sequences, len(self.catalog), 10)
+        self.pairs = (valid[HISTORY].list.last().to_numpy(), valid[TARGET].to_numpy())
+
+    def measure(self, codes: np.ndarray, sizes: tuple[int, ...]) -> dict[str, Any]:
+        """Quality of codes that no two items share."""
+        near = neighbour_preservation(codes, self.near)
+        agreement = attribute_agreement(codes, self.catalog)
+        told = agreement.get("categories") or agreement.get("brand")
+        ami = told["prefixes"][0]["adjusted_mutual_information"] if told else None
+        found = {
+            "collisions_after": collision_rate(codes),
+            "perplexity": [round(u["perplexity"], 1) for u in level_usage(codes, sizes)],
+            "copurchase_neighbours": neighbour_preservation(codes, self.bought)["same_code"][0],
+            "held_out_pairs": pair_preservation(codes, *self.pairs)["same_code"][0],
+            "vector_neighbours": near["same_code"][0],
+            "chance": near["chance"][0],
+            "ami": ami,
+        }
+        return {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}
+
+
+def fits(size: int, pca_dim: int, epochs: int) -> dict[str, tuple[bool, Callable[..., Any]]]:
+    """Name -> (whether it gets the fused vectors, how it is fitted)."""
+    white, levels = {**WHITE, "pca_dim": pca_dim}, (size,) * 3
+
+    def rqvae(name: str, **changes: Any) -> Callable[..., Any]:
+        def fit(vectors: np.ndarray) -> Any:
+            from genrec.quantizers.rqvae import RQVAE
+
+            shape = {"n_levels": 3, "codebook_size": size, "epochs": epochs}
+            return RQVAE.fit(vectors, preset(name, **{**shape, **changes}), progress=False)
+
+        return fit
+
+    return {
+        "residual-kmeans text": (False, lambda v: ResidualKMeans.fit(v, levels)),
+        "residual-kmeans": (True, lambda v: ResidualKMeans.fit(v, levels)),
+        "residual-kmeans balanced": (True, lambda v: ResidualKMeans.fit(v, levels, max_fill=1.5)),
+        "residual-kmeans normalised": (
+            True,
+            lambda v: ResidualKMeans.fit(v, levels, normalize_residuals=True),
+        ),
+        "residual-kmeans whitened": (True, lambda v: ResidualKMeans.fit(v, levels, **white)),
+        "residual-kmeans whitened 4 levels": (
+            True,
+            lambda v: ResidualKMeans.fit(v, (size,) * 4, **white),
+        ),
+        "hierarchical-kmeans balanced": (
+            True,
+            lambda v: HierarchicalKMeans.fit(v, (size // 4,) * 3, max_fill=1.5, progress=False),
+        ),
+        "opq": (True, lambda v: ProductQuantizer.fit(v, (size,) * 4)),
+        "rqvae": (True, rqvae("default")),
+        "rqvae tiger": (True, rqvae("tiger")),
+    }
+
+
+def faiss_codes(vectors: np.ndarray, size: int) -> np.ndarray:
+    """Codes of faiss's own residual quantizer."""
+    import faiss
+
+    bits = int(np.log2(size))
+    quantizer = faiss.ResidualQuantizer(vectors.shape[1], 3, bits)
+    quantizer.train(vectors)
+    packed = quantizer.compute_codes(vectors)
+    return unpack(packed, 3, bits)
+
+
+def unpack(packed: np.ndarray, levels: int, bits: int) -> np.ndarray:
+    """Little-endian bit strings -> one integer per level."""
+    flat = np.unpackbits(packed, axis=1, bitorder="little")[:, : levels * bits]
+    weights = 1 << np.arange(bits)
+    return (flat.reshape(len(packed), levels, bits) * weights).sum(axis=2).astype(np.int32)
+
+
+def on_catalogue(args: argparse.Namespace, size: int, pca_dim: int) -> dict[str, Any]:
+    """Every quantizer and the published index on one catalogue."""
+    shop = Shop(args.run_dir)
+    found: dict[str, Any] = {}
+    for name, (fused, fit) in fits(size, pca_dim, args.epochs).items():
+        if args.only and name not in args.only:
+            continue
+        vectors = shop.fused if fused else shop.text
+        started = time.perf_counter()
+        quantizer = fit(vectors)
+        seconds = time.perf_counter() - started
+        codes = quantizer.encode(vectors)
+        new, sizes, _ = resolve_collisions(quantizer, vectors, codes)
+        before = {"fit_s": round(seconds, 1), "collisions_before": round(collision_rate(codes), 4)}
+        found[name] = before | shop.measure(new, sizes)
+        print(name, found[name], flush=True)
+    started = time.perf_counter()
+    codes, sizes = faiss_codes(shop.fused, size), (size,) * 3
+    seconds = time.perf_counter() - started
+    before = {"fit_s": round(seconds, 1), "collisions_before": round(collision_rate(codes), 4)}
+    found["faiss RQ"] = before | shop.measure(resolve_shared(codes, sizes, shop.fused), sizes)
+    print("faiss RQ", found["faiss RQ"], flush=True)
+    report: dict[str, Any] = {"items": len(shop.catalog), "quantizers": found, "letter": None}
+    if args.letter_index:
+        index = read_index(args.letter_index, shop.catalog[ITEM_ID], args.index_offset)
+        sizes = index.codebook_sizes
+        distinct = resolve_shared(index.codes, sizes, shop.text)
+        rate = {"collisions_before": round(collision_rate(index.codes), 4)}
+        report["letter"] = rate | shop.measure(distinct, sizes)
+        print("letter", report["letter"], flush=True)
+    return report
+
+
+def at_scale(n_items: int) -> dict[str, Any]:
+    """Time and memory of fitting, encoding and resolving so many items; runs in its own process."""
+    levels: tuple[int, ...] = (256,) * 3 if n_items <= 300_000 else (1024,) * 3
+    if n_items > 5_000_000:
+        levels = (256,) * 4
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vectors.npy"
+        write_vectors(path, n_items)
+        vectors = np.load(path, mmap_mode="r")
+        seconds = {}
+        started = time.perf_counter()
+        quantizer = ResidualKMeans.fit(vectors, levels, pca_dim=128, **WHITE)
+        seconds["fit_s"] = time.perf_counter() - started
+        started = time.perf_counter()
+        codes = quantizer.encode(vectors)
+        seconds["encode_s"] = time.perf_counter() - started
+        started = time.perf_counter()
+        new, _, report = resolve_collisions(quantizer, vectors, codes)
+        seconds["resolve_s"] = time.perf_counter() - started
+        started = time.perf_counter()
+        after = collision_rate(new)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return {
+        "items": n_items,
+        "dims": DIM,
+        "codebooks": list(levels),
+        **{name: round(value, 1) for name, value in seconds.items()},
+        "collisions_before": round(report.rate_before, 4),
+        "collisions_after": after,
+        "moved": report.moved,
+        "peak_gb": round(peak, 2),
+    }
+
+
+def write_vectors(path: Path, n_items: int) -> None:
+    """Clustered vectors: many small groups around centres that are themselves in groups."""
+    rng = np.random.default_rng(0)
+    out = np.lib.format.open_memmap(path, "w+", dtype=np.float16, shape=(n_items, DIM))
+    broad = rng.normal(size=(500, DIM)).astype(np.float32)
+    narrow = broad[rng.integers(0, 500, 50_000)] + 0.7 * rng.normal(size=(50_000, DIM))
+    for start in range(0, n_items, 100_000):
+        rows = min(100_000, n_items - start)
+        centre = narrow[(50_000 * rng.random(rows) ** 2).astype(np.int64)]
+        noise = rng.standard_normal((rows, DIM), dtype=np.float32)
+        out[start : start + rows] = (centre + 0.5 * noise).astype(np.float16)
+    out.flush()
+
+
+def in_own_process(n_items: int) -> dict[str, Any]:
+    """`at_scale`, with a peak that no earlier work has raised."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--one", str(n_items)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{n_items:,} items: {done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def quick_shop(folder: Path) -> Path:
+    """A synthetic shop with fused vectors."""
+    shape = ["--n_users", "2000", "--n_items", "1500"]
+    for stage, more in (
+        ("prepare", ["--format", "synthetic", *shape]),
+        ("embed", ["--dim", "64", "--collaborative", "cooccurrence", "--collaborative_dim", "64"]),
+    ):
+        command = [sys.executable, "-c", "from genrec.cli import main; main()", stage]
+        subprocess.run([*command, "--run_dir", str(folder), *more], check=True, capture_output=True)
+    return folder
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run_dir", type=Path)
+    parser.add_argument("--letter_index", type=Path)
+    parser.add_argument("--index_offset", type=int, default=1, help="item id = key + offset")
+    parser.add_argument("--epochs", type=int, default=50, help="of the RQ-VAEs")
+    parser.add_argument("--only", nargs="*", help="names of quantizers")
+    parser.add_argument("--scale", type=int, nargs="*", default=[], help="numbers of items")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(at_scale(args.one)))
+        return
+    report: dict[str, Any] = {}
+    if args.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            args.run_dir, args.epochs = quick_shop(Path(folder) / "shop"), 5
+            report = on_catalogue(args, 64, 64)
+        args.scale = [100_000]
+    elif args.run_dir:
+        report = on_catalogue(args, 256, 128)
+    report["scale"] = [in_own_process(n_items) for n_items in args.scale]
+    if args.output:
+        write_json(args.output, report)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The quantize stage, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from genrec.artifacts import require
+from genrec.quantizers.loading import load_quantizer
+from genrec.semantic_ids import SemanticIds
+
+MAP = ["--report_map", "pca"]
+SMALL = ["--n_levels", "3", "--codebook_size", "8", *MAP]
+
+
+@pytest.fixture(scope="module")
+def embedded(recipe, tmp_path_factory) -> Path:
+    """A run with prepare and embed done, text and behaviour fused."""
+    run = tmp_path_factory.mktemp("embedded") / "run"
+    recipe("prepare", run, *"--format synthetic --n_users 60 --n_items 90".split())
+    flags = "--dim 12 --collaborative cooccurrence --collaborative_dim 8".split()
+    recipe("embed", run, *flags)
+    return run
+
+
+@pytest.fixture
+def shop(embedded: Path, tmp_path: Path) -> Path:
+    shutil.copytree(embedded, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def quantize(monkeypatch, capsys, caplog) -> Callable[..., str]:
+    """Runs the recipe in this process; gives all that it said."""
+
+    def call(run: Path, *flags: str, fails: bool = False) -> str:
+        path = Path(__file__).resolve().parents[2] / "recipes" / "quantize.py"
+        monkeypatch.setattr(sys, "argv", [str(path), "--run_dir", str(run), *flags])
+        monkeypatch.delenv("GENREC_DEBUG", raising=False)
+        caplog.clear()
+        if fails:
+            with pytest.raises(SystemExit) as stopped:
+                runpy.run_path(str(path), run_name="__main__")
+            assert stopped.value.code == 2
+        else:
+            runpy.run_path(str(path), run_name="__main__")
+        said = capsys.readouterr()
+        return said.out + said.err + caplog.text
+
+    return call
+
+
+def quality(run: Path) -> dict:
+    return json.loads((run / "semantic_ids" / "quality.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("residual-kmeans", SMALL),
+        ("residual-kmeans", [*SMALL, "--max_fill", "1.5", "--normalize_residuals", "true"]),
+        ("residual-kmeans", [*SMALL, "--standardize", "whiten", "--pca_dim", "6"]),
+        ("hierarchical-kmeans", SMALL),
+        ("product", SMALL),
+        ("rqvae", [*SMALL, "--epochs", "2"]),
+        ("rqvae", [*"--preset grid-rvq --epochs 2 --codebook_sizes 8 8 8".split(), *MAP]),
+        ("random", SMALL),
+        ("sequential", SMALL),
+        ("collaborative", ["--branching", "4", "--leaf_size", "16", *MAP]),
+        ("independent", MAP),
+        ("semantic", MAP),
+        ("hybrid", ["--branching", "4", "--leaf_size", "16", *MAP]),
+    ],
+)
+def test_every_method_gives_a_complete_map(quantize, shop: Path, method: str, flags: list[str]):
+    said = quantize(shop, "--method", method, *flags)
+    folder = shop / "semantic_ids"
+    ids = SemanticIds.load(folder)
+    assert ids.n_items == 90 and len(np.unique(ids.codes, axis=0)) == 90
+    manifest = require(shop, "quantize")
+    assert manifest.metrics["method"] == method and f"{ids.sids()[0]}" in said
+    report = quality(shop)
+    assert report["collision_rate"] == 0 and len(report["levels"]) == ids.n_levels
+    assert 0 <= report["vector_neighbours"] <= 1 and 0 <= report["copurchase_neighbours"] <= 1
+    assert report["neighbours"]["held_out"]["pairs"] > 0
+    page = (folder / "report.html").read_text()
+    assert "<script" not in page and ids.n_levels > 0
+    quantizer = folder / "quantizer.safetensors"
+    assert quantizer.exists() == (method in ("residual-kmeans", "hierarchical-kmeans", "product",
+        "rqvae"))  # fmt: skip
+    if quantizer.exists():
+        assert ids.quantizer_sha256 == manifest.outputs["quantizer.safetensors"]["sha256"]
+        codes = load_quantizer(quantizer).encode(
+            np.load(shop / "embeddings" / "item_embeddings.npy")
+        )
+        kept = (codes == ids.codes).all(axis=1)
+        assert kept.sum() == 90 - report["collisions"]["moved"]
+
+
+def test_a_preset_keeps_its_own_shape(quantize, shop: Path):
+    said = quantize(
+        shop, "--method", "rqvae", "--preset", "tiger", "--epochs", "1", *MAP, fails=True
+    )
+    assert "codebook_size=256 exceeds the 90 distinct item vectors" in said
+
+
+def test_letter_needs_the_collaborative_part(quantize, recipe, shop: Path):
+    recipe("embed", shop, "--dim", "12", "--overwrite", "true")
+    said = quantize(shop, "--method", "rqvae", "--preset", "letter", "--epochs", "1", fails=True)
+    assert "needs collaborative vectors" in said
+
+
+@pytest.mark.parametrize("collisions", ["minimal", "sinkhorn", "suffix"])
+def test_collisions_are_resolved_by_every_way(quantize, shop: Path, collisions: str):
+    quantize(shop, "--n_levels", "2", "--codebook_size", "16", "--collisions", collisions, *MAP)
+    ids, report = SemanticIds.load(shop / "semantic_ids"), quality(shop)["collisions"]
+    assert ids.n_levels == (3 if collisions == "suffix" else 2)
+    assert report["method"] == collisions and report["rate_before"] > 0
+    assert (report["moved"] == 0) == (collisions == "suffix")
+
+
+def test_an_index_file_goes_round(quantize, shop: Path, tmp_path: Path):
+    quantize(shop, *SMALL)
+    first = SemanticIds.load(shop / "semantic_ids")
+    index = tmp_path / "index.json"
+    shutil.copy(shop / "semantic_ids" / "index.json", index)
+    said = quantize(shop, "--method", "import", "--index", str(index), "--overwrite", "true", *MAP)
+    assert (SemanticIds.load(shop / "semantic_ids").codes == first.codes).all()
+    assert "0.0% of the items shared a SID, now none; 0 moved" in said
+    shared = json.loads(index.read_text())
+    keys = list(shared)
+    shared[keys[0]] = shared[keys[1]]
+    index.write_text(json.dumps(shared))
+    said = quantize(shop, "--method", "import", "--index", str(index), "--overwrite", "true", *MAP)
+    report = quality(shop)["collisions"]
+    assert (report["groups"], report["moved"]) == (1, 1) and report["rate_before"] == 2 / 90
+    del shared[keys[5]]
+    index.write_text(json.dumps(shared))
+    said = quantize(
+        shop, "--method", "import", "--index", str(index), "--overwrite", "true", fails=True
+    )
+    assert "lacks 1 items of the catalogue" in said
+
+
+def test_too_small_a_space_is_refused_and_a_tight_one_named(quantize, shop: Path):
+    said = quantize(shop, "--n_levels", "2", "--codebook_size", "8", *MAP, fails=True)
+    assert "90 items exceed the 64 SIDs of 8 x 8 codes; use" in said
+    said = quantize(shop, "--n_levels", "2", "--codebook_size", "16", *MAP)
+    assert "16 x 16 codes give 2.8 SIDs an item, fewer than 50" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "kmeans"], "method='kmeans'"),
+        (["--codebook_size", "1"], "codebook_size=1"),
+        (["--codebook_size", "500"], "exceeds the 90 distinct item vectors"),
+        (["--method", "import"], "needs `index`"),
+        (["--max_fill", "0.5", "--codebook_size", "8"], "max_fill=0.5"),
+        (["--pca_dim", "400", "--codebook_size", "8"], "pca_dim=400"),
+        (["--method", "rqvae", "--preset", "vqgan"], "preset='vqgan'"),
+        (["--extend", "nowhere"], "extend=nowhere"),
+    ],
+)
+def test_bad_settings_are_refused(quantize, shop: Path, flags: list[str], message: str):
+    assert message in quantize(shop, *flags, fails=True)
+    assert not (shop / "semantic_ids" / "manifest.json").exists()
