@@ -21,7 +21,7 @@ UPSTREAM = {
     "embed": {"prepare"},
     "quantize": {"prepare", "embed"},
     "build_dataset": {"prepare", "quantize"},
-    "sft": {"prepare", "quantize", "build_dataset"},
+    "sft": {"prepare", "embed", "quantize", "build_dataset"},
     "grpo": {"prepare", "quantize", "build_dataset", "sft"},
     "recommend": {"prepare", "quantize", "build_dataset", "grpo"},
     "evaluate": {"prepare", "embed", "recommend"},
