@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,30 @@ def run_recipe(
 def recipe() -> Recipe:
     """Runs a recipe as a user does: ``recipe(name, run_dir, *flags, fails=False)``."""
     return run_recipe
+
+
+@pytest.fixture
+def in_process(monkeypatch, capsys, caplog) -> Callable[..., str]:
+    """Runs a recipe in this process, so that heavy imports are made once; gives all that it said.
+
+    ``in_process(name, run_dir, *flags, fails=False)``.
+    """
+
+    def call(name: str, run_dir: Path, *flags: str, fails: bool = False) -> str:
+        path = ROOT / "recipes" / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(path), "--run_dir", str(run_dir), *flags])
+        monkeypatch.delenv("GENREC_DEBUG", raising=False)
+        caplog.clear()
+        if fails:
+            with pytest.raises(SystemExit) as stopped:
+                runpy.run_path(str(path), run_name="__main__")
+            assert stopped.value.code == 2
+        else:
+            runpy.run_path(str(path), run_name="__main__")
+        said = capsys.readouterr()
+        return said.out + said.err + caplog.text
+
+    return call
 
 
 @pytest.fixture(scope="session")

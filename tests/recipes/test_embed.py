@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,24 +26,8 @@ def prepared(recipe, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def embed(monkeypatch, capsys, caplog) -> Callable[..., str]:
-    """Runs the recipe in this process, so that torch is imported once; gives all that it said."""
-
-    def call(run: Path, *flags: str, fails: bool = False) -> str:
-        path = Path(__file__).resolve().parents[2] / "recipes" / "embed.py"
-        monkeypatch.setattr(sys, "argv", [str(path), "--run_dir", str(run), *flags])
-        monkeypatch.delenv("GENREC_DEBUG", raising=False)
-        caplog.clear()
-        if fails:
-            with pytest.raises(SystemExit) as stopped:
-                runpy.run_path(str(path), run_name="__main__")
-            assert stopped.value.code == 2
-        else:
-            runpy.run_path(str(path), run_name="__main__")
-        said = capsys.readouterr()
-        return said.out + said.err + caplog.text
-
-    return call
+def embed(in_process) -> Callable[..., str]:
+    return partial(in_process, "embed")
 
 
 @pytest.fixture
