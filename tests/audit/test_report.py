@@ -5,49 +5,15 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from page_elements import Page
 
 from genrec.audit.custody import AuditKey, read_log
 from genrec.audit.records import ExplainedRun
 from genrec.audit.report import render_report
 from genrec.page import MAX_TITLE_CHARS, display_text
-
-VOID = {"meta", "link", "br", "img", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """Elements with their attributes and text; raises on wrong nesting."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        assert len(dict(attrs)) == len(attrs), f"<{tag}> repeats an attribute"
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"</{tag}> closes another element"
-
-    def handle_data(self, data):
-        if self.open:
-            self.texts.append((self.open[-1], data))
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    def text(self, *tags: str) -> list[str]:
-        return [data for tag, data in self.texts if not tags or tag in tags]
 
 
 @pytest.fixture(scope="module")
@@ -74,27 +40,27 @@ def test_it_is_one_self_contained_page(html, page):
 
 
 def test_links_and_labels_lead_somewhere(page):
-    ids = [a["id"] for _, a in page.elements if "id" in a]
+    ids = [a["id"] for _, a, _ in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
     targets = [a["href"][1:] for a in page.all("a") if a["href"].startswith("#")]
     assert len([t for t in targets if re.fullmatch(r"r\d+-h\d+", t)]) > 5  # evidence
-    labels = [a["aria-labelledby"] for _, a in page.elements if a.get("aria-labelledby")]
+    labels = [a["aria-labelledby"] for _, a, _ in page.elements if a.get("aria-labelledby")]
     assert set(targets) | set(labels) <= set(ids)
 
 
 def test_headings_tables_and_landmarks(page):
-    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    levels = [int(tag[1]) for tag, _, _ in page.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
     assert len(page.all("main")) == 1 and len(page.all("nav")) == 1
     assert all(a.get("scope") in ("col", "row", "rowgroup") for a in page.all("th"))
     assert all(a.get("aria-labelledby") for a in page.all("table"))
-    scrolling = [a for _, a in page.elements if a.get("class") == "scroll"]
+    scrolling = [a for _, a, _ in page.elements if a.get("class") == "scroll"]
     assert scrolling and all(a.get("tabindex") == "0" for a in scrolling)  # reachable by keyboard
 
 
 def test_what_it_says(page, html, audited_run):
-    text = " ".join(page.text())
+    text = " ".join(page.pieces())
     records = read_log(audited_run / "audit")
     assert len(page.all("article")) == 5 and "6 lists on record" in text  # --report_users 5
     for record in records[:5]:
@@ -122,7 +88,7 @@ def hostile(audited_run) -> str:
 def test_hostile_titles_stay_text(hostile):
     page = Page(hostile)
     assert not page.all("script") and len(page.all("h1")) == 1 and len(page.all("b")) == 0
-    shown = page.text("bdi")
+    shown = page.pieces("bdi")
     assert "<script>alert(document.domain)</script>" in shown
     assert "\"quoted\" 'title' & </bdi></ol><h1>" in shown
     assert "{{ 7 * 7 }} {% raw %} <a_1><b_2> line break" in shown
@@ -130,7 +96,7 @@ def test_hostile_titles_stay_text(hostile):
     assert max(map(len, shown)) <= MAX_TITLE_CHARS
     assert not re.search("[\u202a-\u202e\u2066-\u2069\x00-\x08]", hostile)
     assert "A" * 200 not in hostile and all(
-        "on" != name[:2] for _, a in page.elements for name in a
+        "on" != name[:2] for _, a, _ in page.elements for name in a
     )
 
 

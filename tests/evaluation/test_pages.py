@@ -6,56 +6,15 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
+from page_elements import Page
 
 from genrec.evaluation.pages import MAX_BARS, render_comparison_page, render_run_page
 from genrec.page import MAX_TITLE_CHARS
-
-VOID = {"meta", "link", "br", "img", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, parents and text; raises on wrong nesting."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None], tuple[str, ...]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        assert len(dict(attrs)) == len(attrs), f"<{tag}> repeats an attribute"
-        self.elements.append((tag, dict(attrs), tuple(self.open)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag in ("td", "th", "span", "text"):  # these stand apart without a space
-            self.texts.append((tag, " "))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"</{tag}> closes another element"
-
-    def handle_data(self, data):
-        if self.open:
-            self.texts.append((self.open[-1], data))
-
-    def all(self, tag: str, **attributes: str) -> list[dict[str, str | None]]:
-        wanted = {name.rstrip("_"): value for name, value in attributes.items()}
-        return [a for t, a, _ in self.elements if t == tag and wanted.items() <= a.items()]
-
-    def marked(self, kind: str) -> int:
-        """Groups of that class inside figures."""
-        return len(self.all("g", class_=kind))
-
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", "".join(data for tag, data in self.texts if tag != "style"))
 
 
 def score(value: float, low: float | None = None, high: float | None = None, seeds=None) -> dict:

@@ -7,13 +7,13 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from page_elements import Page
 
 from genrec.item_lists import ItemLists
 from genrec.page import MAX_TITLE_CHARS
@@ -29,42 +29,7 @@ from genrec.quantizers.quality_page import (
 )
 from genrec.quantizers.residual_kmeans import ResidualKMeans
 
-VOID = {"meta", "link", "br", "img", "input", "hr"}
 WORDS = "lamp mat pot hat tea bag rug cup pan fan bed toy".split()
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, parents and text; raises on wrong nesting."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None], tuple[str, ...]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs), tuple(self.open)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag in ("td", "th", "span", "text", "p"):
-            self.texts.append((tag, " "))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"</{tag}> closes another element"
-
-    def handle_data(self, data):
-        if self.open:
-            self.texts.append((self.open[-1], data))
-
-    def all(self, tag: str, **attributes: str) -> list[dict[str, str | None]]:
-        wanted = {name.rstrip("_"): value for name, value in attributes.items()}
-        return [a for t, a, _ in self.elements if t == tag and wanted.items() <= a.items()]
-
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", "".join(data for tag, data in self.texts if tag != "style"))
 
 
 @pytest.fixture(scope="module")
