@@ -10,6 +10,11 @@ ITEM_ID = "item_id"
 ITEM_INDEX = "item_index"
 TIMESTAMP = "timestamp"  # int64 seconds since the epoch, null where the data has only an order
 RATING = "rating"
+EVENT = "event"  # view, cart, purchase, … where the source tells them apart
+WEIGHT = "weight"  # of an interaction's event
+SUMMARY = "summary"  # headline of the review that came with an interaction
+REVIEW = "review"  # its body
+QUERY = "query"  # the search that led to the interaction
 POSITION = "position"  # 0, 1, … in the user's ordered sequence
 TRAIN_COUNT = "train_count"  # catalogue: interactions in the training part
 
@@ -33,13 +38,22 @@ SEEN = "seen_item_index"  # all that the user had before the target, for filters
 # the order of time; the first is the target.
 RELEVANT = "relevant_item_index"
 
-# Instruction rows.
+# Instruction rows. Lists hold item ids in files and item indices in memory.
 TASK = "task"
 TEMPLATE = "template"
 PROMPT = "prompt"
 COMPLETION = "completion"
-TARGET_ITEM_ID = "target_item_id"
-HISTORY_ITEM_IDS = "history_item_ids"
+TARGET_KIND = "target_kind"  # what the completion is; one of genrec.tasks.families.TARGET_KINDS
+TARGETS = "targets"  # items that the completion is about, in its order
+HISTORY_ITEMS = "history"  # what the user had before the prompt's moment, oldest first
+CANDIDATES = "candidates"  # items to choose from
+SHOWN = "shown"  # a history with noise in it
+SET_ASIDE = "set_aside"  # the noise
+HISTORY_RATINGS = "history_ratings"
+INTENTION = "intention"
+PREFERENCE = "preference"
+TEXT_ORIGIN = "text_origin"  # of a query, intention or preference: data, rule or llm:<model>
+STEPS = "steps"  # reasoning in typed slots; see genrec.tasks.rows.STEP_SLOTS
 
 # Recommendations: one row per recommended item, `rank` starts at 1.
 RANK = "rank"

@@ -1,4 +1,4 @@
-"""Cleaning of the interaction log: ratings, duplicates, order, k-core, item indices.
+"""Cleaning of the interaction log: feedback rules, duplicates, order, k-core, item indices.
 
 The order rule is one for every dataset: a user's interactions are ordered by timestamp, and those
 of the same moment keep their order in the file. Data without timestamps keep the file's order.
@@ -7,7 +7,8 @@ of the same moment keep their order in the file. Data without timestamps keep th
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import polars as pl
@@ -16,21 +17,38 @@ from genrec.columns import (
     BRAND,
     CATEGORIES,
     DESCRIPTION,
+    EVENT,
     ITEM_ID,
     ITEM_INDEX,
     POSITION,
     PRICE,
+    QUERY,
     RATING,
+    REVIEW,
+    SUMMARY,
     TIMESTAMP,
     TITLE,
     USER_ID,
+    WEIGHT,
 )
+from genrec.data.feedback import (
+    ABOVE_USER_MEAN,
+    ALL,
+    effective_rating_rule,
+    filter_above_user_mean,
+    filter_rating,
+    weigh_events,
+)
+from genrec.data.given_splits import implied_log
 from genrec.data.readers import SUBSECOND, RawData
 
 logger = logging.getLogger(__name__)
 
 TIE_RULE = "timestamp, then file order"
 TIE_RULE_WITHOUT_TIME = "file order (the data have no timestamps)"
+
+# Kept in the cleaned log, row by row, where the source has them.
+OPTIONAL_COLUMNS = (EVENT, WEIGHT, SUMMARY, REVIEW, QUERY)
 
 CATALOG_SCHEMA = {
     TITLE: pl.String(),
@@ -46,14 +64,16 @@ class CleanData:
     """The cleaned tables.
 
     Attributes:
-        interactions: user_id, item_id, item_index, timestamp, rating, position; sorted by user
-            (order of first appearance), then position.
+        interactions: user_id, item_id, item_index, timestamp, rating, position, and those of
+            `OPTIONAL_COLUMNS` that the source has; sorted by user (order of first appearance), then
+            position. Of a given split: what its training rows imply.
         catalog: item_index, item_id, title, brand, categories, price, description; row i has
             item_index i.
         users: attributes of the users that are left, or None.
         tie_share: share of users whose last two interactions have the same time; None without
             timestamps.
         dropped: interactions that each rule took away.
+        given: the tables of a given split, see `RawData.given`, or None.
     """
 
     interactions: pl.DataFrame
@@ -61,37 +81,19 @@ class CleanData:
     users: pl.DataFrame | None
     tie_share: float | None
     dropped: dict[str, int] = field(default_factory=dict)
-
-
-def filter_rating(interactions: pl.DataFrame, min_rating: float | None) -> pl.DataFrame:
-    """Keep interactions rated at least `min_rating` as implicit feedback; None keeps all.
-
-    Raises:
-        ValueError: a threshold is given, but interactions lack a rating, or none reaches it.
-    """
-    if min_rating is None:
-        return interactions
-    missing = interactions[RATING].null_count()
-    if missing:
-        raise ValueError(
-            f"min_rating={min_rating} needs a rating on every interaction, {missing} of "
-            f"{interactions.height} have none; name the rating column or leave min_rating unset"
-        )
-    kept = interactions.filter(pl.col(RATING) >= min_rating)
-    if kept.height == 0:
-        raise ValueError(
-            f"min_rating={min_rating} leaves no interactions; the highest rating is "
-            f"{interactions[RATING].max()!r}"
-        )
-    return kept
+    given: Mapping[str, pl.DataFrame] | None = None
 
 
 def drop_duplicates(interactions: pl.DataFrame) -> pl.DataFrame:
-    """Drop repetitions of the same user, item and time, keeping the first.
+    """Drop repetitions of the same user, item and time.
 
-    Rows without a time are kept: there a repetition may be a second purchase.
+    The one of the highest weight is kept, of several the first in the file. Rows without a time are
+    kept: there a repetition may be a second purchase.
     """
     key = [USER_ID, ITEM_ID, *_time_columns(interactions)]
+    if WEIGHT in interactions.columns:
+        heaviest = pl.col(WEIGHT) == pl.col(WEIGHT).max().over(key)
+        interactions = interactions.filter(heaviest | pl.col(TIMESTAMP).is_null())
     return interactions.filter(pl.struct(key).is_first_distinct() | pl.col(TIMESTAMP).is_null())
 
 
@@ -183,18 +185,23 @@ def sample_users(data: CleanData, n_users: int, seed: int = 0) -> CleanData:
     """Keep a random sample of users, the same for the same seed; the catalogue stays whole."""
     if n_users < 1:
         raise ValueError(f"limit_users={n_users} must be at least 1")
-    users = data.interactions[USER_ID].unique(maintain_order=True)
+    tables = {"log": data.interactions} if data.given is None else data.given
+    users = pl.concat([table[USER_ID] for table in tables.values()]).unique(maintain_order=True)
     if n_users >= len(users):
         return data
     chosen = np.sort(np.random.default_rng(seed).choice(len(users), n_users, replace=False))
     keep = users[chosen].implode()
     interactions = data.interactions.filter(pl.col(USER_ID).is_in(keep))
-    return CleanData(
+    given = data.given
+    return replace(
+        data,
         interactions=interactions,
-        catalog=data.catalog,
         users=None if data.users is None else data.users.filter(pl.col(USER_ID).is_in(keep)),
         tie_share=last_two_tie_share(interactions),
         dropped={**data.dropped, "limit_users": data.interactions.height - interactions.height},
+        given=None
+        if given is None
+        else {name: table.filter(pl.col(USER_ID).is_in(keep)) for name, table in given.items()},
     )
 
 
@@ -204,12 +211,16 @@ def clean(
     min_user: int = 1,
     min_item: int = 1,
     collapse: bool = False,
+    rating_rule: str | None = None,
+    event_weights: Mapping[str, float] | None = None,
 ) -> CleanData:
     """Clean the log and number the catalogue.
 
-    In this order: rating threshold, exact duplicates, order, consecutive repeats (optional),
-    k-core. A k-core on items takes the dropped items out of the catalogue, too; without it,
-    items that nobody bought stay, so that they can be recommended by their content.
+    In this order: event weights, rating threshold, exact duplicates, order, ratings above the
+    user's mean (optional), consecutive repeats (optional), k-core. A k-core on items takes the
+    dropped items out of the catalogue, too; without it, items that nobody bought stay, so that they
+    can be recommended by their content. A given split is not cleaned, since its rows are what is
+    compared with others: its log is what its training rows imply.
 
     Args:
         raw: tables from a reader or from `synthetic_shop`.
@@ -217,19 +228,34 @@ def clean(
         min_user: interactions that a user needs (k-core).
         min_item: interactions that an item needs (k-core).
         collapse: keep one of consecutive interactions with the same item.
+        rating_rule: one of `genrec.data.feedback.RATING_RULES`; None is at-least where `min_rating`
+            is given, else all.
+        event_weights: see `genrec.data.feedback.weigh_events`.
 
     Raises:
-        ValueError: a rule that the data can't satisfy; see the functions of this module.
+        ValueError: a rule that the data can't satisfy; see the functions of this module and of
+            `genrec.data.feedback`.
     """
     dropped: dict[str, int] = {}
+    rule = effective_rating_rule(rating_rule, min_rating)
     log = raw.interactions
-    steps = {
+    steps: dict[str, Callable[[pl.DataFrame], pl.DataFrame]] = {
+        "zero_weight": lambda t: weigh_events(t, event_weights),
         "min_rating": lambda t: filter_rating(t, min_rating),
         "duplicates": drop_duplicates,
         "order": order_interactions,
+        "below_user_mean": filter_above_user_mean if rule == ABOVE_USER_MEAN else lambda t: t,
         "consecutive_repeats": collapse_repeats if collapse else lambda t: t,
         "k_core": lambda t: k_core(t, min_user, min_item),
     }
+    if raw.given is not None:
+        if rule != ALL or event_weights is not None or collapse or max(min_user, min_item) > 1:
+            raise ValueError(
+                "a given split is taken as it is: leave rating_rule, min_rating, event_weights, "
+                "collapse_repeats and the k-core unset"
+            )
+        log = implied_log(raw.given).with_columns(pl.lit(None, dtype=pl.Float64).alias(RATING))
+        steps = {}
     for name, step in steps.items():
         before = log.height
         log = step(log)
@@ -253,10 +279,9 @@ def clean(
         catalog.select(ITEM_ID, ITEM_INDEX), on=ITEM_ID, how="left", maintain_order="left"
     )
     assert log[ITEM_INDEX].null_count() == 0, "readers check that every item is in the catalogue"
-    log = log.select(USER_ID, ITEM_ID, ITEM_INDEX, TIMESTAMP, RATING, POSITION)
-    return CleanData(
-        interactions=log, catalog=catalog, users=users, tie_share=share, dropped=dropped
-    )
+    optional = [name for name in OPTIONAL_COLUMNS if name in log.columns]
+    log = log.select(USER_ID, ITEM_ID, ITEM_INDEX, TIMESTAMP, RATING, POSITION, *optional)
+    return CleanData(log, catalog, users, share, dropped, raw.given)
 
 
 def index_catalog(catalog: pl.DataFrame) -> pl.DataFrame:

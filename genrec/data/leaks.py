@@ -6,6 +6,7 @@ kind of leak with an example.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NoReturn
 
 import numpy as np
@@ -23,9 +24,10 @@ from genrec.columns import (
     USER_ID,
 )
 from genrec.data.split_rows import IntArray, UserSequences, places, row_blocks
-from genrec.data.splits import LEAVE_ONE_OUT, PROTOCOLS, TIME_CUTOFF
+from genrec.data.splits import GIVEN, LEAVE_ONE_OUT, PROTOCOLS, TIME_CUTOFF
 
 _ITEM_COLUMNS = (TARGET, HISTORY, SEEN, RELEVANT)
+_ROW_CONTENT = (USER_ID, HISTORY, TARGET, TARGET_TIME)
 
 
 def check_splits(
@@ -43,13 +45,14 @@ def check_splits(
     exactly the distinct items before it; nothing that is held out is supervised, nor evaluated
     twice; and by protocol, leave-one-out holds out the last two places of a user, while for the
     others all of train is earlier than valid, and valid earlier than test. For time-cutoff,
-    relevant items are the distinct items from the target to the end of its period at most.
+    relevant items are the distinct items from the target to the end of its period at most. Given
+    rows come without a log, so they are checked against each other (see `check_given`).
 
     Args:
         train: split rows, see `genrec.data.splits.Splits`.
         valid: split rows.
         test: split rows.
-        interactions: the cleaned log.
+        interactions: the cleaned log; not read for given rows.
         protocol: one of `genrec.data.splits.PROTOCOLS`.
         n_items: rows of the catalogue.
     """
@@ -57,13 +60,16 @@ def check_splits(
         raise ValueError(
             f"protocol={protocol!r} is not known; choose one of {', '.join(PROTOCOLS)}"
         )
-    log = UserSequences.of(interactions)
     tables = {"train": train, "valid": valid, "test": test}
     ids = pl.concat([table[ROW_ID] for table in tables.values()])
     if (again := ids.filter(ids.is_duplicated())).len():
         raise ValueError(f"{again.len()} rows share a {ROW_ID}, for example {again[0]!r}")
     for name, table in tables.items():
         _check_catalogue(name, table, n_items)
+    if protocol == GIVEN:
+        check_given(tables)
+        return
+    log = UserSequences.of(interactions)
     place = {name: _target_places(name, table, log) for name, table in tables.items()}
     for name, table in tables.items():
         _check_history(name, table, place[name], log)
@@ -78,6 +84,69 @@ def check_splits(
         _check_periods(tables)
     if protocol == TIME_CUTOFF:
         _check_relevant(tables, place, log, n_items)
+
+
+def check_given(tables: Mapping[str, pl.DataFrame]) -> None:
+    """Raise ValueError with an example if rows that a dataset brought leak.
+
+    Without a log this is what rows can be asked: a training row supervises its target alone; seen
+    items are distinct and hold the history; no training target is of the second in which
+    validation starts or later, and no validation target later than the start of test (where times
+    are known; a published cut between rows may lie within a second); and no training row has the
+    user, history, target and time of a held-out one.
+
+    Args:
+        tables: split rows "train", "valid" and "test".
+    """
+    for name, table in tables.items():
+        length, from_ = _lengths(table[HISTORY]), table[SUPERVISE_FROM].to_numpy()
+        if (bad := from_ != length).any():
+            row = int(np.flatnonzero(bad)[0])
+            text = (
+                f"it is supervised from {from_[row]}, but holds a history of {length[row]} items; "
+                "given rows supervise their target alone"
+            )
+            _leak(name, table, row, text)
+        if name == "train":
+            continue
+        history, seen = table[HISTORY], table[SEEN]
+        if (bad := seen.list.n_unique() != seen.list.len()).any():
+            row = int(bad.arg_true()[0])
+            _leak(name, table, row, f"{SEEN} holds an item twice: {seen[row].to_list()}")
+        if (bad := history.list.set_difference(seen).list.len() > 0).any():
+            row = int(bad.arg_true()[0])
+            item = next(i for i in history[row] if i not in set(seen[row]))
+            _leak(name, table, row, f"{SEEN} lacks item {item} of its history")
+    _check_given_times(tables)
+    held = pl.concat([tables[name].select(*_ROW_CONTENT, ROW_ID) for name in ("valid", "test")])
+    held = held.unique(_ROW_CONTENT, keep="first").rename({ROW_ID: "_held"})
+    same = tables["train"].join(
+        held, on=list(_ROW_CONTENT), how="left", nulls_equal=True, maintain_order="left"
+    )["_held"]
+    if (found := same.is_not_null()).any():
+        row = int(found.arg_true()[0])
+        text = f"row {same[row]!r} evaluates the same history and target; remove the training row"
+        _leak("train", tables["train"], row, text)
+
+
+def _check_given_times(tables: Mapping[str, pl.DataFrame]) -> None:
+    """Parts follow each other, as far as times are known."""
+    for earlier, later, slack in (
+        ("train", "valid", 0),
+        ("train", "test", 0),
+        ("valid", "test", 1),
+    ):
+        start, time = tables[later][TARGET_TIME].min(), tables[earlier][TARGET_TIME]
+        if start is None:
+            continue
+        assert isinstance(start, int)
+        if (late := (time >= start + slack).fill_null(False)).any():
+            row = int(late.arg_true()[0])
+            text = (
+                f"its target is of second {time[row]}, but {later} starts at second {start} "
+                f"({int(late.sum())} such rows); remove them from {earlier}"
+            )
+            _leak(earlier, tables[earlier], row, text)
 
 
 def _leak(name: str, table: pl.DataFrame, row: int, text: str) -> NoReturn:

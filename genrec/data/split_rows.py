@@ -83,10 +83,11 @@ class UserSequences:
         return first
 
 
-def check_max_history(max_history: int) -> None:
+def check_history(max_history: int, min_history: int = 1) -> None:
     """Raise ValueError if a history could hold nothing."""
-    if max_history < 1:
-        raise ValueError(f"max_history={max_history} must be at least 1")
+    for name, value in (("max_history", max_history), ("min_history", min_history)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
 
 
 def train_counts(log: UserSequences, train_length: IntArray, n_items: int) -> ItemArray:
@@ -96,24 +97,38 @@ def train_counts(log: UserSequences, train_length: IntArray, n_items: int) -> It
     return np.bincount(log.items[in_train], minlength=n_items).astype(np.int32)
 
 
-def train_rows(log: UserSequences, train_length: IntArray, max_history: int) -> pl.DataFrame:
+def train_rows(
+    log: UserSequences, train_length: IntArray, max_history: int, window_step: int | None = None
+) -> pl.DataFrame:
     """Windows over each user's first `train_length` interactions.
 
     The training sequence s is cut into windows of at most ``max_history + 1`` items. The first is
     ``s[:max_history + 1]`` and supervises all of its items; each following one ends
-    ``max(1, max_history // 2)`` items later (the last at the end of s) and supervises only the
-    items that no earlier window did, so that every interaction is a target exactly once. A row
-    supervises ``history + [target]`` from position ``supervise_from`` on.
+    `window_step` items later (the last at the end of s) and supervises only the items that no
+    earlier window did, so that every interaction is a target exactly once. A row supervises
+    ``history + [target]`` from position ``supervise_from`` on. A smaller step makes more rows, and
+    the items that they supervise see longer histories.
 
     Args:
         log: the sequences.
         train_length: length of each user's s; 0 gives no window.
         max_history: items that a history holds at most.
+        window_step: from 1 to `max_history`; None: half of it.
+
+    Raises:
+        ValueError: `window_step` out of range.
     """
+    step = max(1, max_history // 2) if window_step is None else window_step
+    if not 1 <= step <= max_history:
+        raise ValueError(
+            f"window_step={window_step} must lie in 1..max_history={max_history}, so that every "
+            "window overlaps the one before it"
+        )
     users = np.flatnonzero(train_length)
     length = train_length[users]
-    first, end, supervised = _windows(length, max_history)
-    begin = log.start[users[np.repeat(np.arange(len(users)), _window_counts(length, max_history))]]
+    first, end, supervised = _windows(length, max_history, step)
+    counts = _window_counts(length, max_history, step)
+    begin = log.start[users[np.repeat(np.arange(len(users)), counts)]]
     return _rows("train", log, begin + first, begin + end - 1, supervised)
 
 
@@ -135,20 +150,19 @@ def held_out_rows(
     return rows.with_columns(seen.alias(SEEN))
 
 
-def _window_counts(length: IntArray, max_history: int) -> IntArray:
-    step = max(1, max_history // 2)
+def _window_counts(length: IntArray, max_history: int, step: int) -> IntArray:
     beyond = np.maximum(0, length - (max_history + 1))
     return 1 + -(-beyond // step)
 
 
-def _windows(length: IntArray, max_history: int) -> tuple[IntArray, IntArray, IntArray]:
+def _windows(length: IntArray, max_history: int, step: int) -> tuple[IntArray, IntArray, IntArray]:
     """Windows of each training sequence, as offsets into it.
 
     Returns:
         First item, end (exclusive) and first supervised place within the window, shape (windows,).
     """
-    step, size = max(1, max_history // 2), max_history + 1
-    counts = _window_counts(length, max_history)
+    size = max_history + 1
+    counts = _window_counts(length, max_history, step)
     sequence_length = np.repeat(length, counts)
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     end = np.minimum(sequence_length, size + number * step)

@@ -1,6 +1,7 @@
 """Splits: the protocols' names, leave-one-out, the hash of a split, and reading a run's split.
 
-`genrec.data.time_splits` has the protocols that cut by time, `genrec.data.leaks` the linter.
+`genrec.data.time_splits` has the protocols that cut by time, `genrec.data.given_splits` that of
+datasets which bring their rows, `genrec.data.leaks` the linter.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import polars as pl
 from genrec.artifacts import require, stage_folder
 from genrec.data.split_rows import (
     UserSequences,
-    check_max_history,
+    check_history,
     held_out_rows,
     train_counts,
     train_rows,
@@ -33,10 +34,10 @@ logger = logging.getLogger(__name__)
 LEAVE_ONE_OUT = "leave-one-out"
 GLOBAL_TIME = "global-time"
 TIME_CUTOFF = "time-cutoff"
-PROTOCOLS = (LEAVE_ONE_OUT, GLOBAL_TIME, TIME_CUTOFF)
+GIVEN = "given"
+PROTOCOLS = (LEAVE_ONE_OUT, GLOBAL_TIME, TIME_CUTOFF, GIVEN)
 SPLITS = ("train", "valid", "test")
 TEST_READS = "test_reads.jsonl"
-MIN_EVALUATED = 3  # leave-one-out: one item to test, one to validate, one to learn from
 
 _HASH_ROWS = 1 << 18  # rows that are hashed at once
 
@@ -54,8 +55,10 @@ class Splits:
         train_only_users: users who are in `train`, but neither in `valid` nor in `test`.
         protocol: one of `PROTOCOLS`.
         boundaries: "valid_from", "test_from" (and "test_until") as ISO times in UTC; a period
-            starts with its first second. Empty for leave-one-out.
-        shares: share of the interactions that lie in the part or period "train", "valid", "test".
+            starts with its first second. Empty for leave-one-out. Of given rows: the first
+            target times, where they are known.
+        shares: share of the interactions that lie in the part or period "train", "valid", "test"
+            (of given rows: of the targets).
         dropped: interactions that are neither supervised nor evaluated, by reason.
         tied_test_targets: share of test rows where the tie rule, not the clock, says which of two
             interactions of the same second is the target; None without timestamps.
@@ -77,31 +80,41 @@ class Splits:
         return content_sha256({name: getattr(self, name) for name in SPLITS})
 
 
-def leave_one_out(interactions: pl.DataFrame, n_items: int, max_history: int = 20) -> Splits:
+def leave_one_out(
+    interactions: pl.DataFrame,
+    n_items: int,
+    max_history: int = 20,
+    min_history: int = 1,
+    window_step: int | None = None,
+) -> Splits:
     """Hold out each user's last item for test and the last but one for validation.
 
     The rest is the training sequence (see `train_rows`). A valid or test row has the last
     `max_history` items before its target as history (for test: train and validation), and all
-    earlier ones in `seen_item_index`. Users with fewer than three interactions are in train only.
+    earlier ones in `seen_item_index`. Users with fewer than ``min_history + 2`` interactions are in
+    train only.
 
     Args:
         interactions: the cleaned log (`CleanData.interactions`): users in blocks, ordered by
             position.
         n_items: rows of the catalogue.
         max_history: items that a history holds at most.
+        min_history: interactions that a user needs before a held-out target.
+        window_step: see `train_rows`.
 
     Raises:
-        ValueError: `max_history` below 1, or a log that isn't ordered.
+        ValueError: `max_history`, `min_history` or `window_step` out of range, or a log that isn't
+            ordered.
     """
-    check_max_history(max_history)
+    check_history(max_history, min_history)
     log = UserSequences.of(interactions)
-    evaluated = log.length >= MIN_EVALUATED
+    evaluated = log.length >= min_history + 2  # one item to test, one to validate
     train_length = np.where(evaluated, log.length - 2, log.length)
     train_only = int((~evaluated).sum())
     if train_only:
         logger.info(
             "%d of %d users have fewer than %d interactions: train only",
-            train_only, len(log.start), MIN_EVALUATED,
+            train_only, len(log.start), min_history + 2,
         )  # fmt: skip
     end = (log.start + log.length)[evaluated]
     total, held = max(len(log.items), 1), int(evaluated.sum())
@@ -110,7 +123,7 @@ def leave_one_out(interactions: pl.DataFrame, n_items: int, max_history: int = 2
     if log.time is not None and held:
         tied = float((log.time[end - 1] == log.time[end - 2]).mean())
     return Splits(
-        train_rows(log, train_length, max_history),
+        train_rows(log, train_length, max_history, window_step),
         held_out_rows("valid", log, end - 2, n_items, max_history),
         held_out_rows("test", log, end - 1, n_items, max_history),
         train_counts(log, train_length, n_items),

@@ -20,7 +20,7 @@ from genrec.columns import RELEVANT, USER_ID
 from genrec.data.split_rows import (
     IntArray,
     UserSequences,
-    check_max_history,
+    check_history,
     held_out_rows,
     list_column,
     places,
@@ -72,6 +72,8 @@ def global_time(
     n_items: int,
     max_history: int = 20,
     shares: Sequence[float] = SHARES,
+    min_history: int = 1,
+    window_step: int | None = None,
 ) -> Splits:
     """Cut one global order of all interactions into train, valid and test periods.
 
@@ -80,18 +82,21 @@ def global_time(
     little. Every interaction of the valid or test period is a row of its own (users can have
     several): its history and seen items are all that the user had before it by time, then file
     order, those of the same period included, as in MiniOneRec. (MiniOneRec cuts the order of the
-    rows that have a history, not that of all interactions.) Rows without a history are dropped.
+    rows that have a history, not that of all interactions.) Rows without a history, or with one
+    shorter than `min_history`, are dropped.
 
     Args:
         interactions: the cleaned log, with timestamps.
         n_items: rows of the catalogue.
         max_history: items that a history holds at most.
         shares: of train, valid and test; three positive numbers that sum to 1.
+        min_history: interactions that a user needs before a held-out target.
+        window_step: see `genrec.data.split_rows.train_rows`.
 
     Raises:
         ValueError: no timestamps, shares that can't be, or a part that stays empty.
     """
-    check_max_history(max_history)
+    check_history(max_history, min_history)
     check_shares(shares)
     log, time = _timed(interactions, GLOBAL_TIME)
     cuts = [round(len(time) * share) for share in (shares[0], shares[0] + shares[1])]
@@ -103,19 +108,24 @@ def global_time(
             f"({iso_time(valid_from)}), because so many interactions share it; choose other shares "
             f"or protocol: {TIME_CUTOFF}"
         )
-    has_history = np.arange(len(time)) > log.start[log.owner]
+    had = np.arange(len(time)) - log.start[log.owner]
+    has_history = had >= min_history
     in_test = time >= test_from
     in_valid = (time >= valid_from) & ~in_test
     target = np.flatnonzero(in_test & has_history)
     dropped = {
-        "valid_without_history": int((in_valid & ~has_history).sum()),
-        "test_without_history": int((in_test & ~has_history).sum()),
+        "valid_without_history": int((in_valid & (had == 0)).sum()),
+        "test_without_history": int((in_test & (had == 0)).sum()),
     }
+    if min_history > 1:
+        short = (had > 0) & ~has_history
+        dropped["valid_short_history"] = int((in_valid & short).sum())
+        dropped["test_short_history"] = int((in_test & short).sum())
     train_length = _before(log, time, valid_from)
     return _finish(
         GLOBAL_TIME,
         log,
-        train_rows(log, train_length, max_history),
+        train_rows(log, train_length, max_history, window_step),
         held_out_rows("valid", log, np.flatnonzero(in_valid & has_history), n_items, max_history),
         held_out_rows("test", log, target, n_items, max_history),
         train_counts(log, train_length, n_items),
@@ -133,6 +143,8 @@ def time_cutoff(
     test_from: int,
     test_until: int | None = None,
     max_history: int = 20,
+    min_history: int = 1,
+    window_step: int | None = None,
 ) -> Splits:
     """Freeze histories at two moments and ask what comes in the period after each.
 
@@ -148,11 +160,13 @@ def time_cutoff(
         test_from: unix seconds.
         test_until: unix seconds; later interactions are dropped. None: no end.
         max_history: items that a history holds at most.
+        min_history: interactions that a user needs before a period to be evaluated on it.
+        window_step: see `genrec.data.split_rows.train_rows`.
 
     Raises:
         ValueError: no timestamps, moments that aren't ascending, or a part that stays empty.
     """
-    check_max_history(max_history)
+    check_history(max_history, min_history)
     log, time = _timed(interactions, TIME_CUTOFF)
     end = int(time.max()) + 1 if test_until is None else test_until
     if test_until is not None and test_until <= test_from or test_from <= valid_from:
@@ -168,12 +182,15 @@ def time_cutoff(
         ("valid", before[0], before[1]),
         ("test", before[1], before[2]),
     ):
-        chosen = (last > first) & (first > 0)
+        chosen = (last > first) & (first >= min_history)
         begin, stop = (log.start + first)[chosen], (log.start + last)[chosen]
         rows = held_out_rows(split, log, begin, n_items, max_history)
         relevant = _distinct_lists(log, begin, stop, n_items)
         tables.append(rows.with_columns(relevant.alias(RELEVANT)))
         dropped[f"{split}_without_history"] = int((last - first)[first == 0].sum())
+        if min_history > 1:
+            short = (first > 0) & (first < min_history)
+            dropped[f"{split}_short_history"] = int((last - first)[short].sum())
         repeats = int((stop - begin).sum() - relevant.list.len().sum())
         dropped[f"{split}_repeats_in_period"] = repeats
         following = np.minimum(begin + 1, len(time) - 1)
@@ -185,7 +202,7 @@ def time_cutoff(
     return _finish(
         TIME_CUTOFF,
         log,
-        train_rows(log, before[0], max_history),
+        train_rows(log, before[0], max_history, window_step),
         tables[0],
         tables[1],
         train_counts(log, before[0], n_items),

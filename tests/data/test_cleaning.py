@@ -68,14 +68,51 @@ def test_exact_duplicates_go_but_repeats_stay():
     assert cleaning.drop_duplicates(untimed).height == 2
 
 
-def test_min_rating_keeps_the_threshold_itself():
-    log = log_of([("u", "a", 1, 3.0), ("u", "b", 2, 4.0), ("u", "c", 3, 5.0)])
-    assert cleaning.filter_rating(log, 4)["item_id"].to_list() == ["b", "c"]
-    assert cleaning.filter_rating(log, None).height == 3
-    with pytest.raises(ValueError, match=r"min_rating=6 leaves no interactions.*5\.0"):
-        cleaning.filter_rating(log, 6)
-    with pytest.raises(ValueError, match="min_rating=1 needs a rating.*1 of 1 have none"):
-        cleaning.filter_rating(log_of([("u", "a", 1)]), 1)
+def test_of_exact_duplicates_the_heaviest_is_kept_and_the_first_of_those():
+    log = log_of(
+        [("u", "a", 1), ("u", "b", 1), ("u", "a", 1), ("u", "a", 1), ("u", "b", 1), ("u", "a", 2)],
+        weight=[0.2, 1.0, 1.0, 1.0, 0.5, 0.1],
+        event=["view", "buy", "buy", "gift", "cart", "view"],
+    )
+    kept = cleaning.drop_duplicates(log)
+    assert kept.select("item_id", "event", "timestamp").rows() == [
+        ("b", "buy", 1), ("a", "buy", 1), ("a", "view", 2),
+    ]  # fmt: skip
+    untimed = log.with_columns(timestamp=pl.lit(None, dtype=pl.Int64))
+    assert cleaning.drop_duplicates(untimed).height == 6
+
+
+def test_optional_columns_stay_with_their_rows():
+    log = log_of(
+        [("u", "c", 3), ("v", "a", 5), ("u", "a", 1), ("u", "b", 2)],
+        review=["third", "other", None, "second"],
+        query=["q3", "q", "q1", "q2"],
+        event=["view", "buy", "buy", "view"],
+    )
+    catalog = pl.DataFrame({"item_id": list("abc"), "title": list("ABC")})
+    made = cleaning.clean(RawData(log, catalog, None), event_weights={"view": 0.5, "buy": 1.0})
+    assert made.interactions.columns == [
+        "user_id", "item_id", "item_index", "timestamp", "rating", "position", "event", "weight",
+        "review", "query",
+    ]  # fmt: skip
+    assert made.interactions.select("item_id", "position", "event", "weight", "review").rows() == [
+        ("a", 0, "buy", 1.0, None), ("b", 1, "view", 0.5, "second"), ("c", 2, "view", 0.5, "third"),
+        ("a", 0, "buy", 1.0, "other"),
+    ]  # fmt: skip
+    fewer = cleaning.clean(RawData(log, catalog, None), event_weights={"view": 0.0, "*": 1.0})
+    assert pairs(fewer.interactions) == [("v", "a"), ("u", "a")]
+    assert fewer.dropped == {"zero_weight": 2}
+
+
+def test_the_mean_of_the_ratings_is_taken_in_the_order_of_time():
+    """In file order the 5 would come first, and the 3 would lie below the mean."""
+    rows = [("u", "a", 9, 5.0), ("u", "b", 1, 3.0), ("u", "c", 2, 2.0), ("u", "c", 2, 2.0)]
+    made = cleaning.clean(raw(rows), rating_rule="above-user-mean")
+    assert pairs(made.interactions) == [("u", "b"), ("u", "a")]
+    assert made.dropped == {"duplicates": 1, "below_user_mean": 1}
+    assert made.interactions["position"].to_list() == [0, 1]
+    with pytest.raises(ValueError, match="min_rating belongs to rating_rule: at-least"):
+        cleaning.clean(raw(rows), rating_rule="at-least")
 
 
 def test_collapse_keeps_the_first_of_consecutive_repeats():

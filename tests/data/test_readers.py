@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from genrec.data.cleaning import clean
-from genrec.data.readers import SUBSECOND, read_movielens_100k, read_sequences, read_table
+from genrec.data.readers import SUBSECOND, read_sequences, read_table
 
 LOG = "user_id,item_id,time,stars\nu1,7,100,5\nu2,9,300,3.5\nu1,9,200,\n"
 ITEMS = "item_id,title,maker,path,price\n9,Tent,North,Out > Camp,$1,249.00\n".replace(
@@ -338,6 +338,17 @@ def test_sequences(tmp_path):
     assert clean(raw).interactions["item_id"].to_list() == [2, 1, 2, 3]  # a repeat is kept
 
 
+def test_sequences_zipped_and_marked(tmp_path):
+    lines, items = sequences(tmp_path, "")
+    for path in (
+        write(tmp_path, "s.txt.gz", "1 2 1\n"), write(tmp_path, "m.txt", b"\xef\xbb\xbf1 2 1\n")
+    ):  # fmt: skip
+        raw = read_sequences(path, items)
+        assert raw.interactions.select("user_id", "item_id").rows() == [(1, 2), (1, 1)]
+    with pytest.raises(ValueError, match="sequences.txt is empty"):
+        read_sequences(lines, items)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -352,44 +363,125 @@ def test_bad_sequences(tmp_path, text, message):
         read_sequences(*sequences(tmp_path, text))
 
 
-# MovieLens
-
-
-def movielens(folder: Path, header: bool, encoding: str) -> Path:
-    genres = ["0"] * 19
-    genres[1] = genres[5] = "1"
-    names = "unknown|Action|Adventure|Animation|Children's|Comedy|Crime|Documentary|Drama|Fantasy"
-    names += "|Film-Noir|Horror|Musical|Mystery|Romance|Sci-Fi|Thriller|War|Western"
-    item = f'1|"Café (1995)|01-Jan-1995||http://x|{"|".join(genres)}\n'
-    other = f"2|unknown|||{''}|1|{'|'.join(['0'] * 18)}\n"
-    user = "5|24|M|technician|85711\n"
-    heads = ("item|title|releaseDate|videoReleaseDate|imdbURL|" + names, "user|age|gender|job|zip")
-    write(folder, "u.data", "5\t1\t4\t881250949\n5\t2\t2\t881250948\n")
-    text = (heads[0] + "\n" if header else "") + item + other
-    write(folder, "u.item", text.encode(encoding))
-    write(folder, "u.user", (heads[1] + "\n" if header else "") + user)
-    return folder
-
-
-@pytest.mark.parametrize(("header", "encoding"), [(False, "latin-1"), (True, "utf-8")])
-def test_movielens_in_both_forms(tmp_path, header, encoding):
-    raw = read_movielens_100k(movielens(tmp_path, header, encoding))
-    assert raw.interactions.rows() == [(5, 1, 881250949, 4.0), (5, 2, 881250948, 2.0)]
-    assert raw.catalog.rows() == [(1, '"Café (1995)', ["Action", "Comedy"]), (2, "unknown", [])]
-    assert raw.users is not None
-    assert raw.users.rows() == [(5, 24, "M", "technician")]
-    assert read_movielens_100k(tmp_path, min_rating=3).interactions.height == 1
-
-
-def test_movielens_with_other_fields(tmp_path):
-    movielens(tmp_path, False, "utf-8")
-    write(tmp_path, "u.user", "5|24|M\n")
-    with pytest.raises(ValueError, match=r"u.user has 3 fields a row, MovieLens 100K has 5"):
-        read_movielens_100k(tmp_path)
-
-
 def test_semicolon_file_says_so(tmp_path):
     path = tmp_path / "orders.csv"
     path.write_text("user_id;item_id\n1;2\n")
     with pytest.raises(ValueError, match="separated by ';'"):
         read_table(path)
+
+
+# Optional columns
+
+
+def test_event_weight_review_and_query(tmp_path):
+    text = (
+        "user_id,item_id,kind,w,head,body,q\n"
+        'u,a, cart ,0.5,Good,"He said ""wow"",\nthen left",red shoes\n'
+        "u,b,,,, ,\n"
+    )
+    raw = read_table(
+        write(tmp_path, "log.csv", text),
+        event_column="kind",
+        weight_column="w",
+        summary_column="head",
+        review_column="body",
+        query_column="q",
+    )
+    named = raw.interactions.drop("user_id", "item_id", "timestamp", "rating")
+    assert named.schema == {
+        "event": pl.String, "weight": pl.Float64, "summary": pl.String, "review": pl.String,
+        "query": pl.String,
+    }  # fmt: skip
+    assert named.rows() == [
+        ("cart", 0.5, "Good", 'He said "wow",\nthen left', "red shoes"),
+        (None, None, None, None, None),
+    ]
+    with pytest.raises(ValueError, match="row 1: w -0.5 is below 0"):
+        read_table(write(tmp_path, "log.csv", text.replace("0.5", "-0.5")), weight_column="w")
+    with pytest.raises(ValueError, match=r"no column 'event' \(event_column\)"):
+        read_table(tmp_path / "log.csv", event_column="event")
+
+
+# Folders, and files that are wide
+
+
+def test_a_folder_of_parquet_files(tmp_path):
+    folder = tmp_path / "log [1]"  # brackets are a pattern to some readers
+    for day, users in (("2024-01-02", [3]), ("2024-01-01", [1, 2])):
+        part = folder / f"date={day}"
+        part.mkdir(parents=True)
+        ids = {"user_id": users, "item_id": [u * 10 for u in users]}
+        pl.DataFrame(ids).write_parquet(part / "part-0.parquet")
+    (folder / "_temporary").mkdir()
+    (folder / "_temporary" / "x.parquet").write_text("not one")
+    (folder / ".hidden.parquet").write_text("not one")
+    raw = read_table(folder, time_column="date")
+    assert raw.interactions.select("user_id", "item_id", "timestamp").rows() == [
+        (1, 10, 1704067200), (2, 20, 1704067200), (3, 30, 1704153600),
+    ]  # fmt: skip
+    bad = folder / "date=2024-01-03"
+    bad.mkdir()
+    pl.DataFrame({"user_id": ["x"], "item_id": [1]}).write_parquet(bad / "p.parquet")
+    with pytest.raises(ValueError, match="same columns and types"):
+        read_table(folder)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"has no \.parquet files"):
+        read_table(tmp_path / "none")
+
+
+def test_only_the_named_columns_are_read(tmp_path):
+    # A column that can't be decoded is no matter if nobody names it.
+    path = tmp_path / "log.parquet"
+    pl.DataFrame({"user_id": [1], "item_id": [2], "blob": [b"x"]}).write_parquet(path)
+    assert read_table(path).interactions.columns == ["user_id", "item_id", "timestamp", "rating"]
+
+
+# Hostile text
+
+
+def test_nul_bytes_and_utf_16(tmp_path):
+    path = write(tmp_path, "log.csv", b"user_id,item_id\nu\x00,a\n")
+    with pytest.raises(ValueError, match=r"log.csv holds a NUL byte within offsets 0 to 21"):
+        read_table(path)
+    path = write(tmp_path, "log.csv", "user_id,item_id\nJosé,a\n".encode("utf-16"))
+    with pytest.raises(ValueError, match="log.csv is not utf-8: byte 0xff at offset 0"):
+        read_table(path)
+    assert read_table(path, encoding="utf-16").interactions["user_id"].to_list() == ["José"]
+
+
+def test_a_bad_json_line_is_named(tmp_path):
+    good = '{"user_id": "u", "item_id": "a"}\n'
+    for bad in ('{"user_id": "u"', "[1]", '{"user_id": NaN}', '{"user_id": "\x01"}'):
+        path = write(tmp_path, "log.jsonl", good * 2 + "\n" + bad + "\n" + good)
+        with pytest.raises(ValueError, match=r"log.jsonl can't be read as jsonl: line 4 is not a"):
+            read_table(path)
+    path = write(tmp_path, "log.jsonl.gz", b"\xef\xbb\xbf" + good.encode())
+    assert read_table(path).interactions["user_id"].to_list() == ["u"]
+
+
+def test_empty_ids_and_huge_ids(tmp_path):
+    path = write(tmp_path, "log.jsonl", '{"user_id": "u", "item_id": ""}\n')
+    with pytest.raises(ValueError, match="row 1: 'item_id' is null"):
+        read_table(path)
+    path = tmp_path / "log.parquet"
+    ids = pl.Series([1 << 63], dtype=pl.UInt64)
+    pl.DataFrame({"user_id": ids, "item_id": ids}).write_parquet(path)
+    with pytest.raises(ValueError, match="'user_id' holds ids beyond 63 bits"):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "seconds", "micros"),
+    [
+        ([-100_000_000_001], [-100_000_001], [999_000]),  # before 1970 fractions count forward
+        ([0, 1_700_000_000_000_000_000], [0, 1_700_000_000], None),
+        ([1_700_000_000_000_001_999], [1_700_000_000], [1]),
+    ],
+)
+def test_integer_times_in_parquet(tmp_path, values, seconds, micros):
+    path = tmp_path / "log.parquet"
+    ids = list(range(len(values)))
+    pl.DataFrame({"user_id": ids, "item_id": ids, "t": values}).write_parquet(path)
+    log = read_table(path, time_column="t").interactions
+    assert log["timestamp"].to_list() == seconds
+    assert (log[SUBSECOND].to_list() if SUBSECOND in log.columns else None) == micros

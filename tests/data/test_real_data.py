@@ -10,7 +10,7 @@ import pytest
 
 from genrec.data.cleaning import clean
 from genrec.data.leaks import check_splits
-from genrec.data.readers import RawData, read_movielens_100k, read_sequences
+from genrec.data.readers import RawData, read_movielens, read_sequences
 from genrec.data.splits import Splits, leave_one_out
 from genrec.data.time_splits import global_time, time_cutoff, unix_seconds
 
@@ -36,7 +36,7 @@ def test_beauty(genrec_data: Path):
 
 
 def test_movielens_100k(genrec_data: Path):
-    data = clean(read_movielens_100k(genrec_data / "movielens-100k"), min_rating=0)
+    data = clean(read_movielens(genrec_data / "movielens-100k"), min_rating=0)
     assert data.interactions["user_id"].n_unique() == 943
     assert data.catalog.height == 1_682
     assert data.interactions.height == 100_000
@@ -54,7 +54,7 @@ def heights(splits: Splits) -> tuple[int, int, int]:
 
 
 def test_movielens_100k_by_time(genrec_data: Path):
-    data = clean(read_movielens_100k(genrec_data / "movielens-100k"), min_rating=0)
+    data = clean(read_movielens(genrec_data / "movielens-100k"), min_rating=0)
     n_items = data.catalog.height
     splits = global_time(data.interactions, n_items)
     check_splits(splits.train, splits.valid, splits.test, data.interactions, "global-time", n_items)

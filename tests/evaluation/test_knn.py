@@ -12,7 +12,7 @@ import pytest
 
 from genrec.columns import HISTORY, SEEN, TARGET
 from genrec.data.cleaning import clean
-from genrec.data.readers import RawData, read_movielens_100k, read_sequences
+from genrec.data.readers import RawData, read_movielens, read_sequences
 from genrec.data.splits import Splits, leave_one_out
 from genrec.evaluation.knn import (
     ITEM_KNN_GRID,
@@ -189,7 +189,7 @@ def scores(splits: Splits, n_items: int, start: KNNSettings, grid: dict) -> tupl
 def test_knn_is_as_strong_as_it_should_be(genrec_data: Path, name, cosine, sequential):
     folder = genrec_data / name
     if name == "movielens-100k":
-        splits, n_items = split_of(read_movielens_100k(folder))
+        splits, n_items = split_of(read_movielens(folder))
     else:
         splits, n_items = split_of(read_sequences(folder / "sequences.txt", folder / "items.jsonl"))
     for start, grid, bar in (

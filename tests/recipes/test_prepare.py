@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import logging
+import runpy
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 import pytest
 import yaml
 
+from genrec.artifacts import sha256_file
 from genrec.data.splits import content_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,11 +31,37 @@ ITEMS = "sku,name,maker,category,price,text\n" + "".join(
 OWN = ["--config", str(CONFIGS / "own-csv" / "prepare.yaml")]
 
 
-def prepare(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
-    settings.pop("GENREC_DEBUG", None)
-    command = [sys.executable, str(ROOT / "recipes" / "prepare.py"), *args]
-    return subprocess.run(command, capture_output=True, text=True, env=settings, timeout=180)
+@dataclass
+class Done:
+    """How a run of the recipe ended, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def prepare(monkeypatch, capsys, caplog) -> Callable[..., Done]:
+    """Runs the recipe as its command line does, in this process: ``prepare(*flags, **env)``."""
+    script = str(ROOT / "recipes" / "prepare.py")
+    caplog.set_level(logging.INFO)
+
+    def call(*args: str, **env: str) -> Done:
+        monkeypatch.setattr(sys, "argv", [script, *args])
+        monkeypatch.delenv("GENREC_DEBUG", raising=False)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        caplog.clear()
+        status = 0
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as stopped:
+            assert isinstance(stopped.code, int)
+            status = stopped.code
+        said = capsys.readouterr()
+        return Done(status, said.out, said.err + caplog.text)
+
+    return call
 
 
 @pytest.fixture
@@ -44,7 +73,7 @@ def shop(tmp_path: Path) -> Path:
     return folder
 
 
-def test_own_csv_from_start_to_rerun(shop: Path, tmp_path: Path):
+def test_own_csv_from_start_to_rerun(prepare, shop: Path, tmp_path: Path):
     run_dir = tmp_path / "run"
     base = [*OWN, "--data_dir", str(shop), "--run_dir", str(run_dir)]
     first = prepare(*base)
@@ -73,6 +102,10 @@ def test_own_csv_from_start_to_rerun(shop: Path, tmp_path: Path):
     assert (split["users"], split["items"], split["interactions"]) == (8, 7, 48)
     assert split["tie_share_of_last_two"] == 0.0
     assert split["boundaries"] == split["dropped_by_split"] == {}
+    assert split["log"] == "all interactions that are left" and split["min_history"] == 1
+    findings = json.loads((data / "lint.json").read_text())
+    assert {"name", "severity", "value", "threshold", "text", "example"} == set(findings[0])
+    assert f"of {len(findings)} checks are well" in first.stdout
     metrics = json.loads((data / "manifest.json").read_text())["metrics"]
     assert split["split_sha256"] == metrics["split_sha256"] == content_sha256(splits)
 
@@ -98,7 +131,7 @@ def test_own_csv_from_start_to_rerun(shop: Path, tmp_path: Path):
     assert "skipped" in prepare(*elsewhere).stderr
 
 
-def test_bad_input_ends_with_one_line_and_loses_nothing(shop: Path, tmp_path: Path):
+def test_bad_input_ends_with_one_line_and_loses_nothing(prepare, shop: Path, tmp_path: Path):
     run_dir = tmp_path / "run"
     base = [*OWN, "--data_dir", str(shop), "--run_dir", str(run_dir)]
     assert prepare(*base).returncode == 0
@@ -126,9 +159,54 @@ def test_bad_input_ends_with_one_line_and_loses_nothing(shop: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--format", "csv"], "format='csv' is not known; choose one of synthetic, sequences"),
+        (
+            ["--format", "csv"],
+            "format='csv' is not known; choose one of synthetic, table, sequences",
+        ),
         (["--format", "table"], "format='table' needs interactions: <path>"),
         (["--max_history", "0"], "max_history=0 must be at least 1"),
+        (["--min_history", "0"], "min_history=0 must be at least 1"),
+        (["--window_step", "21"], "window_step=21 must lie in 1..max_history=20"),
+        (["--format", "lc-rec", "--interactions", "i"], "format='lc-rec' needs items: <path>"),
+        (["--time_column", "t"], "time_column is not read with format: synthetic, only with table"),
+        (["--items", "x"], "items is not read with format: synthetic, only with table, sequences"),
+        (
+            ["--format", "mind", "--interactions", "m", "--encoding", "latin-1"],
+            "encoding is not read with format: mind, only with table; leave it out",
+        ),
+        (
+            ["--format", "movielens", "--interactions", "m", "--n_users", "9"],
+            "n_users is not read with format: movielens, only with synthetic",
+        ),
+        (
+            ["--format", "table", "--interactions", "i", "--event_weights", "view"],
+            "event_weights holds 'view'; write event=weight",
+        ),
+        (
+            ["--format", "table", "--interactions", "i", "--event_weights", "view=1"],
+            "event_weights needs event_column",
+        ),
+        (["--rating_rule", "liked"], "rating_rule='liked' is not known; choose one of all, at-le"),
+        (["--rating_rule", "all", "--min_rating", "3"], "min_rating belongs to rating_rule: at-le"),
+        (["--protocol", "given"], "minionerec brings its own split, protocol: given, and no other"),
+        (
+            ["--format", "minionerec", "--interactions", "i"],
+            "protocol='leave-one-out' with format='minionerec'",
+        ),
+        (
+            [
+                "--format",
+                "minionerec",
+                "--interactions",
+                "i",
+                "--protocol",
+                "given",
+                "--k_core_user",
+                "5",
+            ],
+            "k_core_user changes rows, and given ones stay as they are",
+        ),
+        (["--erase_items", "none.txt"], "none.txt not found"),
         (["--n_users", "50", "--expect_users", "51"], "the data have 50 users, expect_users=51"),
         (["--format", "table", "--interactions", "none.csv"], "none.csv not found"),
         (["--protocol", "random"], "protocol='random' is not known; choose one of leave-one-out"),
@@ -145,14 +223,14 @@ def test_bad_input_ends_with_one_line_and_loses_nothing(shop: Path, tmp_path: Pa
         ),
     ],
 )
-def test_settings_that_cannot_be_used(tmp_path: Path, args: list[str], message: str):
+def test_settings_that_cannot_be_used(prepare, tmp_path: Path, args: list[str], message: str):
     result = prepare("--run_dir", str(tmp_path / "run"), *args)
     assert result.returncode == 2
     assert message in result.stderr
     assert not (tmp_path / "run" / "data" / "manifest.json").exists()
 
 
-def test_own_csv_in_one_order_by_time(shop: Path, tmp_path: Path):
+def test_own_csv_in_one_order_by_time(prepare, shop: Path, tmp_path: Path):
     """Eight users buy at noon on six days: 48 interactions, and each day is one second."""
     run_dir = tmp_path / "run"
     base = [*OWN, "--data_dir", str(shop), "--run_dir", str(run_dir), "--protocol", "global-time"]
@@ -179,7 +257,7 @@ def test_own_csv_in_one_order_by_time(shop: Path, tmp_path: Path):
     assert "split_shares=[0.8, 0.1, 0.1] (now [0.6, 0.2, 0.2])" in other.stderr
 
 
-def test_own_csv_with_cutoff_dates(shop: Path, tmp_path: Path):
+def test_own_csv_with_cutoff_dates(prepare, shop: Path, tmp_path: Path):
     config = tmp_path / "prepare.yaml"
     text = (CONFIGS / "own-csv" / "prepare.yaml").read_text()
     # A bare date is a date to YAML, not text.
@@ -204,7 +282,7 @@ def test_own_csv_with_cutoff_dates(shop: Path, tmp_path: Path):
     assert "skipped" in same.stderr, same.stderr
 
 
-def test_data_without_times_are_not_split_by_time(tmp_path: Path):
+def test_data_without_times_are_not_split_by_time(prepare, tmp_path: Path):
     path = tmp_path / "log.csv"
     path.write_text("user_id,item_id\n" + "".join(f"u{i % 3},{i}\n" for i in range(12)))
     files = ["--format", "table", "--interactions", str(path), "--run_dir", str(tmp_path / "r")]
@@ -214,7 +292,7 @@ def test_data_without_times_are_not_split_by_time(tmp_path: Path):
     assert "use protocol: leave-one-out" in result.stderr
 
 
-def test_nothing_to_test_on_is_refused(tmp_path: Path):
+def test_nothing_to_test_on_is_refused(prepare, tmp_path: Path):
     path = tmp_path / "log.csv"
     path.write_text("user_id,item_id\na,1\na,2\nb,1\n")
     result = prepare(
@@ -224,7 +302,253 @@ def test_nothing_to_test_on_is_refused(tmp_path: Path):
     assert "no user has 3 interactions" in result.stderr
 
 
-def test_quickstart_and_a_sample_of_its_users(tmp_path: Path):
+def test_nobody_who_opted_out_is_in_any_file(prepare, shop: Path, tmp_path: Path):
+    """c3 and A2 are gone from everything below data/, whether as text or in compressed columns."""
+    log, items = (shop / "orders.csv").read_text(), (shop / "products.csv").read_text()
+    (shop / "orders.csv").write_text(log.replace("c3,", "Gone-3,").replace(",A2,", ",GoneItem,"))
+    (shop / "products.csv").write_text(items.replace("A2,", "GoneItem,"))
+    people = "customer,city\n" + "".join(f"{u},X\n" for u in ("c0", "c1", "Gone-3"))
+    (shop / "people.csv").write_text(people)
+    (shop / "optout.txt").write_text("Gone-3\nNobody-9\n")
+    (shop / "recall.csv").write_text("sku,why\nGoneItem,recalled\n")
+    run_dir = tmp_path / "run"
+    base = [*OWN, "--data_dir", str(shop), "--run_dir", str(run_dir), "--users", "people.csv"]
+    base += ["--expect_users", "8"]
+    assert prepare(*base).returncode == 0
+    held = [p for p in (run_dir / "data").iterdir() if "Gone" in content(p)]
+    assert {p.name for p in held} >= {"interactions.parquet", "catalog.parquet", "users.parquet"}
+
+    lists = ["--erase_users", "optout.txt", "--erase_items", "recall.csv", "--overwrite", "true"]
+    made = prepare(*base, *lists)
+    assert made.returncode == 0, made.stderr
+    for path in (run_dir / "data").iterdir():
+        assert "Gone" not in content(path), path
+        assert "Nobody-9" not in content(path), path
+    assert "Gone-3" not in made.stdout + made.stderr
+    assert "Nobody-9" not in made.stdout + made.stderr
+    assert "erase_users: 1 of 2 ids match nothing in the data" in made.stderr
+    assert "data.old-1 may hold what is erased now" in made.stderr
+    assert "expect_users=8, and 7 are left after erasure" in made.stderr
+    manifest = json.loads((run_dir / "data" / "manifest.json").read_text())
+    # c3 bought six items, once the recalled one; seven others bought it once or twice.
+    recalled = sum(line.endswith("Z") or ",A2," in line for line in log.splitlines())
+    mine = sum(",A2," in line for line in log.splitlines() if line.startswith("c3,"))
+    assert manifest["metrics"]["erased_users"] == {"listed": 2, "matched": 1, "interactions": 6}
+    assert manifest["metrics"]["erased_items"] == {
+        "listed": 1, "matched": 1, "interactions": recalled - mine,
+    }  # fmt: skip
+    assert manifest["inputs"]["erase_users"] == sha256_file(shop / "optout.txt")
+    assert "erase_users" not in manifest["config"]
+
+    (shop / "optout.txt").write_text("Gone-3\n")
+    again = prepare(*base, *lists[:4])
+    assert again.returncode == 2
+    assert "input 'erase_users'" in again.stderr
+
+
+def content(path: Path) -> str:
+    """What a file of a stage holds, columns of Parquet written out."""
+    if path.suffix != ".parquet":
+        return path.read_text()
+    return path.read_bytes().decode("latin-1") + json.dumps(
+        pl.read_parquet(path).to_dict(as_series=False), default=str
+    )
+
+
+def test_events_weights_and_reviews_reach_the_log(prepare, tmp_path: Path):
+    path = tmp_path / "log.csv"
+    rows = [
+        f"u{user},{(user + place) % 5},{1000 + place},{'buy' if place % 2 else 'view'},text {place}"
+        for user in range(6)
+        for place in range(6)
+    ]
+    path.write_text("user_id,item_id,at,kind,words\n" + "\n".join([*rows, "u0,1,900,hover,x\n"]))
+    base = ["--format", "table", "--interactions", str(path), "--run_dir", str(tmp_path / "r")]
+    base += ["--time_column", "at", "--event_column", "kind", "--review_column", "words"]
+    refused = prepare(*base, "--event_weights", "view=0.5", "buy=1")
+    assert refused.returncode == 2
+    assert "event_weights doesn't name these events: hover: 1;" in refused.stderr
+    config = tmp_path / "prepare.yaml"
+    config.write_text("event_weights: [view=0.5, hover=0, '*=1']\nmin_history: 3\n")
+    made = prepare("--config", str(config), *base)
+    assert made.returncode == 0, made.stderr
+    log = pl.read_parquet(tmp_path / "r" / "data" / "interactions.parquet")
+    assert log.filter(user_id="u0").select("event", "weight", "review").rows() == [
+        ("view" if place % 2 == 0 else "buy", 1.0 if place % 2 else 0.5, f"text {place}")
+        for place in range(6)
+    ]
+    split = json.loads((tmp_path / "r" / "data" / "split.json").read_text())
+    assert split["events"] == {"buy": 18, "view": 18}
+    assert split["mean_weight"] == 0.75
+    assert split["dropped"] == {"zero_weight": 1}
+    assert split["event_weights"] == ["view=0.5", "hover=0", "*=1"]
+    # Six interactions: four before the validation target, so min_history lets all users be tested.
+    assert (split["test_rows"], split["min_history"]) == (6, 3)
+    fewer = prepare("--config", str(config), *base, "--min_history", "5", "--overwrite", "true")
+    assert "no user has 7 interactions" in fewer.stderr
+
+
+def test_a_rating_rule_is_stated(prepare, shop: Path, tmp_path: Path):
+    """Stars are 3, 4, 5, 3, 4, 5; the means so far 3, 3.5, 4, 3.75, 3.8, 4."""
+    config = tmp_path / "prepare.yaml"
+    text = (CONFIGS / "own-csv" / "prepare.yaml").read_text()
+    config.write_text(text.replace("min_rating: 1", "rating_rule: above-user-mean"))
+    run_dir = tmp_path / "run"
+    made = prepare("--config", str(config), "--data_dir", str(shop), "--run_dir", str(run_dir))
+    assert made.returncode == 0, made.stderr
+    log = pl.read_parquet(run_dir / "data" / "interactions.parquet")
+    assert log.filter(user_id="c0")["rating"].to_list() == [3.0, 4.0, 5.0, 4.0, 5.0]
+    split = json.loads((run_dir / "data" / "split.json").read_text())
+    assert split["dropped"] == {"below_user_mean": 8}
+    assert "at least the mean of their user's ratings up to and including" in split["rating_rule"]
+
+
+def test_given_rows_from_files_to_rows(prepare, tmp_path: Path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    items = {str(i): {"title": f"T{i}", "description": "", "brand": "B", "categories": ""}
+             for i in range(4)}  # fmt: skip
+    (folder / "items.json").write_text(json.dumps(items))
+    head = "user_id,history_item_id,item_id\n"
+    (folder / "train.csv").write_text(head + 'u,[0],1\nu,"[0, 1]",2\nv,[2],0\n')
+    (folder / "valid.csv").write_text(head + 'u,"[0, 1, 2]",3\n')
+    (folder / "test.csv").write_text(head + 'u,"[0, 1, 2, 3]",0\nv,"[2, 0]",1\n')
+    run_dir = tmp_path / "run"
+    base = ["--format", "minionerec", "--interactions", str(folder), "--protocol", "given"]
+    base += ["--run_dir", str(run_dir), "--max_history", "3"]
+    made = prepare(*base)
+    assert made.returncode == 0, made.stderr
+    test = pl.read_parquet(run_dir / "data" / "test.parquet")
+    assert test["history_item_index"].to_list() == [[1, 2, 3], [2, 0]]
+    assert test["seen_item_index"].to_list() == [[0, 1, 2, 3], [0, 2]]
+    log = pl.read_parquet(run_dir / "data" / "interactions.parquet")
+    assert log.select("user_id", "item_id", "position").rows() == [
+        ("u", 0, 0), ("u", 1, 1), ("u", 2, 2), ("v", 2, 0), ("v", 0, 1),
+    ]  # fmt: skip
+    split = json.loads((run_dir / "data" / "split.json").read_text())
+    assert split["log"] == "implied by the training rows"
+    assert split["tie_rule"] == "that of whoever made the rows"
+    inputs = json.loads((run_dir / "data" / "manifest.json").read_text())["inputs"]
+    assert set(inputs) == {"train", "valid", "test", "items"}
+
+    # A validation row among the training rows is found.
+    (folder / "train.csv").write_text(head + 'u,[0],1\nu,"[0, 1, 2]",3\n')
+    leaking = prepare(*base, "--overwrite", "true")
+    assert leaking.returncode == 2
+    assert "row 'valid-000000' evaluates the same history and target" in leaking.stderr
+
+
+def amazon_files(folder: Path) -> list[str]:
+    lines = [
+        json.dumps({"reviewerID": f"u{u}", "asin": f"B{(u + t) % 5}", "overall": 4.0,
+                    "reviewText": "fine", "unixReviewTime": 1_500_000_000 + 86_400 * t})
+        for u in range(4) for t in range(4)
+    ]  # fmt: skip
+    (folder / "reviews.json").write_text("\n".join(lines))
+    return ["--interactions", str(folder / "reviews.json"), "--amazon_version", "2018"]
+
+
+def movielens_files(folder: Path) -> list[str]:
+    ratings = [
+        f"{u + 1}::{(u + t) % 5 + 1}::4::{978_300_000 + t}" for u in range(4) for t in range(4)
+    ]
+    (folder / "ratings.dat").write_text("\n".join(ratings) + "\n")
+    (folder / "movies.dat").write_text(
+        "".join(f"{i}::Film {i} (1990)::Drama\n" for i in range(1, 6))
+    )
+    (folder / "users.dat").write_text("".join(f"{u}::F::25::4::12345\n" for u in range(1, 5)))
+    return ["--interactions", str(folder)]
+
+
+def recbole_files(folder: Path) -> list[str]:
+    rows = [f"u{u}\ti{(u + t) % 5}\t{t}" for u in range(4) for t in range(4)]
+    head = "user_id:token\titem_id:token\ttimestamp:float\n"
+    (folder / "shop.inter").write_text(head + "\n".join(rows) + "\n")
+    return ["--interactions", str(folder)]
+
+
+def mind_files(folder: Path) -> list[str]:
+    news = [f"N{i}\tsports\tgolf\tTitle {i}\tAbstract\thttp://x\t[]\t[]" for i in range(6)]
+    (folder / "news.tsv").write_text("\n".join(news) + "\n")
+    clicks = [
+        f"{4 * u + t}\tU{u}\t11/1{t}/2019 9:05:58 AM\tN5\tN{(u + t) % 5}-1 N5-0"
+        for u in range(4) for t in range(3)
+    ]  # fmt: skip
+    (folder / "behaviors.tsv").write_text("\n".join(clicks) + "\n")
+    return ["--interactions", str(folder)]
+
+
+def lcrec_files(folder: Path) -> list[str]:
+    inter = {str(u): [(u + t) % 5 for t in range(4)] for u in range(4)}
+    items = {str(i): {"title": f"T{i}", "description": "", "brand": "B", "categories": "A,B"}
+             for i in range(5)}  # fmt: skip
+    (folder / "x.inter.json").write_text(json.dumps(inter))
+    (folder / "x.item.json").write_text(json.dumps(items))
+    return ["--interactions", str(folder / "x.inter.json"), "--items", str(folder / "x.item.json")]
+
+
+def huggingface_files(folder: Path) -> list[str]:
+    import datasets
+
+    rows = {"who": [f"u{u}" for u in range(4) for _ in range(4)],
+            "what": [(u + t) % 5 for u in range(4) for t in range(4)]}  # fmt: skip
+    datasets.Dataset.from_dict(rows).save_to_disk(str(folder / "saved"))
+    return [
+        "--interactions",
+        str(folder / "saved"),
+        "--user_column",
+        "who",
+        "--item_column",
+        "what",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "inputs"),
+    [
+        ("amazon", amazon_files, {"interactions"}),
+        ("movielens", movielens_files, {"ratings", "items", "users"}),
+        ("movielens-100k", movielens_files, {"ratings", "items", "users"}),
+        ("recbole", recbole_files, {"interactions"}),
+        ("mind", mind_files, {"behaviors", "news"}),
+        ("lc-rec", lcrec_files, {"interactions", "items"}),
+        ("huggingface", huggingface_files, None),
+    ],
+)
+def test_every_format_is_read(prepare, name: str, make, inputs, tmp_path: Path):
+    """Four users with four items each; every file that was read is known by its content."""
+    files = tmp_path / "files"
+    files.mkdir()
+    run_dir = tmp_path / "run"
+    made = prepare("--format", name, *make(files), "--run_dir", str(run_dir))
+    assert made.returncode == 0, made.stderr
+    manifest = json.loads((run_dir / "data" / "manifest.json").read_text())
+    if inputs is None:
+        assert all(role.startswith("interactions/") for role in manifest["inputs"])
+    else:
+        assert set(manifest["inputs"]) == inputs
+    log = pl.read_parquet(run_dir / "data" / "interactions.parquet")
+    assert log.group_by("user_id").len()["len"].to_list() == [4] * 4
+    assert pl.read_parquet(run_dir / "data" / "test.parquet").height == 4
+
+
+def test_a_folder_of_parquet_files_is_known_by_their_content(prepare, tmp_path: Path):
+    folder = tmp_path / "log"
+    for part in range(2):
+        (folder / f"day={part}").mkdir(parents=True)
+        rows = {"user_id": [1, 2] * 2, "item_id": [part, part, 2 + part, 2 + part]}
+        pl.DataFrame(rows).write_parquet(folder / f"day={part}" / "0.parquet")
+    base = ["--format", "table", "--interactions", str(folder), "--run_dir", str(tmp_path / "r")]
+    made = prepare(*base)
+    assert made.returncode == 0, made.stderr
+    inputs = json.loads((tmp_path / "r" / "data" / "manifest.json").read_text())["inputs"]
+    assert set(inputs) == {"interactions/day=0/0.parquet", "interactions/day=1/0.parquet"}
+    assert "skipped" in prepare(*base).stderr
+    pl.DataFrame({"user_id": [1], "item_id": [9]}).write_parquet(folder / "more.parquet")
+    assert prepare(*base).returncode == 2
+
+
+def test_quickstart_and_a_sample_of_its_users(prepare, tmp_path: Path):
     config = ["--config", str(CONFIGS / "quickstart" / "prepare.yaml")]
     result = prepare(*config, "--run_dir", str(tmp_path), "--limit_users", "100")
     assert result.returncode == 0, result.stderr
@@ -233,8 +557,8 @@ def test_quickstart_and_a_sample_of_its_users(tmp_path: Path):
     assert pl.read_parquet(tmp_path / "data" / "catalog.parquet").height == 600
 
 
-@pytest.mark.parametrize("name", ["beauty", "movielens-100k"])
-def test_published_datasets(name: str, genrec_data: Path, tmp_path: Path):
+@pytest.mark.parametrize("name", ["beauty", "movielens-100k", "industrial", "fashion"])
+def test_published_datasets(prepare, name: str, genrec_data: Path, tmp_path: Path):
     config = CONFIGS / name / "prepare.yaml"
     result = prepare(
         "--config", str(config), "--run_dir", str(tmp_path), GENREC_DATA=str(genrec_data)
@@ -248,7 +572,7 @@ def test_published_datasets(name: str, genrec_data: Path, tmp_path: Path):
 
 def test_every_config_opens_with_its_command():
     configs = sorted(CONFIGS.glob("*/prepare.yaml"))
-    assert len(configs) >= 4
+    assert len(configs) >= 7
     for config in configs:
         relative = config.relative_to(ROOT).as_posix()
         assert f"genrec prepare --config {relative}" in config.read_text().splitlines()[0]
