@@ -41,6 +41,7 @@ FOLDERS = {
     "prepare": "data",
     "embed": "embeddings",
     "quantize": "semantic_ids",
+    "prune": "pruning",
     "build_dataset": "dataset",
     "sft": "sft",
     "grpo": "grpo",

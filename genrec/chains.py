@@ -17,7 +17,15 @@ from typing import Any
 
 from genrec.artifacts import write_text
 
-STEP_TYPES = ("evidence", "shared_attributes", "decision")
+STEP_TYPES = (
+    "evidence",
+    "shared_attributes",
+    "preference",
+    "intent",
+    "formulation",
+    "rewriting",
+    "decision",
+)
 ORIGINS = ("before", "after", "template")
 
 ItemId = int | str

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow as pa
 import scipy.sparse as sp
 
 IntArray = npt.NDArray[np.int64]
@@ -63,6 +64,18 @@ class ItemLists:
     def keys(self, n_items: int) -> IntArray:
         """Sorted ``row * n_items + item``, for membership tests."""
         return np.sort(self.rows * n_items + self.values)
+
+
+def list_series(values: pl.Series, offsets: IntArray) -> pl.Series:
+    """List column whose row `i` is ``values[offsets[i] : offsets[i + 1]]``, without a loop.
+
+    Args:
+        values: the entries of all lists, one list after the other; nulls are kept.
+        offsets: of the lists. ``# (n_rows + 1,)``
+    """
+    flat = values.to_arrow(compat_level=pl.CompatLevel.oldest())
+    lists = pa.LargeListArray.from_arrays(pa.array(offsets.astype(np.int64)), flat)
+    return pl.Series(values.name, lists, dtype=pl.List(values.dtype))
 
 
 def no_items(n_rows: int) -> ItemLists:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from jinja2 import StrictUndefined, TemplateError
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from jinja2 import StrictUndefined, TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_TEXT_CHARS = 300
@@ -38,6 +41,7 @@ _BRACKETS = str.maketrans(
         "≯": "›",
     }
 )
+_NEW_FORMATS = frozenset(map(chr, range(0x13439, 0x13440)))  # since Unicode 15, Python may lag
 _SPACE = re.compile(r"\s+")
 
 
@@ -51,9 +55,62 @@ def escape_text(text: str, max_chars: int = MAX_TEXT_CHARS) -> str:
     text = text[: 4 * max_chars]  # bounds the work below
     text = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
     # Format characters (zero-width, direction overrides) and lone surrogates carry no meaning here.
-    text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cs"))
+    text = "".join(
+        c for c in text if unicodedata.category(c) not in ("Cf", "Cs") and c not in _NEW_FORMATS
+    )
     text = _SPACE.sub(" ", text.translate(_BRACKETS)).strip()
     return text if len(text) <= max_chars else text[: max_chars - 1].rstrip() + "…"
+
+
+def escape_series(texts: pl.Series, max_chars: int = MAX_TEXT_CHARS) -> pl.Series:
+    """`escape_text` for a column, row for row the same text; null stays null."""
+    text = pl.col("text").str.slice(0, 4 * max_chars)
+    text = text.str.replace_all(r"[\p{Cc}\p{Zl}\p{Zp}]", " ").str.replace_all(r"\p{Cf}", "")
+    text = text.str.replace_many(
+        [chr(c) for c in _BRACKETS], [str(to) for to in _BRACKETS.values()]
+    )
+    text = text.str.replace_all(r"\s+", " ").str.strip_chars()
+    cut = text.str.slice(0, max_chars - 1).str.strip_chars_end() + "…"
+    shown = pl.when(text.str.len_chars() <= max_chars).then(text).otherwise(cut)
+    frame = pl.DataFrame({"text": texts.cast(pl.String)})
+    return frame.select(shown.alias(texts.name)).to_series()
+
+
+def row_hashes(row_ids: pl.Series, seed: int) -> npt.NDArray[np.uint64]:
+    """A number for each row id that depends on (row_id, seed) alone, on every machine.
+
+    Args:
+        row_ids: text, no nulls. ``# (rows,)``
+        seed: of the draw.
+
+    Returns:
+        Uniform 64-bit numbers. ``# (rows,)``
+    """
+    if row_ids.is_empty():
+        return np.zeros(0, dtype=np.uint64)
+    text = row_ids.to_arrow(compat_level=pl.CompatLevel.oldest())  # bytes one after another
+    _, ends, letters = text.buffers()
+    offsets = np.frombuffer(ends, dtype=np.int64)[text.offset : text.offset + len(text) + 1]
+    letters = np.frombuffer(letters or b"", dtype=np.uint8)[offsets[0] : offsets[-1]]
+    lengths, begin = np.diff(offsets), offsets[:-1] - offsets[0]
+    place = np.arange(len(letters)) - np.repeat(begin, lengths)
+    with np.errstate(over="ignore"):
+        powers = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, _PRIME, dtype=np.uint64))
+        sums = np.zeros(len(letters) + 1, dtype=np.uint64)
+        np.cumsum((letters.astype(np.uint64) + np.uint64(1)) * powers[place], out=sums[1:])
+        value = sums[begin + lengths] - sums[begin]
+        return _mixed(value + _mixed(np.array([seed], dtype=np.int64).astype(np.uint64)))
+
+
+_PRIME = 0x100000001B3  # of the FNV hash
+
+
+def _mixed(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele et al. 2014): every input bit moves every output bit."""
+    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
 
 
 def default_folder() -> Path:
@@ -83,11 +140,13 @@ class PromptRenderer:
         )
         self._sources: dict[str, str] = {}
         self._templates = {}
+        self._parts: dict[str, list[tuple[str, bool]] | None] = {}
         for path in sorted(self.folder.glob("*/*/*.jinja")):
             name = path.relative_to(self.folder).with_suffix("").as_posix()
             self._sources[name] = path.read_text(encoding="utf-8")
             try:
                 self._templates[name] = environment.from_string(self._sources[name])
+                self._parts[name] = _plain_parts(environment.parse(self._sources[name]))
             except TemplateError as error:
                 raise ValueError(f"{path} is not a valid template: {error}") from error
         if not self._templates:
@@ -130,18 +189,72 @@ class PromptRenderer:
         except Exception as error:  # a template is a program: it may divide by zero, too
             raise ValueError(f"template {template!r}: {error}") from error
 
-    def pick(self, family: str, row_id: str, seed: int, limit: int | None = None) -> str:
-        """A seen template as a function of (row_id, seed) alone.
+    def render_many(
+        self,
+        template: str,
+        sids: Mapping[str, pl.Series] | None = None,
+        texts: Mapping[str, pl.Series] | None = None,
+    ) -> pl.Series:
+        """The prompts of many rows, each the same text as `render` gives for the row alone.
+
+        A template that only inserts fields, as all of genrec's do, is filled for all rows at once;
+        one with logic in it is run row by row.
+
+        Args:
+            template: a template name.
+            sids: columns of text made by genrec itself; inserted as they are.
+            texts: columns of untrusted text; escaped.
+
+        Raises:
+            ValueError: as `render`; columns of different lengths, or one with nulls.
+        """
+        if template not in self._templates:
+            return pl.Series([self.render(template)])  # says what is there
+        columns = {name: escape_series(text) for name, text in (texts or {}).items()}
+        columns |= sids or {}
+        lengths = {len(column) for column in columns.values()}
+        if len(lengths) != 1:
+            raise ValueError(f"template {template!r}: columns of {sorted(lengths)} rows")
+        if empty := [name for name, column in columns.items() if column.null_count()]:
+            raise ValueError(f"template {template!r}: {empty[0]!r} is null in some rows")
+        parts = self._parts[template]
+        if parts is None:
+            rows = pl.DataFrame(columns).iter_rows(named=True)
+            return pl.Series([self.render(template, sids=row) for row in rows], dtype=pl.String)
+        if missing := [name for name, is_field in parts if is_field and name not in columns]:
+            raise ValueError(f"template {template!r}: {missing[0]!r} is undefined")
+        pieces = [pl.col(text) if is_field else pl.lit(text) for text, is_field in parts]
+        used = {name: columns[name] for name, is_field in parts if is_field}
+        frame = pl.DataFrame(used or columns)
+        text = pl.concat_str(pieces) if pieces else pl.lit("")
+        return frame.with_columns(text.alias("_prompt"))["_prompt"]
+
+    def fields(self, template: str) -> set[str] | None:
+        """Names of the fields that a template inserts; None where logic decides."""
+        parts = self._parts[template]
+        return None if parts is None else {name for name, is_field in parts if is_field}
+
+    def pick_many(
+        self, family: str, row_ids: pl.Series, seed: int, epoch: int = 0, limit: int | None = None
+    ) -> pl.Series:
+        """A seen template for each row, as a function of (row_id, seed, epoch) alone.
+
+        From epoch to epoch a row goes through the templates in turn, from a random one on.
 
         Args:
             family: task family.
-            row_id: the row.
+            row_ids: the rows. ``# (rows,)``
             seed: of the run.
+            epoch: of the training, from 0.
             limit: use only the first so many templates.
+
+        Returns:
+            Template names. ``# (rows,)``
         """
         names = self.names(family)[:limit]
-        digest = hashlib.blake2b(f"{seed}:{row_id}".encode(), digest_size=8).digest()
-        return names[int.from_bytes(digest, "big") % len(names)]
+        first = row_hashes(row_ids, seed) % np.uint64(len(names))
+        number = (first + np.uint64(epoch)) % np.uint64(len(names))
+        return pl.Series(names, dtype=pl.String).gather(number.astype(np.uint32))
 
     def sha256(self) -> str:
         """Hash over all template names and texts."""
@@ -149,3 +262,21 @@ class PromptRenderer:
         for name in sorted(self._sources):
             digest.update(f"{name}\0{self._sources[name]}\0".encode())
         return digest.hexdigest()
+
+
+def _plain_parts(template: nodes.Template) -> list[tuple[str, bool]] | None:
+    """Texts (False) and field names (True) of a template that only inserts fields, else None."""
+
+    def parts() -> Iterator[tuple[str, bool] | None]:
+        for statement in template.body:
+            if not isinstance(statement, nodes.Output):
+                yield None
+                return
+            for node in statement.nodes:
+                if isinstance(node, nodes.TemplateData):
+                    yield node.data, False
+                else:
+                    yield (node.name, True) if isinstance(node, nodes.Name) else None
+
+    found = list(parts())
+    return None if None in found else [part for part in found if part is not None]

@@ -1,40 +1,60 @@
-"""Split rows + semantic ids + prompts -> instruction rows.
+"""Split rows + semantic ids + prompts -> instruction rows of every task family.
 
     genrec build_dataset --config recipes/configs/quickstart/build_dataset.yaml
+    genrec build_dataset --run_dir runs/mine --tasks all
 
-Writes ``dataset/{train,rl,valid,test}.parquet`` with row_id, user_id, task, template, prompt,
-completion, target_item_id and history_item_ids, and a copy of the templates, so that the run
-explains itself.
+Writes ``dataset/{train,rl,valid,test}.parquet``, complete rows as TRL takes them (row_id, user_id,
+task, target_kind, targets, history, template, prompt, completion, and what else a family shows), a
+copy of the templates, so that the run explains itself, and the dataset card: ``report.html`` and
+``card.json``. A family whose fields the data lack switches itself off, and the card says why.
+Rows are made and written chunk by chunk: memory doesn't grow with the data.
 """
 
+import logging
 import shutil
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import polars as pl
+from tqdm import tqdm
 
 from genrec.artifacts import Stage, stage_folder, write_parquet
 from genrec.columns import (
-    COMPLETION,
     HISTORY,
     ITEM_INDEX,
     POSITION,
-    PROMPT,
+    REVIEW,
     ROW_ID,
     SEEN,
     SUPERVISE_FROM,
     TARGET,
+    TARGET_POSITION,
     TASK,
+    TRAIN_COUNT,
     USER_ID,
 )
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
 from genrec.prompts import PromptRenderer
 from genrec.semantic_ids import SemanticIds
-from genrec.tasks.item_index import SID_TO_TITLE, TITLE_TO_SID, item_index_rows
-from genrec.tasks.sequential import FAMILY, explode, sequential_rows
+from genrec.tasks.attributes import AttributeIndex, item_attributes
+from genrec.tasks.families import FAMILIES, ITEM, SEQUENTIAL, switched_off
+from genrec.tasks.instruction_rows import RowWriter
+from genrec.tasks.mixing import named_numbers
+from genrec.tasks.noise import ItemDraw, keep_about
+from genrec.tasks.reasoning import RATIONALE_ORIGIN, TRAINED_ON_TARGET
+from genrec.tasks.rendering import ItemTexts, render_rows
+from genrec.tasks.rows import InteractionLog, Sources, chunks, interaction_rows, item_rows
+from genrec.tasks.sequential import explode, sequential_rows
+from genrec.tasks.texts import item_intentions, item_queries, review_aspects, written_renderer
+from genrec.tasks.writers import LocalWriter, OpenAIWriter, Writer, llm_item_texts, llm_preferences
 
-TASKS = (FAMILY, TITLE_TO_SID, SID_TO_TITLE)
+logger = logging.getLogger("genrec.build_dataset")
+
+ALL = "all"
+WRITERS = ("rules", "openai", "local")
 MODES = ("whole_history", "per_item")
 
 
@@ -44,103 +64,239 @@ class DatasetArgs:
 
     run_dir: str = "runs/default"
     overwrite: bool = False
-    tasks: list[str] = field(default_factory=lambda: list(TASKS))
+    # Families of genrec.tasks.families, or "all".
+    tasks: list[str] = field(default_factory=lambda: [SEQUENTIAL, "title_to_sid", "sid_to_title"])
     # whole_history: a row per user, every item of the history is supervised in one causal pass.
     # per_item: a row per supervised item.
     sequential_mode: str = "whole_history"
+    # About so many rows of a family at most, drawn by row: "title_to_sid=1000", "*=100000".
+    max_rows: list[str] = field(default_factory=list)
+    keep_rows: str | None = None  # a Parquet file with the row_id of the training rows to keep
     n_templates: int | None = None  # use the first so many seen templates per family; default all
-    item_rows: int | None = None  # at most so many rows per item<->index family; default all items
+    # Who writes queries, intentions and preferences: "rules", "openai" (any endpoint of that
+    # protocol, with the key in OPENAI_API_KEY) or "local" (a model of Hugging Face).
+    writer: str = "rules"
+    writer_model: str | None = None
+    writer_url: str | None = None  # for example http://localhost:8000/v1
+    writer_cache: str | None = None  # default: <run_dir>/written_texts.sqlite
     prompts_dir: str | None = None  # your own templates; default: genrec's
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""
         check_choice("sequential_mode", self.sequential_mode, MODES)
+        check_choice("writer", self.writer, WRITERS)
+        if (self.writer == "rules") != (self.writer_model is None):
+            raise ValueError(
+                f"writer={self.writer!r} with writer_model={self.writer_model!r}: name the model "
+                f"that writes, and who runs it ({', '.join(WRITERS[1:])})"
+            )
+        if (self.writer == "openai") != (self.writer_url is not None):
+            raise ValueError("writer_url belongs to writer: openai, which needs it")
         for task in self.tasks:
-            check_choice("tasks", task, TASKS)
-        if FAMILY not in self.tasks:
-            raise ValueError(f"tasks={self.tasks} must include {FAMILY!r}: it is what is served")
+            check_choice("tasks", task, (ALL, *FAMILIES))
+        if ALL in self.tasks:
+            self.tasks = list(FAMILIES)
+        if SEQUENTIAL not in self.tasks:
+            raise ValueError(
+                f"tasks={self.tasks} must include {SEQUENTIAL!r}: it is what is served"
+            )
+        for name in named_numbers("max_rows", self.max_rows):
+            check_choice("max_rows", name, ("*", *FAMILIES))
         if self.n_templates is not None and self.n_templates < 1:
             raise ValueError(f"n_templates={self.n_templates} must be at least 1")
 
 
-def rl_rows(
-    train: pl.DataFrame,
-    data: Path,
-    semantic_ids: SemanticIds,
-    renderer: PromptRenderer,
-    serving: str,
-) -> pl.DataFrame:
-    """One RL row per user: the last training interaction, with what was bought before it."""
-    # How many of a user's interactions are in training, whatever the protocol holds out.
-    supervised = pl.col(HISTORY).list.len().cast(pl.Int64) + 1 - pl.col(SUPERVISE_FROM)
-    trained = train.group_by(USER_ID).agg(supervised.sum().alias("_trained"))
+def read_sources(
+    args: DatasetArgs, data: Path, semantic_ids: SemanticIds, train: pl.DataFrame
+) -> Sources:
+    """What rows are made of, beside the split rows."""
+    seed = args.seed
+    catalog = pl.read_parquet(data / "catalog.parquet")
+    wording = written_renderer()
+    log = InteractionLog.of(data / "interactions.parquet")
+    attributes = item_attributes(catalog)
+    aspects = review_aspects(
+        training_reviews(data, train) if REVIEW in log.columns else _NO_REVIEWS
+    )
+    queries = item_queries(catalog, attributes, wording, seed)
+    intentions = item_intentions(catalog, attributes, wording, aspects, seed)
+    preferences = None
+    if args.writer != "rules":
+        writer = make_writer(args)
+        cache = Path(args.writer_cache or Path(args.run_dir) / "written_texts.sqlite")
+        if "query_search" in args.tasks:
+            made = llm_item_texts("query", catalog, wording, writer, cache)
+            queries = pl.concat([made, queries.join(made, on=ITEM_INDEX, how="anti")])
+        if "intention_search" in args.tasks:
+            made = llm_item_texts("intention", catalog, wording, writer, cache)
+            intentions = pl.concat([made, intentions.join(made, on=ITEM_INDEX, how="anti")])
+
+        def preferences(ids: pl.Series, histories: pl.Series) -> pl.DataFrame:
+            return llm_preferences(ids, histories, catalog, wording, writer, cache)
+
+    return Sources(
+        texts=ItemTexts.of(catalog, semantic_ids),
+        item_ids=semantic_ids.item_ids,
+        draw=ItemDraw(catalog[TRAIN_COUNT].to_numpy()),
+        log=log,
+        attributes=AttributeIndex.build(attributes, len(catalog)),
+        intentions=intentions,
+        queries=queries,
+        aspects=aspects,
+        wording=wording,
+        seed=seed,
+        preferences=preferences,
+    )
+
+
+def make_writer(args: DatasetArgs) -> Writer:
+    """The LLM that writes texts."""
+    assert args.writer_model is not None, "checked by the settings"
+    if args.writer == "local":
+        return LocalWriter(args.writer_model)
+    assert args.writer_url is not None, "checked by the settings"
+    return OpenAIWriter(args.writer_url, args.writer_model)
+
+
+_NO_REVIEWS = pl.DataFrame(schema={USER_ID: pl.String, ITEM_INDEX: pl.Int32, POSITION: pl.Int32})
+
+
+def training_reviews(data: Path, train: pl.DataFrame) -> pl.DataFrame:
+    """Interactions of the training part alone, with their reviews."""
+    end = train.group_by(USER_ID).agg(pl.col(TARGET_POSITION).max().alias("_last"))
+    log = pl.scan_parquet(data / "interactions.parquet", glob=False)
+    return (
+        log.join(end.lazy(), on=USER_ID, how="inner", maintain_order="left")
+        .filter(pl.col(POSITION) <= pl.col("_last"))
+        .drop("_last")
+        .collect()
+    )
+
+
+def shares(args: DatasetArgs, names: list[str], n_interactions: int) -> dict[str, float]:
+    """The share of the interactions that each family takes."""
+    limits = named_numbers("max_rows", args.max_rows)
+    wanted = {name: limits.get(name, limits.get("*")) for name in names}
+    return {
+        name: min(1.0, most / max(n_interactions, 1))
+        for name, most in wanted.items()
+        if most is not None
+    }
+
+
+def training_rows(
+    args: DatasetArgs, train: pl.DataFrame, names: list[str], sources: Sources
+) -> Iterator[pl.DataFrame]:
+    """Rows of all families, chunk by chunk."""
+    supervised = train[HISTORY].list.len().cast(pl.Int64) + 1 - train[SUPERVISE_FROM]
+    taken = shares(args, names, int(supervised.sum()))
+    limits = named_numbers("max_rows", args.max_rows)
+    for name in names:
+        if FAMILIES[name].unit == ITEM:
+            rows = item_rows(FAMILIES[name], sources, train[USER_ID].dtype)
+            most = limits.get(name, limits.get("*"))
+            if most is not None and most < len(rows):
+                rows = rows.filter(keep_about(rows[ROW_ID], args.seed, most / len(rows)))
+            yield rows
+    bar = tqdm(total=len(train), desc="build_dataset", unit=" split rows", mininterval=1)
+    for chunk in chunks(train):
+        per_item = args.sequential_mode == "per_item"
+        rows = sequential_rows(explode(chunk) if per_item else chunk)
+        share = taken.get(SEQUENTIAL, 1.0)
+        yield rows if share == 1 else rows.filter(keep_about(rows[ROW_ID], args.seed, share))
+        yield from interaction_rows(chunk, names, sources, taken)
+        bar.update(len(chunk))
+    bar.close()
+
+
+def rl_rows(train: pl.DataFrame, data: Path) -> pl.DataFrame:
+    """Split rows for RL, one per user: the last training interaction; all before it is seen."""
     last = train.group_by(USER_ID, maintain_order=True).last()
     last = last.filter(pl.col(HISTORY).list.len() > 0)
-    last = last.with_columns(pl.col(HISTORY).list.len().cast(pl.Int32).alias(SUPERVISE_FROM))
+    last = last.with_columns(
+        pl.col(HISTORY).list.len().cast(pl.Int32).alias(SUPERVISE_FROM),
+        pl.col(ROW_ID).str.replace("train", "rl"),
+    )
+    moment = last.select(USER_ID, pl.col(TARGET_POSITION).cast(pl.Int64).alias("_moment"))
     earlier = (
-        pl.read_parquet(data / "interactions.parquet")
-        .join(trained, on=USER_ID)
+        pl.scan_parquet(data / "interactions.parquet", glob=False)
+        .join(moment.lazy(), on=USER_ID)
         # Without validation, test and the RL target itself.
-        .filter(pl.col(POSITION) < pl.col("_trained") - 1)
+        .filter(pl.col(POSITION) < pl.col("_moment"))
         .group_by(USER_ID)
         .agg(pl.col(ITEM_INDEX).unique().sort().alias(SEEN))
+        .collect()
     )
-    rows = sequential_rows(last, semantic_ids, renderer, serving).with_columns(
-        last[ROW_ID].str.replace("train", "rl").alias(ROW_ID), last[TARGET]
-    )
-    return rows.join(earlier, on=USER_ID, how="left", maintain_order="left").with_columns(
-        pl.col(SEEN).fill_null([])
-    )
+    rows = last.join(earlier, on=USER_ID, how="left", maintain_order="left")
+    return rows.with_columns(pl.col(SEEN).fill_null([]))
+
+
+def write_rows(path: Path, tables: Iterator[pl.DataFrame], writer: RowWriter) -> Counter[str]:
+    """Write rendered tables; rows per family."""
+    counts: Counter[str] = Counter()
+    for table in tables:
+        writer.write(table)
+        counts.update(dict(table[TASK].value_counts().iter_rows()))
+    writer.close()
+    return counts
 
 
 def main() -> None:
     """Run the stage."""
     args = parse(DatasetArgs)
     renderer = PromptRenderer(args.prompts_dir)
-    config = {**asdict(args), "prompts_sha256": renderer.sha256()}
-    ignore = ["prompts_dir"]
-    stage = Stage(args.run_dir, "build_dataset", config, ["prepare", "quantize"], ignore=ignore)
+    prompts = {"prompts_sha256": renderer.sha256(), "wording_sha256": written_renderer().sha256()}
+    config = {**asdict(args), **prompts}
+    files = {"keep_rows": Path(args.keep_rows)} if args.keep_rows else {}
+    stage = Stage(
+        args.run_dir, "build_dataset", config, ["prepare", "quantize"], files=files,
+        ignore=["prompts_dir", "keep_rows", "writer_cache"],
+    )  # fmt: skip
     if stage.is_done(args.overwrite):
         return
     data = stage_folder(args.run_dir, "prepare")
     semantic_ids = SemanticIds.load(stage_folder(args.run_dir, "quantize"))
-    catalog = pl.read_parquet(data / "catalog.parquet")
     train = read_split(args.run_dir, "train", "build_dataset")
-    rows = explode(train) if args.sequential_mode == "per_item" else train
-    parts = [sequential_rows(rows, semantic_ids, renderer, None, args.seed, args.n_templates)]
-    for family in (TITLE_TO_SID, SID_TO_TITLE):
-        if family in args.tasks:
-            part = item_index_rows(
-                family, catalog, semantic_ids, renderer, parts[0]["user_id"].dtype, args.seed,
-                args.n_templates,
-            )  # fmt: skip
-            if args.item_rows is not None and args.item_rows < len(part):
-                part = part.sample(args.item_rows, seed=args.seed)
-            parts.append(part)
-    table = pl.concat(parts)
-    write_parquet(stage.folder / "train.parquet", table)
-    serving = renderer.names(FAMILY)[0]
+    sources = read_sources(args, data, semantic_ids, train)
+    off = switched_off(args.tasks, sources.has())
+    names = [name for name in args.tasks if name not in off]
+    for name, reason in off.items():
+        logger.info("%s is off: %s", name, reason)
+    kept = train
+    if args.keep_rows:
+        kept = train.join(pl.read_parquet(args.keep_rows), on=ROW_ID, how="semi")
+        logger.info("keep_rows: %d of %d training rows", len(kept), len(train))
+
+    def render(rows: pl.DataFrame, template: str | None = None) -> pl.DataFrame:
+        return render_rows(rows, sources.texts, renderer, args.seed, 0, args.n_templates, template)
+
+    item_ids, user_id = semantic_ids.item_ids, train[USER_ID].dtype
+    path = stage.folder / "train.parquet"
+    tables = (render(rows) for rows in training_rows(args, kept, names, sources))
+    counts = write_rows(path, tables, RowWriter(path, names, item_ids, user_id))
+    serving = renderer.names(SEQUENTIAL)[0]
     for split in ("valid", "test"):
-        split_rows = read_split(args.run_dir, split, "build_dataset")
-        write_parquet(
-            stage.folder / f"{split}.parquet",
-            sequential_rows(split_rows, semantic_ids, renderer, serving),
-        )
+        rows = read_split(args.run_dir, split, "build_dataset")
+        path = stage.folder / f"{split}.parquet"
+        one = iter([render(sequential_rows(rows), serving)])
+        write_rows(path, one, RowWriter(path, [SEQUENTIAL], item_ids, user_id))
+    last = rl_rows(train, data)
     write_parquet(
-        stage.folder / "rl.parquet", rl_rows(train, data, semantic_ids, renderer, serving)
+        stage.folder / "rl.parquet",
+        render(sequential_rows(last), serving).with_columns(last[TARGET], last[SEEN]),
     )
     shutil.copytree(renderer.folder, stage.folder / "prompts", dirs_exist_ok=True)
-    counts = dict(table.group_by(TASK).len().sort(TASK).iter_rows())
     metrics = {
-        "rows_per_task": counts,
+        "rows_per_task": dict(counts),
+        "switched_off": off,
         "serving_template": serving,
-        "prompts_sha256": renderer.sha256(),
+        **prompts,
+        "rationale_origin": RATIONALE_ORIGIN,
+        "trained_on_target": TRAINED_ON_TARGET,
     }
-    stage.finish(rows=len(table), seed=args.seed, metrics=metrics)
+    stage.finish(rows=counts.total(), seed=args.seed, metrics=metrics)
     print("; ".join(f"{task}: {count:,} rows" for task, count in counts.items()))
-    for row in table.group_by(TASK, maintain_order=True).head(1).iter_rows(named=True):
-        print(f"  [{row[TASK]}] {row[PROMPT][:120]!r} -> {row[COMPLETION][:60]!r}")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,8 @@ from rich.text import Text
 from genrec.artifacts import FOLDERS, MANIFEST, load_manifest, read_json, read_shards, stage_folder
 from genrec.chains import Chain, read_chains
 from genrec.columns import (
+    HISTORY,
     ITEM_ID,
-    ITEM_INDEX,
-    POSITION,
     RANK,
     ROW_ID,
     SCORE,
@@ -203,12 +202,10 @@ def show_list(run_dir: Path, split: str, console: Console) -> None:
     titles = dict(catalog.select(ITEM_ID, TITLE).iter_rows())
     user = lists.filter(pl.col(ROW_ID) == row_id).sort(RANK)
     user_id = user[USER_ID][0]
-    log = pl.read_parquet(data / "interactions.parquet").filter(pl.col(USER_ID) == user_id)
-    history = log.sort(POSITION)[ITEM_INDEX].to_list()
-    # The list was made for one moment; the user's log may go on behind it.
-    rows = read_split(run_dir, split, "pipeline")
-    history = history[: rows.filter(pl.col(ROW_ID) == row_id)[TARGET_POSITION].item()]
-    console.print(f"\n[bold]User {user_id}[/bold] had {len(history)} items, the last ones:")
+    row = read_split(run_dir, split, "pipeline").filter(pl.col(ROW_ID) == row_id)
+    history = row[HISTORY].item().to_list()
+    had = row[TARGET_POSITION].item()
+    console.print(f"\n[bold]User {user_id}[/bold] had {had} items, the last ones:")
     for item in history[-5:]:
         console.print(Text(f"  · {catalog[TITLE][item]}"))
     table = Table(title=f"recommended to {user_id}", title_justify="left", box=None)

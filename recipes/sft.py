@@ -8,7 +8,9 @@ LoRA), ``sft/validation.json`` and ``sft/log.json``. Killed and started again, i
 last checkpoint.
 """
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -19,15 +21,19 @@ from trl import SFTConfig, SFTTrainer
 
 from genrec import modeling
 from genrec.artifacts import Stage, stage_folder, write_json
-from genrec.columns import COMPLETION, PROMPT, TITLE
+from genrec.columns import PROMPT, TASK
 from genrec.config import check_choice, parse, run, training_fingerprint
 from genrec.data.splits import read_split
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 from genrec.evaluation.validation import BeamValidation
-from genrec.prompts import escape_text
+from genrec.prompts import PromptRenderer
 from genrec.quantizers.code_vectors import code_vectors
 from genrec.semantic_ids import SemanticIds
+from genrec.tasks.instruction_rows import InstructionRows
+from genrec.tasks.mixing import named_numbers, named_rows, plan
+from genrec.tasks.rendering import ItemTexts
+from genrec.training_data import EpochRows, EpochSampler, estimated_lengths, sample_texts
 
 SID_INITS = ("codebooks", "titles")
 
@@ -48,6 +54,12 @@ class SftArgs:
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
+    # How often an epoch goes through a family's rows, once where it isn't named: "fusion=0.5"; with
+    # a number for each epoch it is a curriculum: "title_to_sid=1,0.5,0".
+    weights: list[str] = field(default_factory=list)
+    caps: list[str] = field(
+        default_factory=list
+    )  # rows of a family in an epoch at most: "rating=5000"
     eval_rows: int = 500  # validation rows for NDCG@10 after each epoch; 0 turns it off
     filter_seen: bool = True  # leave out what the user has while validating; as in recommend
     eval_every_steps: int | None = None  # measure every so many steps instead
@@ -63,6 +75,22 @@ class SftArgs:
             )
 
 
+class EpochTrainer(SFTTrainer):
+    """TRL's trainer on rows that are rendered anew for each epoch."""
+
+    def __init__(self, rows: EpochRows, **settings: Any) -> None:
+        # TRL takes Datasets alone and looks at the first row of one; torch's loader takes any rows.
+        super().__init__(train_dataset=Dataset.from_list([rows[0]]), **settings)
+        self.train_dataset = rows
+
+    def _get_train_sampler(self, train_dataset: object = None) -> EpochSampler:
+        rows = self.train_dataset
+        assert isinstance(rows, EpochRows)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        return EpochSampler(rows, batch, self.args.seed, grouped)
+
+
 def main() -> None:
     """Run the stage."""
     args, training = parse(SftArgs, SFTConfig)
@@ -75,26 +103,35 @@ def main() -> None:
     data = stage_folder(args.run_dir, "prepare")
     dataset = stage_folder(args.run_dir, "build_dataset")
     semantic_ids = SemanticIds.load(stage_folder(args.run_dir, "quantize"))
-    titles = [escape_text(t) for t in pl.read_parquet(data / "catalog.parquet")[TITLE]]
-    rows = pl.read_parquet(dataset / "train.parquet")
+    texts = ItemTexts.of(pl.read_parquet(data / "catalog.parquet"), semantic_ids)
+    titles = texts.titles.to_list()
+    built = stage.upstream["build_dataset"].config
+    rows = InstructionRows.read(
+        dataset / "train.parquet", semantic_ids.item_ids, texts,
+        PromptRenderer(dataset / "prompts"), built["seed"], built["n_templates"],
+    )  # fmt: skip
     valid = read_split(args.run_dir, "valid", "sft")
     valid_prompts = pl.read_parquet(dataset / "valid.parquet")[PROMPT]
 
-    # Tokenizer with SID tokens, then the rows as token ids.
+    # Which rows each epoch sees; the tokenizer with SID tokens.
+    mixture = plan(
+        rows.table[TASK], math.ceil(training.num_train_epochs), named_rows("weights", args.weights),
+        {name: int(most) for name, most in named_numbers("caps", args.caps).items()},
+        training.seed,
+    )  # fmt: skip
     if args.model_name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     else:
-        text = rows[PROMPT].str.replace_all(r"<[a-z]+_\d+>", "").unique(maintain_order=True)
-        tokenizer = modeling.train_tokenizer([*titles, *text], args.vocab_size)
+        words = sample_texts(dataset / "train.parquet", training.seed)
+        tokenizer = modeling.train_tokenizer([*titles, *words], args.vocab_size)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     n_text_tokens = len(tokenizer)
     token_ids = modeling.add_sid_tokens(tokenizer, semantic_ids)
     sid_set = {token for level in token_ids for token in level}
-    encoded = modeling.encode_rows(
-        tokenizer, rows[PROMPT].to_list(), rows[COMPLETION].to_list(), sid_set
-    )
-    longest = max(len(ids) for ids in encoded["input_ids"])
+    lengths = estimated_lengths(dataset / "train.parquet")
+    train_rows = EpochRows(rows, mixture, lengths, tokenizer, sid_set)
+    longest = train_rows.longest()
     # What is served later may be longer than any training row.
     served = modeling.encode_prompts(tokenizer, valid_prompts.to_list())
     longest = max(longest, *(len(ids) + semantic_ids.n_levels for ids in served), 0)
@@ -138,10 +175,11 @@ def main() -> None:
     training.output_dir = str(stage.folder / "checkpoints")
     training.dataset_kwargs = {"skip_prepare_dataset": True}
     training.max_length = None
-    trainer = SFTTrainer(
+    training.remove_unused_columns = False
+    trainer = EpochTrainer(
+        train_rows,
         model=model,
         args=training,
-        train_dataset=Dataset.from_dict(encoded),
         processing_class=tokenizer,
         peft_config=lora,
     )
@@ -176,8 +214,11 @@ def main() -> None:
         modeling.save_model(trained, tokenizer, semantic_ids, stage.folder / "model", about)
         parameters = sum(p.numel() for p in trained.parameters())
         metrics = {"parameters": parameters, "best": best, "longest_row": longest}
-        stage.finish(len(rows), training.seed, metrics, skip=["checkpoints", "best.safetensors"])
-        print(f"{parameters:,} parameters, {len(rows):,} rows; best on validation: {best}")
+        metrics["rows_per_epoch"] = mixture.counts(rows.table[TASK])
+        stage.finish(
+            mixture.length, training.seed, metrics, skip=["checkpoints", "best.safetensors"]
+        )
+        print(f"{parameters:,} parameters; {mixture.length:,} rows an epoch; validation: {best}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from genrec.artifacts import (
     FOLDERS,
     Manifest,
     load_manifest,
+    read_json,
     read_shards,
     require,
     sha256_bytes,
@@ -43,7 +44,7 @@ from genrec.columns import (
     USER_ID,
 )
 from genrec.config import parse, run
-from genrec.data.splits import read_split
+from genrec.data.splits import GIVEN, read_split
 from genrec.metrics import RelevantRanks, gains, hits
 from genrec.prompts import escape_text
 
@@ -138,8 +139,15 @@ def show_data(view: View) -> None:
     """Raw rows, history kept and cut, target."""
     row = view.row
     view.heading("1. The user's rows (prepare)")
-    log = view.data("prepare", "interactions.parquet").filter(pl.col(USER_ID) == row[USER_ID])
     history = row[HISTORY]
+    if read_json(stage_folder(view.run_dir, "prepare") / "split.json")["protocol"] == GIVEN:
+        view.say(
+            f"{row[ROW_ID]}, as given; target {view.item(row[TARGET])}; history, oldest first:"
+        )
+        for item in history:
+            view.say(f"  {view.item(item)}")
+        return
+    log = view.data("prepare", "interactions.parquet").filter(pl.col(USER_ID) == row[USER_ID])
     cut = row[TARGET_POSITION] - len(history)
     table = Table(box=None, pad_edge=False)
     for name in ("position", "item_id", "title", "timestamp", "rating", "used as"):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from genrec.chains import Chain, Check, Step, read_chains, write_chains
+from genrec.chains import STEP_TYPES, Chain, Check, Step, read_chains, write_chains
 
 
 def step(**changes) -> Step:
@@ -99,3 +99,13 @@ def test_a_bad_line_is_named(tmp_path, line):
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(ValueError, match="chains.jsonl, line 2 is no chain"):
         read_chains(path)
+
+
+@pytest.mark.parametrize("kind", STEP_TYPES)
+def test_every_kind_of_step_goes_through_json(kind):
+    made = step(type=kind)
+    assert Step.from_json(made.to_json()) == made
+
+
+def test_the_reasoning_curriculum_has_its_step_types():
+    assert {"evidence", "preference", "intent", "formulation", "rewriting"} <= set(STEP_TYPES)

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "genrec"
 ORDER = [
     "columns", "item_lists", "artifacts", "page", "svg", "metrics", "data", "embedding",
-    "quantizers", "semantic_ids", "chains", "prompts", "tasks", "modeling", "decoding",
+    "quantizers", "semantic_ids", "chains", "prompts", "tasks", "modeling", "training_data", "decoding",
     "rewards", "rollouts",
     "recommend", "evaluation", "explain", "audit", "config", "cli",
 ]  # fmt: skip

@@ -39,7 +39,8 @@ from genrec.prompts import PromptRenderer
 from genrec.quantizers.quality import collision_rate, level_usage
 from genrec.recommend import MODEL_STAGES, Recommender
 from genrec.semantic_ids import SemanticIds
-from genrec.tasks.sequential import FAMILY, history_prompt
+from genrec.tasks.families import SEQUENTIAL
+from genrec.tasks.sequential import history_prompt
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -239,7 +240,7 @@ def check_prompts(
     missing = [n for n in ("train", "valid") if not (folder / f"{n}.parquet").exists()]
     if missing:
         return not_run(name, f"{folder} lacks {', '.join(missing)}.parquet", again)
-    rows = pl.read_parquet(folder / "train.parquet").filter(pl.col(TASK) == FAMILY)
+    rows = pl.read_parquet(folder / "train.parquet").filter(pl.col(TASK) == SEQUENTIAL)
     compared, broken = _not_prefix(recommender, train, rows)
     served = float((rows[TEMPLATE] == recommender.template).sum() / max(1, len(rows)))
     problems = {

@@ -6,27 +6,22 @@ continues exactly like the prompt that is served: prompt(history) is a prefix of
 
 from __future__ import annotations
 
-import numpy as np
 import polars as pl
-import pyarrow as pa
 
 from genrec.columns import (
-    COMPLETION,
     HISTORY,
-    HISTORY_ITEM_IDS,
-    PROMPT,
+    HISTORY_ITEMS,
     ROW_ID,
     SUPERVISE_FROM,
     TARGET,
-    TARGET_ITEM_ID,
+    TARGET_KIND,
+    TARGET_POSITION,
+    TARGETS,
     TASK,
-    TEMPLATE,
     USER_ID,
 )
 from genrec.prompts import PromptRenderer
-from genrec.semantic_ids import SemanticIds
-
-FAMILY = "sequential"
+from genrec.tasks.families import FAMILIES, SEQUENTIAL
 
 
 def history_prompt(renderer: PromptRenderer, template: str, sids: list[str]) -> str:
@@ -46,16 +41,24 @@ def history_prompt(renderer: PromptRenderer, template: str, sids: list[str]) -> 
     return prompt
 
 
+def check_template(renderer: PromptRenderer, template: str) -> None:
+    """Raise ValueError as `history_prompt` would for some history."""
+    for history in ([], ["<a_1><b_2>"], ["<a_1><b_2>", "<a_3><b_4>"]):
+        history_prompt(renderer, template, history)
+
+
 def explode(rows: pl.DataFrame) -> pl.DataFrame:
     """Split rows that supervise several items -> one row per supervised item.
 
-    Row ids gain the position, ``train-000003#2``.
+    Row ids gain the position, ``train-000003#2``; a `target_position` is moved along.
     """
     index = pl.col("_position")
-    items = pl.concat_list(HISTORY, TARGET)
+    behind = pl.col(HISTORY).list.len().cast(pl.Int32)
+    moved = [pl.col(TARGET_POSITION) - pl.col("_behind") + index.cast(pl.Int32)]
     return (
         rows.with_columns(
-            _items=items,
+            _items=pl.concat_list(HISTORY, TARGET),
+            _behind=behind,
             _position=pl.int_ranges(pl.col(SUPERVISE_FROM), pl.col(HISTORY).list.len() + 1),
         )
         .explode("_position")
@@ -64,63 +67,31 @@ def explode(rows: pl.DataFrame) -> pl.DataFrame:
             pl.col("_items").list.head(index).alias(HISTORY),
             pl.col("_items").list.get(index).alias(TARGET),
             index.cast(pl.Int32).alias(SUPERVISE_FROM),
+            *(moved if TARGET_POSITION in rows.columns else []),
         )
-        .drop("_items", "_position")
+        .drop("_items", "_position", "_behind")
     )
 
 
-def sequential_rows(
-    split: pl.DataFrame,
-    semantic_ids: SemanticIds,
-    renderer: PromptRenderer,
-    template: str | None = None,
-    seed: int = 0,
-    n_templates: int | None = None,
-) -> pl.DataFrame:
-    """Instruction rows of split rows.
+def sequential_rows(split: pl.DataFrame) -> pl.DataFrame:
+    """Instruction rows of split rows, not yet rendered.
 
-    The prompt holds the items before `supervise_from`; the completion holds the SIDs of all items
-    from there to the target.
+    The items before `supervise_from` are the history that the prompt shows; the targets are all
+    items from there to the row's target.
 
     Args:
         split: split rows (see `genrec.columns`).
-        semantic_ids: the SID map.
-        renderer: the templates.
-        template: this one for all rows (serving, evaluation); by default drawn per row.
-        seed: of the draw.
-        n_templates: draw from the first so many templates only.
 
     Returns:
-        row_id, user_id, task, template, prompt, completion, target_item_id, history_item_ids.
+        row_id, user_id, task, target_kind, targets and history; lists hold item indices.
     """
-    sids = np.array(semantic_ids.sids().to_list(), dtype=object)
-    prompts, completions, templates = [], [], []
-    columns = (ROW_ID, HISTORY, TARGET, SUPERVISE_FROM)
-    for row_id, history, target, start in split.select(columns).iter_rows():
-        name = template or renderer.pick(FAMILY, row_id, seed, n_templates)
-        items = sids[[*history, target]]
-        templates.append(name)
-        prompts.append(history_prompt(renderer, name, items[:start].tolist()))
-        completions.append("".join(items[start:]))
-    history_ids = _history_item_ids(split[HISTORY], semantic_ids.item_ids)
-    return pl.DataFrame(
-        {
-            ROW_ID: split[ROW_ID],
-            USER_ID: split[USER_ID],
-            TASK: pl.repeat(FAMILY, len(split), eager=True),
-            TEMPLATE: templates,
-            PROMPT: prompts,
-            COMPLETION: completions,
-            TARGET_ITEM_ID: semantic_ids.item_ids.gather(split[TARGET]),
-            HISTORY_ITEM_IDS: history_ids,
-        },
-        schema_overrides={TEMPLATE: pl.String, PROMPT: pl.String, COMPLETION: pl.String},
+    items = pl.concat_list(HISTORY, TARGET)
+    start = pl.col(SUPERVISE_FROM)
+    return split.select(
+        ROW_ID,
+        USER_ID,
+        pl.lit(SEQUENTIAL).alias(TASK),
+        pl.lit(FAMILIES[SEQUENTIAL].target_kind).alias(TARGET_KIND),
+        items.list.slice(start).alias(TARGETS),
+        items.list.head(start).alias(HISTORY_ITEMS),
     )
-
-
-def _history_item_ids(history: pl.Series, item_ids: pl.Series) -> pl.Series:
-    """List column of item ids for a list column of item indices."""
-    offsets = np.concatenate([[0], np.cumsum(history.list.len().to_numpy())]).astype(np.int64)
-    flat = item_ids.gather(history.list.explode(keep_nulls=False, empty_as_null=False))
-    lists = pa.LargeListArray.from_arrays(pa.array(offsets), flat.to_arrow())
-    return pl.Series(lists, dtype=pl.List(item_ids.dtype))

@@ -38,7 +38,7 @@ COMMANDS = [
 SMALL = {
     "embed": {"dim": 8},
     "quantize": {"codebook_size": 8},
-    "build_dataset": {"item_rows": 20},
+    "build_dataset": {"max_rows": ["title_to_sid=20", "sid_to_title=20"]},
     "sft": {"size": "tiny", "vocab_size": 300, "num_train_epochs": 1, "eval_rows": 10,
             "max_steps": 6, "warmup_steps": 2, "save_strategy": "no"},
     "recommend": {"beam_width": 20},
