@@ -132,7 +132,7 @@ def load_view(args: TraceArgs) -> tuple[View, list[str]]:
         args.run_dir, done, split, pl.read_parquet(data / "catalog.parquet"), row,
         [chain for chain in chains if chain.row_id == row[ROW_ID]], console,
     )  # fmt: skip
-    return view, [s for s in FOLDERS if s not in done and s != "grpo"]
+    return view, [s for s in FOLDERS if s not in done and s not in ("prune", "grpo")]
 
 
 def show_data(view: View) -> None:

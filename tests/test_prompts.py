@@ -194,7 +194,7 @@ def test_a_template_must_be_a_fixed_text_and_then_the_history(tmp_path: Path, te
 
 def test_shipped_templates(renderer: PromptRenderer):
     seen_texts: dict[str, str] = {}
-    for path in default_folder().glob("*/*/*.jinja"):
+    for path in default_folder().glob("*/*seen/*.jinja"):
         text = path.read_text()
         assert text not in seen_texts, f"{path} repeats {seen_texts.get(text)}"
         seen_texts[text] = str(path)

@@ -10,6 +10,7 @@ plan, epoch after epoch, which is cut into equal slices; with constant weights a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from genrec.columns import TASK
 IntArray = npt.NDArray[np.int64]
 
 Weights = Mapping[str, Sequence[float]]
+OTHERS = "*"
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def named_numbers(setting: str, values: Sequence[str]) -> dict[str, float]:
     """Settings like ``["title_to_sid=1000", "*=5"]`` as a mapping.
 
     Raises:
-        ValueError: a value is not of that form, negative, or a name comes twice.
+        ValueError: a value is not of that form, negative or infinite, or a name comes twice.
     """
     return {name: row[0] for name, row in named_rows(setting, values, 1).items()}
 
@@ -84,7 +86,8 @@ def named_rows(
             row = [float(part) for part in text.split(",")]
         except ValueError:
             row = []
-        if not row or min(row) < 0 or name in found or len(row) > (longest or len(row)):
+        valid = row and all(0 <= number < math.inf for number in row)
+        if not valid or name in found or len(row) > (longest or len(row)):
             form = "family=number" if longest == 1 else "family=number or family=number,number,…"
             raise ValueError(f"{setting}: {value!r} should read {form}, each family once")
         found[name] = row
@@ -93,7 +96,7 @@ def named_rows(
 
 def check_weights(weights: Weights, families: Sequence[str]) -> None:
     """Raise ValueError if weights can't make a plan."""
-    if unknown := sorted(set(weights) - set(families)):
+    if unknown := sorted(set(weights) - {*families, OTHERS}):
         raise ValueError(
             f"weights name {unknown[0]!r}, which the dataset doesn't have; it has "
             f"{', '.join(families)}"
@@ -115,8 +118,9 @@ def plan(
     Args:
         tasks: family of each row. ``# (n_rows,)``
         n_epochs: epochs, at least 1.
-        weights: per family, for each epoch; 1 where a family is not named.
-        caps: rows of a family in an epoch at most.
+        weights: per family, for each epoch; `OTHERS` stands for those that are not named, else
+            they have 1.
+        caps: rows of a family in an epoch at most; `OTHERS` as above.
         seed: of the draw. An epoch's rows are random ones of the family, and none comes back
             before all of its rows were seen.
 
@@ -125,7 +129,7 @@ def plan(
     """
     weights, caps = weights or {}, caps or {}
     names = tasks.unique(maintain_order=True).to_list()
-    check_weights({**weights, **{name: [1.0] for name in caps}}, names)
+    check_weights({**dict.fromkeys(caps, [1.0]), **weights}, names)
     if n_epochs < 1:
         raise ValueError(f"n_epochs={n_epochs} must be at least 1")
     number = pl.Series(names, dtype=pl.String)
@@ -133,14 +137,17 @@ def plan(
     parts: list[list[IntArray]] = [[] for _ in range(n_epochs)]
     for i, name in enumerate(names):
         rows = np.flatnonzero(owner == i)
-        of_family, rng = weights.get(name, [1.0]), np.random.default_rng([seed, i])
-        order, used, laps = rng.permutation(len(rows)), 0, 0
+        rng = np.random.default_rng([seed, i])
+        of_family = weights.get(name, weights.get(OTHERS, [1.0]))
+        cap = caps.get(name, caps.get(OTHERS))
+        order, used = rng.permutation(len(rows)), 0
         for epoch in range(n_epochs):
             weight = of_family[min(epoch, len(of_family) - 1)]
-            wanted = min(round(weight * len(rows)), caps.get(name, round(100 * len(rows))))
+            wanted = round(weight * len(rows))
+            wanted = wanted if cap is None else min(wanted, cap)
             while wanted:
                 if used == len(order):
-                    order, used, laps = rng.permutation(len(rows)), 0, laps + 1
+                    order, used = rng.permutation(len(rows)), 0
                 take = min(wanted, len(order) - used)
                 parts[epoch].append(rows[order[used : used + take]])
                 used, wanted = used + take, wanted - take

@@ -1,7 +1,8 @@
 """Draws that rows need: candidates to choose from, and noise in a history.
 
 All draws are functions of (row_id, seed): the same rows give the same draws on every machine, in
-every order and chunk.
+every order and chunk. What is drawn for different purposes is independent (`KEEP` … `NOISE`): else
+the rows that a cap keeps would also draw from one end of the catalogue.
 """
 
 from __future__ import annotations
@@ -11,27 +12,33 @@ import numpy.typing as npt
 import polars as pl
 
 from genrec.columns import CANDIDATES, HISTORY_ITEMS, ROW_ID, SET_ASIDE, SHOWN, TARGETS
-from genrec.item_lists import ItemLists, list_series
+from genrec.item_lists import ItemLists, contains, list_series
 from genrec.prompts import row_hashes
 
 IntArray = npt.NDArray[np.int64]
 
 
-def uniform(row_ids: pl.Series, seed: int, n: int) -> npt.NDArray[np.float64]:
-    """`n` uniform numbers in [0, 1) for each row, from (row_id, seed). ``# (rows, n)``."""
-    state = row_hashes(row_ids, seed)[:, None] + np.arange(1, n + 1, dtype=np.uint64) * _STEP
+# Purposes of draws.
+KEEP, TEXT_CHOICE, CANDIDATE, NOISE = range(4)
+
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_MOST = 1 << 16  # numbers of a row for one purpose
+
+
+def uniform(row_ids: pl.Series, seed: int, n: int, purpose: int) -> npt.NDArray[np.float64]:
+    """`n` uniform numbers in [0, 1) for each row, from (row_id, seed, purpose). ``# (rows, n)``."""
+    assert n <= _MOST
     with np.errstate(over="ignore"):
+        steps = np.arange(1, n + 1, dtype=np.uint64) + np.uint64(purpose * _MOST)
+        state = row_hashes(row_ids, seed)[:, None] + steps * _STEP
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((state ^ (state >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-_STEP = np.uint64(0x9E3779B97F4A7C15)
-
-
 def keep_about(row_ids: pl.Series, seed: int, share: float) -> npt.NDArray[np.bool_]:
     """Which rows to keep so that about a share of them is left. ``# (rows,)``."""
-    return uniform(row_ids, seed, 1)[:, 0] < share
+    return uniform(row_ids, seed, 1, KEEP)[:, 0] < share
 
 
 class ItemDraw:
@@ -64,7 +71,7 @@ def add_candidates(rows: pl.DataFrame, draw: ItemDraw, n: int, seed: int) -> pl.
         seed: of the draw.
     """
     target = rows[TARGETS].list.first().to_numpy().astype(np.int64)
-    numbers = uniform(rows[ROW_ID], seed, 2 * n)
+    numbers = uniform(rows[ROW_ID], seed, 2 * n, CANDIDATE)
     items = draw.items(numbers[:, : n - 1])
     items = np.concatenate([target[:, None], items], axis=1)  # (rows, n)
     again = np.zeros(items.shape, dtype=bool)
@@ -76,16 +83,19 @@ def add_candidates(rows: pl.DataFrame, draw: ItemDraw, n: int, seed: int) -> pl.
 
 
 def add_noise(
-    rows: pl.DataFrame, draw: ItemDraw, seed: int, share: float = 0.2, most: int = 4
+    rows: pl.DataFrame, n_items: int, seed: int, share: float = 0.2, most: int = 4
 ) -> pl.DataFrame:
     """Columns `shown` (the history with foreign items in it) and `set_aside` (those items).
 
     A history of n items gets ``max(1, round(share * n))`` of them, `most` at most, at random
-    places, in the order of `shown`; none of them is in the history.
+    places; none of them is in the history, so a history of nearly all items may get fewer.
+
+    All items of the catalogue are drawn alike, as LLM4DSR does (Wang et al. 2024). Drawing by
+    training counts would let a row's target, which is counted, into its prompt.
 
     Args:
         rows: row_id and history.
-        draw: where the foreign items come from.
+        n_items: items of the catalogue.
         seed: of the draw.
         share: foreign items per item of the history.
         most: foreign items of a row at most.
@@ -93,12 +103,9 @@ def add_noise(
     history = ItemLists.from_column(rows[HISTORY_ITEMS])
     lengths = history.lengths
     wanted = np.clip(np.round(share * lengths), 1, most).astype(np.int64)
-    numbers = uniform(rows[ROW_ID], seed, 2 * most)
-    items = draw.items(numbers[:, :most])
-    size = int(max(items.max(initial=0), history.values.max(initial=0))) + 1
-    known = np.isin(
-        np.arange(len(rows))[:, None] * size + items, history.rows * size + history.values
-    )
+    numbers = uniform(rows[ROW_ID], seed, 2 * most, NOISE)
+    items = (numbers[:, :most] * n_items).astype(np.int64)
+    known = contains(history.keys(n_items), np.arange(len(rows))[:, None] * n_items + items)
     used = (np.arange(most) < wanted[:, None]) & ~known
     for column in range(1, most):
         twice = (items[:, :column] == items[:, column, None]) & used[:, :column]

@@ -164,8 +164,9 @@ def shown(rows: pl.DataFrame, column: str, form: str, texts: ItemTexts) -> pl.Se
     if form == OWN_TEXT:
         return rows[column]
     if form == NUMBER:
-        whole = pl.col(column) == pl.col(column).round()
-        text = pl.when(whole).then(pl.col(column).cast(pl.Int64).cast(pl.String))
+        # Infinite and huge numbers are no whole ones here: they don't fit.
+        whole = (pl.col(column) == pl.col(column).round()) & (pl.col(column).abs() < 2**53)
+        text = pl.when(whole).then(pl.col(column).cast(pl.Int64, strict=False).cast(pl.String))
         return rows.select(text.otherwise(pl.col(column).round(2).cast(pl.String))).to_series()
     if form in (ITEM_TITLE, ITEM_DESCRIPTION):
         values = texts.titles if form == ITEM_TITLE else texts.descriptions

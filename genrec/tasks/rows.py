@@ -41,7 +41,7 @@ from genrec.columns import (
     USER_ID,
 )
 from genrec.item_lists import list_series
-from genrec.prompts import PromptRenderer
+from genrec.prompts import PromptRenderer, says_something
 from genrec.tasks.attributes import AttributeIndex
 from genrec.tasks.families import (
     FAMILIES,
@@ -60,7 +60,7 @@ from genrec.tasks.families import (
     Family,
 )
 from genrec.tasks.instruction_rows import COMMON, gathered
-from genrec.tasks.noise import ItemDraw, add_candidates, add_noise, uniform
+from genrec.tasks.noise import KEEP, TEXT_CHOICE, ItemDraw, add_candidates, add_noise, uniform
 from genrec.tasks.reasoning import reasoning_slots, step_texts
 from genrec.tasks.rendering import ItemTexts
 from genrec.tasks.sequential import explode
@@ -91,7 +91,8 @@ class InteractionLog:
         """Look at the file."""
         log = pl.scan_parquet(path, glob=False)
         there = [c for c in _LOG_COLUMNS if c in log.collect_schema().names()]
-        known = log.select(pl.col(c).is_not_null().any() for c in there).collect().row(0)
+        holds = log.select(pl.col(c).is_not_null().any() for c in there).collect()
+        known = holds.row(0) if there else ()
         columns = tuple(c for c, holds in zip(there, known, strict=True) if holds)
         users = (
             log.select(USER_ID).with_row_index("start").group_by(USER_ID).agg(pl.col("start").min())
@@ -121,7 +122,7 @@ class Sources:
     Attributes:
         texts: of the items, and their SIDs.
         item_ids: the user's item ids in catalogue order.
-        draw: where candidates and noise come from.
+        draw: where candidates come from.
         log: ratings, reviews and queries of the interactions.
         attributes: of the catalogue.
         intentions: item_index, text, origin.
@@ -163,6 +164,8 @@ class Sources:
 
 def chunks(split: pl.DataFrame, n_interactions: int = 50_000) -> Iterator[pl.DataFrame]:
     """Slices of split rows that supervise about so many interactions each."""
+    if split.is_empty():
+        return
     supervised = split[HISTORY].list.len().cast(pl.Int64) + 1 - split["supervise_from"]
     number = (supervised.cum_sum() - 1) // n_interactions
     starts = np.flatnonzero(np.diff(number.to_numpy(), prepend=-1))
@@ -187,7 +190,7 @@ def interaction_rows(
         return
     base = explode(split).rename({HISTORY: HISTORY_ITEMS})
     base = base.with_columns(pl.concat_list(TARGET).alias(TARGETS))
-    base = base.with_columns(pl.Series("_draw", uniform(base[ROW_ID], sources.seed, 1)[:, 0]))
+    base = base.with_columns(pl.Series("_draw", uniform(base[ROW_ID], sources.seed, 1, KEEP)[:, 0]))
     base = base.sort("_draw")  # a smaller share is then the head of a larger one
     columns = _Columns(base, sources, chosen, shares)
     for family in chosen:
@@ -238,6 +241,10 @@ class _Columns:
             table = table.filter(named)
         known = [pl.col(name).is_not_null() for name in (*wanted, *family.steps)]
         known.append(pl.col(HISTORY_ITEMS).list.len() >= family.least_history)
+        if HISTORY_RATINGS in wanted:  # unrated items are not shown
+            known.append(pl.col(HISTORY_RATINGS).list.drop_nulls().list.len() > 0)
+        if SET_ASIDE in wanted:  # no noise was found: nothing is asked
+            known.append(pl.col(SET_ASIDE).list.len() > 0)
         more = [name for name in (TEXT_ORIGIN, STEPS) if name in table.columns]
         return (
             table.filter(known)
@@ -262,12 +269,15 @@ class _Columns:
             table = add_candidates(rows, sources.draw, N_CANDIDATES, seed)
             self._made[name] = table[CANDIDATES]
         elif name in (SHOWN, SET_ASIDE):
-            table = add_noise(rows, sources.draw, seed)
+            table = add_noise(rows, len(sources.item_ids), seed)
             self._made |= {column: table[column] for column in (SHOWN, SET_ASIDE)}
         elif name == HISTORY_RATINGS:
             self._made[name] = self._history_values(rows, RATING)
         elif name in sources.log.columns:
-            self._made[name] = sources.log.read(sources.log.places(rows), name)
+            values = sources.log.read(sources.log.places(rows), name)
+            if name != RATING:
+                values = values.set(~says_something(values), None)
+            self._made[name] = values
             self._made[_ORIGIN_OF + name] = pl.repeat("data", len(rows), eager=True)
         elif name in (INTENTION, QUERY):
             texts = sources.intentions if name == INTENTION else sources.queries
@@ -362,7 +372,7 @@ def _text_of_target(
         counts.with_columns(pl.col(ITEM_INDEX).cast(pl.Int32)),
         ITEM_INDEX, "left", maintain_order="left",
     )  # fmt: skip
-    numbers = uniform(rows[ROW_ID], seed, 1)[:, 0]
+    numbers = uniform(rows[ROW_ID], seed, 1, TEXT_CHOICE)[:, 0]
     place = mine["start"] + pl.Series(numbers) * mine["len"]
     at = place.floor().cast(pl.UInt32)
     return texts["text"].gather(at), texts["origin"].gather(at)
