@@ -5,15 +5,15 @@
 
 Writes ``dataset/{train,rl,valid,test}.parquet``, complete rows as TRL takes them (row_id, user_id,
 task, target_kind, targets, history, template, prompt, completion, and what else a family shows), a
-copy of the templates, so that the run explains itself, and the dataset card: ``report.html`` and
-``card.json``. A family whose fields the data lack switches itself off, and the card says why.
-Rows are made and written chunk by chunk: memory doesn't grow with the data.
+copy of the templates, so that the run explains itself, and the dataset card (``report.html``,
+``card.json``, ``README.md``). A family whose fields the data lack switches itself off, and the card
+says why. Rows are made and written chunk by chunk: memory doesn't grow with the data.
 """
 
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,15 +23,18 @@ from tqdm import tqdm
 from genrec.artifacts import Stage, stage_folder, write_parquet
 from genrec.columns import (
     HISTORY,
+    ITEM_ID,
     ITEM_INDEX,
     POSITION,
     REVIEW,
     ROW_ID,
     SEEN,
+    SID,
     SUPERVISE_FROM,
     TARGET,
     TARGET_POSITION,
     TASK,
+    TITLE,
     TRAIN_COUNT,
     USER_ID,
 )
@@ -40,6 +43,7 @@ from genrec.data.splits import read_split
 from genrec.prompts import PromptRenderer
 from genrec.semantic_ids import SemanticIds
 from genrec.tasks.attributes import AttributeIndex, item_attributes
+from genrec.tasks.card import CardFacts, sampled_texts, write_card
 from genrec.tasks.families import FAMILIES, ITEM, SEQUENTIAL, switched_off
 from genrec.tasks.instruction_rows import RowWriter
 from genrec.tasks.mixing import named_numbers
@@ -55,6 +59,7 @@ logger = logging.getLogger("genrec.build_dataset")
 
 ALL = "all"
 WRITERS = ("rules", "openai", "local")
+CARD_VOCABULARY = 2000  # of the tokenizer that measures lengths where none is given
 MODES = ("whole_history", "per_item")
 
 
@@ -79,6 +84,9 @@ class DatasetArgs:
     writer_model: str | None = None
     writer_url: str | None = None  # for example http://localhost:8000/v1
     writer_cache: str | None = None  # default: <run_dir>/written_texts.sqlite
+    tokenizer_name_or_path: str | None = (
+        None  # measures lengths for the card; else one made of rows
+    )
     prompts_dir: str | None = None  # your own templates; default: genrec's
     seed: int = 0
 
@@ -95,9 +103,7 @@ class DatasetArgs:
             raise ValueError("writer_url belongs to writer: openai, which needs it")
         for task in self.tasks:
             check_choice("tasks", task, (ALL, *FAMILIES))
-        if ALL in self.tasks:
-            self.tasks = list(FAMILIES)
-        if SEQUENTIAL not in self.tasks:
+        if SEQUENTIAL not in self.families:
             raise ValueError(
                 f"tasks={self.tasks} must include {SEQUENTIAL!r}: it is what is served"
             )
@@ -105,6 +111,11 @@ class DatasetArgs:
             check_choice("max_rows", name, ("*", *FAMILIES))
         if self.n_templates is not None and self.n_templates < 1:
             raise ValueError(f"n_templates={self.n_templates} must be at least 1")
+
+    @property
+    def families(self) -> list[str]:
+        """Names of the families that are asked for."""
+        return list(FAMILIES) if ALL in self.tasks else list(dict.fromkeys(self.tasks))
 
 
 def read_sources(
@@ -125,10 +136,10 @@ def read_sources(
     if args.writer != "rules":
         writer = make_writer(args)
         cache = Path(args.writer_cache or Path(args.run_dir) / "written_texts.sqlite")
-        if "query_search" in args.tasks:
+        if "query_search" in args.families:
             made = llm_item_texts("query", catalog, wording, writer, cache)
             queries = pl.concat([made, queries.join(made, on=ITEM_INDEX, how="anti")])
-        if "intention_search" in args.tasks:
+        if "intention_search" in args.families:
             made = llm_item_texts("intention", catalog, wording, writer, cache)
             intentions = pl.concat([made, intentions.join(made, on=ITEM_INDEX, how="anti")])
 
@@ -242,6 +253,29 @@ def write_rows(path: Path, tables: Iterator[pl.DataFrame], writer: RowWriter) ->
     return counts
 
 
+def token_counter(
+    args: DatasetArgs, path: Path, semantic_ids: SemanticIds
+) -> tuple[Callable[[Sequence[str]], list[int]], str]:
+    """Counts tokens for the dataset card, and what counts them."""
+    from transformers import AutoTokenizer  # slow to import
+
+    from genrec.modeling import add_sid_tokens, train_tokenizer
+
+    if args.tokenizer_name_or_path:
+        name = args.tokenizer_name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    else:
+        tokenizer = train_tokenizer(sampled_texts(path, 500, args.seed), CARD_VOCABULARY)
+        name = f"byte-level BPE of {CARD_VOCABULARY:,} tokens, trained on a sample of these rows"
+    add_sid_tokens(tokenizer, semantic_ids)
+
+    def count(texts: Sequence[str]) -> list[int]:
+        ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [len(row) for row in ids]
+
+    return count, name
+
+
 def main() -> None:
     """Run the stage."""
     args = parse(DatasetArgs)
@@ -259,8 +293,8 @@ def main() -> None:
     semantic_ids = SemanticIds.load(stage_folder(args.run_dir, "quantize"))
     train = read_split(args.run_dir, "train", "build_dataset")
     sources = read_sources(args, data, semantic_ids, train)
-    off = switched_off(args.tasks, sources.has())
-    names = [name for name in args.tasks if name not in off]
+    off = switched_off(args.families, sources.has())
+    names = [name for name in args.families if name not in off]
     for name, reason in off.items():
         logger.info("%s is off: %s", name, reason)
     kept = train
@@ -287,6 +321,22 @@ def main() -> None:
         render(sequential_rows(last), serving).with_columns(last[TARGET], last[SEEN]),
     )
     shutil.copytree(renderer.folder, stage.folder / "prompts", dirs_exist_ok=True)
+    titles = pl.read_parquet(data / "catalog.parquet", columns=[TITLE])[TITLE]
+    items = pl.DataFrame({ITEM_ID: item_ids, TITLE: titles, SID: semantic_ids.sids()})
+    count, tokenizer = token_counter(args, stage.folder / "train.parquet", semantic_ids)
+    facts = CardFacts(
+        name=Path(args.run_dir).name,
+        counts={name: counts[name] for name in names},
+        switched_off=off,
+        seed=args.seed,
+        n_templates=args.n_templates,
+        serving_template=serving,
+        prompts_sha256=renderer.sha256(),
+        data=stage.upstream["prepare"].metrics,
+        tokenizer=tokenizer,
+        keep_rows=args.keep_rows is not None,
+    )
+    write_card(stage.folder, facts, items, count)
     metrics = {
         "rows_per_task": dict(counts),
         "switched_off": off,
@@ -296,7 +346,8 @@ def main() -> None:
         "trained_on_target": TRAINED_ON_TARGET,
     }
     stage.finish(rows=counts.total(), seed=args.seed, metrics=metrics)
-    print("; ".join(f"{task}: {count:,} rows" for task, count in counts.items()))
+    print("; ".join(f"{task}: {n:,} rows" for task, n in counts.items()))
+    print(f"dataset card: {stage.folder / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ class SftArgs:
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
-    # How often an epoch goes through a family's rows, once if it isn't named: "fusion=0.5", or "*=0"
-    # for all others; with a number for each epoch it is a curriculum: "title_to_sid=1,0.5,0".
+    # How often an epoch goes through a family's rows, once if it isn't named: "fusion=0.5", or
+    # "*=0" for all others; with a number per epoch it is a curriculum: "title_to_sid=1,0.5,0".
     weights: list[str] = field(default_factory=list)
     caps: list[str] = field(default_factory=list)  # rows in an epoch at most: "rating=5000"
     eval_rows: int = 500  # validation rows for NDCG@10 after each epoch; 0 turns it off

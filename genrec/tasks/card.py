@@ -36,7 +36,8 @@ from genrec.columns import (
     TITLE,
 )
 from genrec.semantic_ids import SID_TOKEN
-from genrec.tasks.card_page import render_card_page, render_readme
+from genrec.tasks.card_page import render_card_page
+from genrec.tasks.card_readme import render_readme
 from genrec.tasks.families import FAMILIES
 from genrec.tasks.reasoning import RATIONALE_ORIGIN, TRAINED_ON_TARGET
 
@@ -263,22 +264,21 @@ def _lengths(
     wanted = dict.fromkeys(rows, MEASURED_ROWS)
     for table in sampled_rows(path, [TASK, PROMPT, COMPLETION], wanted, facts.seed):
         counts = {name: _count(table[name], count_tokens) for name in (PROMPT, COMPLETION)}
-        parts.append(table.select(pl.col(TASK).cast(pl.String)).with_columns(**counts))
-    measured = pl.concat(parts).with_columns((pl.col(PROMPT) + pl.col(COMPLETION)).alias("both"))
-    per_family = measured.group_by(TASK).agg(pl.len().alias("measured"))
-    weights = per_family.select(
-        TASK,
-        (pl.col(TASK).replace_strict(rows, return_dtype=pl.Float64) / pl.col("measured")).alias(
+        parts.append(table.select(TASK).with_columns(**counts))
+    measured = pl.concat(parts).with_columns(
+        (pl.col(PROMPT) + pl.col(COMPLETION)).alias("both"),
+        # Rows that a measured one stands for.
+        (pl.col(TASK).replace_strict(rows, return_dtype=pl.Float64) / pl.len().over(TASK)).alias(
             "weight"
         ),
     )
-    measured = measured.join(weights, TASK, maintain_order="left")
-    low, high = max(1, int(measured["both"].min())), max(1, int(measured["both"].max()))  # type: ignore[arg-type]
-    edges = _EDGES[np.searchsorted(_EDGES, low, "right") - 1 :]
-    edges = edges[: np.searchsorted(edges, high, "right") + 1]
+    lengths = measured["both"].clip(1).to_numpy()
+    low, high = np.searchsorted(_EDGES, (lengths.min(), lengths.max()), "right")
+    edges = _EDGES[low - 1 : high + 1]
     tables = measured.partition_by(TASK, as_dict=True)
     return {
         "tokenizer": facts.tokenizer,
+        "most_per_family": MEASURED_ROWS,
         "edges": edges.tolist(),
         "tokens": round(float((measured["both"] * measured["weight"]).sum())),
         "overall": _summary(measured, edges),

@@ -1,18 +1,17 @@
-"""The dataset card for people: a page (see `genrec.page`) and a Hugging Face dataset card.
+"""The dataset card as a page (see `genrec.page`).
 
-Both are made from the dictionary of `genrec.tasks.card.dataset_card` alone, so that a stored
-``card.json`` gives the same page again. All that comes from the data is shown as text.
+It is made from the dictionary of `genrec.tasks.card.dataset_card` alone, so that a stored
+``card.json`` gives the same page again. All that comes from the data is shown as text. The tables
+and sentences also serve `genrec.tasks.card_readme`.
 """
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import yaml
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -25,20 +24,34 @@ MAX_TEXT = 2_000  # characters of a prompt or completion on the page
 
 _WIDTH = 360  # px, as wide as a telephone
 _SID = re.compile(r"(<a_\d+>(?:<(?!a_)[a-z]+_\d+>)*)")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
 _UNITS = {SPLIT_ROW: "history", INTERACTION: "interaction", ITEM: "catalogue item"}
 _ASKS = {
-    "sids": "SIDs", "sid and title": "SID and title", "history": "SIDs of a history",
-    "chain": "a step of reasoning", "chain and sid": "reasoning, then a SID",
-    "rating": "a rating", "text": "a text",
+    "sids": "a SID", "title": "a title", "description": "a description",
+    "title and description": "a title and a description", "sid and title": "a SID and a title",
+    "history": "SIDs of a history", "chain": "a step of reasoning",
+    "chain and sid": "reasoning, then a SID", "rating": "a rating", "text": "a text",
 }  # fmt: skip
 _DATA = {
     "users": "Users", "items": "Items", "interactions": "Interactions", "density": "Density",
     "mean_length": "Interactions per user, mean", "median_length": "Interactions per user, median",
     "protocol": "Split",
 }  # fmt: skip
-_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"),
-    (10**7, "1M<n<10M"), (10**8, "10M<n<100M"), (10**9, "100M<n<1B"))  # fmt: skip
+
+COUNTED = (
+    "Prompt and completion are counted as they are trained on, encoded apart, without marks of "
+    "beginning and end; a SID token counts one."
+)
+ORIGINS = (
+    "Queries, intentions and preferences come from the data, from rules, or from a language model "
+    "(llm: and its name). Rows without such a text are not counted."
+)
+LEAKS = (
+    "Rows of histories and interactions are made from the training part of the split, rows of "
+    "items from the catalogue. A prompt can show only the fields that its family lists. They hold "
+    "what the user had before the target, but for the fields below, which show something of the "
+    "target by definition. Validation, test and RL prompts are of the sequential family and show "
+    "the history alone."
+)
 
 
 def render_card_page(card: Mapping[str, Any]) -> str:
@@ -48,34 +61,28 @@ def render_card_page(card: Mapping[str, Any]) -> str:
         card: from `genrec.tasks.card.dataset_card`, or read back from its JSON.
     """
     lengths = card["lengths"]
+    kinds = {family["name"]: _asks(family) for family in card["families"]}
     return (
         environment()
         .get_template("tasks/card.html.jinja")
         .render(
             name=display_text(card["name"]),
             n_rows=card["rows"],
-            others=_others(card),
-            summary=_summary(card),
-            families=_family_rows(card),
+            others=other_splits(card),
+            summary=summary(card),
+            families=family_rows(card),
             switched_off=card["switched_off"],
-            overall=_chart("all", "All rows", lengths, lengths["overall"], 130)
-            if lengths
-            else None,
-            charts=[
-                _chart(f"length-{i + 1}", name, lengths, part, 70)
-                for i, (name, part) in enumerate(lengths["families"].items())
-            ]
-            if lengths
-            else [],
-            lengths=_length_table(card),
-            tokenizer=_tokenizer(card),
+            charts=_charts(card["lengths"]),
+            lengths=length_table(card),
+            tokenizer=tokenizer_name(card),
+            measured_rows=lengths and lengths["most_per_family"],
             complete=lengths and lengths["overall"]["measured"] == card["rows"],
-            origins=_origin_table(card),
-            leaks=_leak_table(card),
-            reasoning=_reasoning(card),
-            examples=[_example(example) for example in card["examples"]],
-            made=_made(card),
-            data=_data_facts(card),
+            origins=origin_table(card),
+            leaks=leak_table(card),
+            reasoning=reasoning_facts(card),
+            examples=[_example(example, kinds[example["family"]]) for example in card["examples"]],
+            made=settings(card),
+            data=data_facts(card),
             prompts_sha256=card["prompts_sha256"],
             counted=COUNTED,
             origin_words=ORIGINS,
@@ -84,23 +91,24 @@ def render_card_page(card: Mapping[str, Any]) -> str:
     )
 
 
-def _others(card: Mapping[str, Any]) -> str:
+def other_splits(card: Mapping[str, Any]) -> str:
     """Rows of the other splits in words."""
     words = {"valid": "validation", "test": "test", "rl": "RL"}
     parts = [f"{card['splits'][s]:,} {word}" for s, word in words.items() if s in card["splits"]]
     return ", ".join(parts)
 
 
-def _summary(card: Mapping[str, Any]) -> list[str]:
+def summary(card: Mapping[str, Any]) -> list[str]:
     """The few sentences that stand on top."""
     on = [family for family in card["families"] if family["rows"]]
     said = []
     if on:
-        largest = max(on, key=lambda family: family["rows"])
-        said.append(
-            f"{_families(len(on))}; the largest, {largest['name']}, holds "
-            f"{_percent(largest['share'])} of the rows."
-        )
+        first, largest = on[0], max(on, key=lambda family: family["rows"])
+        words = f"{_families(len(on))}. The largest, {largest['name']}, holds "
+        words += f"{_percent(largest['share'])} of the rows"
+        if first is not largest and first["unit"] == SPLIT_ROW:
+            words += f"; {first['name']}, the one that is served, {_percent(first['share'])}"
+        said.append(f"{words}.")
     if empty := [family["name"] for family in card["families"] if not family["rows"]]:
         said.append(f"On, but without any row: {', '.join(empty)}.")
     if off := len(card["switched_off"]):
@@ -109,8 +117,8 @@ def _summary(card: Mapping[str, Any]) -> list[str]:
         part = lengths["overall"]
         said.append(
             f"Half of the rows have up to {part['p50']:,} tokens, 95% up to {part['p95']:,}; the "
-            f"longest that was measured has {part['longest']:,}. An epoch has about "
-            f"{_round(lengths['tokens'])} tokens."
+            f"longest that was measured has {part['longest']:,}. All rows together have "
+            f"about {_round(lengths['tokens'])} tokens."
         )
     if card["keep_rows"]:
         said.append("Training rows were chosen beforehand (keep_rows).")
@@ -126,7 +134,7 @@ def _round(value: int) -> str:
     for size, word in ((10**9, " billion"), (10**6, " million")):
         if value >= size:
             return f"{value / size:.3g}{word}"
-    return f"{value:,}"
+    return f"{float(f'{value:.3g}'):,.0f}"
 
 
 def _percent(share: float) -> str:
@@ -137,15 +145,18 @@ def _percent(share: float) -> str:
     return f"{number(percent, 1 if percent >= 0.1 or percent == 0 else 3)}%"
 
 
-def _asks(kind: str) -> str:
-    return _ASKS.get(kind, kind)
+def _asks(family: Mapping[str, Any]) -> str:
+    """What the completion is; a history in one pass asks for item after item."""
+    if family["unit"] == SPLIT_ROW:
+        return "SIDs, one after the other"
+    return _ASKS.get(family["target_kind"], family["target_kind"])
 
 
 def _words(names: Sequence[str]) -> str:
     return ", ".join(name.replace("_", " ") for name in names) or "–"
 
 
-def _family_rows(card: Mapping[str, Any]) -> list[dict[str, Any]]:
+def family_rows(card: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row per family, with the length of its bar."""
     widest = max((family["share"] for family in card["families"]), default=0) or 1
     return [
@@ -153,7 +164,7 @@ def _family_rows(card: Mapping[str, Any]) -> list[dict[str, Any]]:
             "name": family["name"],
             "unit": _UNITS[family["unit"]],
             "shows": _words(family["prompt"]),
-            "asks": _asks(family["target_kind"]),
+            "asks": _asks(family),
             "rows": f"{family['rows']:,}",
             "share": _percent(family["share"]),
             "width": f"{100 * family['share'] / widest:.1f}",
@@ -166,8 +177,9 @@ def _family_rows(card: Mapping[str, Any]) -> list[dict[str, Any]]:
 Table = dict[str, list[Any]]  # columns and rows of text
 
 
-def _length_table(card: Mapping[str, Any]) -> Table:
-    columns = ["Family", "p50", "p95", "Longest", "Mean", "Of it completion", "Measured"]
+def length_table(card: Mapping[str, Any]) -> Table:
+    """Quantiles in tokens, of all rows and of each family."""
+    columns = ["Family", "p50", "p95", "Longest", "Mean", "Mean of completion", "Rows measured"]
     lengths = card["lengths"] or {"families": {}}
     parts = dict(lengths["families"])
     if parts:
@@ -182,15 +194,13 @@ def _length_table(card: Mapping[str, Any]) -> Table:
     return {"columns": columns, "rows": rows}
 
 
-def _tokenizer(card: Mapping[str, Any]) -> str:
-    return (
-        display_text(card["lengths"]["tokenizer"] or "one that was not named")
-        if card["lengths"]
-        else ""
-    )
+def tokenizer_name(card: Mapping[str, Any]) -> str:
+    """Which tokenizer measured the lengths; empty if none did."""
+    lengths = card["lengths"]
+    return display_text(lengths["tokenizer"] or "not named") if lengths else ""
 
 
-def _origin_table(card: Mapping[str, Any]) -> Table:
+def origin_table(card: Mapping[str, Any]) -> Table:
     """Shares of rows by the origin of their text: families in rows, origins in columns."""
     origins = list(card["text_origin"])
     total = sum(card["text_origin"].values())
@@ -204,17 +214,18 @@ def _origin_table(card: Mapping[str, Any]) -> Table:
     return {"columns": ["Family", "Rows", *map(display_text, origins)], "rows": rows}
 
 
-def _leak_table(card: Mapping[str, Any]) -> Table:
+def leak_table(card: Mapping[str, Any]) -> Table:
+    """What prompts show of their targets, family by family."""
     rows = [
         [family["name"], _UNITS[family["unit"]], _words(family["shows_target"]),
-            _asks(family["target_kind"])]
+            _asks(family)]
         for family in card["families"]
         if family["shows_target"]
     ]  # fmt: skip
-    return {"columns": ["Family", "A row is made of", "Shown of the target", "Asked"], "rows": rows}
+    return {"columns": ["Family", "Made of", "Shown of the target", "Asks for"], "rows": rows}
 
 
-def _reasoning(card: Mapping[str, Any]) -> dict[str, str] | None:
+def reasoning_facts(card: Mapping[str, Any]) -> dict[str, str] | None:
     """What reasoning rows are, None without any."""
     names = [family["name"] for family in card["families"] if family["reasoning"]]
     if not names:
@@ -230,7 +241,7 @@ def _reasoning(card: Mapping[str, Any]) -> dict[str, str] | None:
     }
 
 
-def _example(example: Mapping[str, Any]) -> dict[str, Any]:
+def _example(example: Mapping[str, Any], asks: str) -> dict[str, Any]:
     def items(name: str) -> list[dict[str, str]]:
         return [
             {"title": display_text(item["title"]), "sid": item["sid"]} for item in example[name]
@@ -239,7 +250,7 @@ def _example(example: Mapping[str, Any]) -> dict[str, Any]:
     origin = example["text_origin"]
     return {
         "family": example["family"],
-        "asks": _asks(example["target_kind"]),
+        "asks": asks,
         "row_id": display_text(example["row_id"]),
         "template": display_text(example["template"]),
         "origin": display_text(origin) if origin else "",
@@ -258,7 +269,8 @@ def _pieces(text: str) -> list[tuple[bool, str]]:
     return [(place % 2 == 1, part) for place, part in enumerate(parts) if part]
 
 
-def _made(card: Mapping[str, Any]) -> list[tuple[str, str]]:
+def settings(card: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Seed and templates."""
     most = card["n_templates"]
     return [
         ("Seed", str(card["seed"])),
@@ -270,7 +282,7 @@ def _made(card: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _data_facts(card: Mapping[str, Any]) -> list[tuple[str, str]]:
+def data_facts(card: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Statistics of the prepared data that have a name here; the rest is in the JSON."""
     return [
         (label, _value(card["data"][key])) for key, label in _DATA.items() if key in card["data"]
@@ -283,24 +295,28 @@ def _value(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else display_text(value)
 
 
+def _charts(lengths: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Of all rows, then of each family."""
+    if not lengths:
+        return []
+    parts = {"All rows": lengths["overall"], **lengths["families"]}
+    return [_chart(f"length-{i}", n, lengths, part) for i, (n, part) in enumerate(parts.items())]
+
+
 def _chart(
-    key: str, name: str, lengths: Mapping[str, Any], part: Mapping[str, Any], height: int
+    key: str, name: str, lengths: Mapping[str, Any], part: Mapping[str, Any]
 ) -> dict[str, Any]:
-    said = (
-        f"half up to {part['p50']:,} tokens, 95% up to {part['p95']:,}, longest {part['longest']:,}"
-    )
-    svg = _draw(key, f"Rows of {name} by length: {said}", lengths["edges"], part, height)
+    said = f"p50 {part['p50']:,}, p95 {part['p95']:,}, longest {part['longest']:,} tokens"
+    svg = _draw(key, f"Rows of {name} by length: {said}", lengths["edges"], part)
     return {"key": key, "name": name, "said": said, "svg": svg}
 
 
-def _draw(
-    key: str, label: str, edges: Sequence[int], part: Mapping[str, Any], height: int
-) -> Markup:
+def _draw(key: str, label: str, edges: Sequence[int], part: Mapping[str, Any]) -> Markup:
     """A histogram of lengths as shares of the rows, with lines at p50 and p95.
 
     The axis is logarithmic, and the same for all families: they compare at a glance.
     """
-    top, left, right, bottom = 22, 44, 32, 38
+    top, left, right, bottom, height = 22, 44, 32, 38, 80
     full = top + height + bottom
     shares = np.asarray(part["histogram"], dtype=float) / max(sum(part["histogram"]), 1)
     places = np.log2(edges)
@@ -332,120 +348,9 @@ def _draw(
         powers = np.arange(np.ceil(places[0]), np.floor(places[-1]) + 1)
         axes.set_xticks(powers[:: max(1, len(powers) // 6)] if len(powers) > 1 else places)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2**value:,.0f}"))
-        axes.yaxis.set_major_locator(MaxNLocator(3 if height > 100 else 2))
+        axes.yaxis.set_major_locator(MaxNLocator(2))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
         axes.set_xlabel(
             "tokens of prompt and completion (logarithmic)", color=QUIET, fontsize=SMALL
         )
         return inline_svg(figure, key, label)
-
-
-def render_readme(card: Mapping[str, Any]) -> str:
-    """The card as Markdown with the front matter that the Hugging Face hub and datasets read.
-
-    Rows of different kinds have different columns, and a configuration has one set of columns: so
-    training rows, the held-out rows and the rows for RL are a configuration each.
-    """
-    groups = {"train": ["train"], "held_out": ["valid", "test"], "rl": ["rl"]}
-    splits = {"valid": "validation"}
-    configs = [
-        {
-            "config_name": name,
-            **({"default": True} if name == "train" else {}),
-            "data_files": [
-                {"split": splits.get(s, s), "path": f"{s}.parquet"}
-                for s in parts
-                if s in card["splits"]
-            ],
-        }
-        for name, parts in groups.items()
-        if any(s in card["splits"] for s in parts)
-    ]
-    size = next((word for most, word in _SIZES if card["rows"] < most), "n>1B")
-    front = {
-        "pretty_name": display_text(card["name"]),
-        "task_categories": ["text-generation"],
-        "size_categories": [size],
-        "tags": ["recommendation", "generative-recommendation", "semantic-ids", "instruction-data"],
-        "configs": configs,
-    }
-    text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)
-    return f"---\n{text}---\n\n" + "\n".join(_readme_lines(card)).rstrip() + "\n"
-
-
-def _readme_lines(card: Mapping[str, Any]) -> list[str]:
-    """The same facts as on the page, but for the examples."""
-    lines = [
-        f"# Instruction data of {_escaped(card['name'])}", "",
-        "Prompts and completions that teach a language model to recommend items by semantic ids",
-        "(SIDs), made by genrec. The figures and ten rows with titles are in `report.html`, all",
-        "numbers in `card.json`, the templates in `prompts/`.", "",
-        f"{card['rows']:,} training rows" + (f"; {others} rows." if (others := _others(card)) else "."),
-        *(_escaped(text) for text in _summary(card)), "",
-        "## Families", "",
-    ]  # fmt: skip
-    columns = [
-        "Family",
-        "A row is made of",
-        "Prompt shows",
-        "Asks for",
-        "Rows",
-        "Share",
-        "Templates",
-    ]
-    keys = ("name", "unit", "shows", "asks", "rows", "share", "templates")
-    lines += _markdown(columns, [[row[key] for key in keys] for row in _family_rows(card)])
-    if card["switched_off"]:
-        lines += ["Switched off:", ""]
-        lines += [f"- {_escaped(n)}: {_escaped(why)}" for n, why in card["switched_off"].items()]
-        lines.append("")
-    if card["lengths"]:
-        lines += [
-            "## Length in tokens",
-            "",
-            f"Tokenizer: {_escaped(_tokenizer(card))}. {COUNTED}",
-            "",
-        ]
-        lines += _markdown(**_length_table(card))
-    if (origins := _origin_table(card))["rows"]:
-        lines += ["## Who wrote the texts", "", ORIGINS, "", *_markdown(**origins)]
-    lines += ["## What prompts know of their targets", "", LEAKS, ""]
-    if (leaks := _leak_table(card))["rows"]:
-        lines += _markdown(**leaks)
-    if reasoning := _reasoning(card):
-        lines += [
-            f"Reasoning rows ({_escaped(reasoning['families'])}): rationale_origin "
-            f"`{reasoning['origin'].replace('`', '')}`, trained_on_target "
-            f"`{reasoning['trained_on_target']}`. {reasoning['words']}", "",
-        ]  # fmt: skip
-    facts = [*_made(card), ("Prompts, SHA-256", card["prompts_sha256"]), *_data_facts(card)]
-    lines += ["## How it was made", "", *(f"- {label}: {_escaped(v)}" for label, v in facts), ""]
-    return lines
-
-
-COUNTED = (
-    "Prompt and completion are counted as they are trained on, encoded apart, without marks of "
-    "beginning and end; a SID token counts one."
-)
-ORIGINS = (
-    "Queries, intentions and preferences come from the data, from rules, or from a language model "
-    "(llm: and its name). Rows without such a text are not counted."
-)
-LEAKS = (
-    "Rows are made from the training part of the split, and a prompt can show only the fields that "
-    "its family lists. They hold what the user had before the target, but for the fields below, "
-    "which show something of the target by definition. Validation, test and RL prompts are of the "
-    "sequential family and show the history alone."
-)
-
-
-def _escaped(text: str) -> str:
-    """Untrusted text for Markdown: no markup of either kind."""
-    return _MARKDOWN.sub(r"\\\1", html.escape(display_text(text, 400), quote=False))
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table."""
-    lines = [columns, ["---"] * len(columns), *([_escaped(cell) for cell in row] for row in rows)]
-    head = [_escaped(cell) for cell in lines[0]]
-    return [f"| {' | '.join(cells)} |" for cells in (head, *lines[1:])] + [""]

@@ -13,7 +13,6 @@ import pytest
 
 from genrec.artifacts import FOLDERS, load_manifest, require, sha256_file
 from genrec.data.splits import leave_one_out
-from genrec.prompts import PromptRenderer
 from genrec.semantic_ids import SemanticIds
 
 UPSTREAM = {
@@ -122,7 +121,7 @@ def test_users_without_held_out_items_train_rl_like_the_others(tiny, tmp_path: P
     sys.modules[spec.name] = recipe  # dataclasses look their module up
     spec.loader.exec_module(recipe)
     train = leave_one_out(log, 7).train
-    rl = recipe.rl_rows(train, tmp_path, tiny.sids(7), PromptRenderer(), "sequential/seen/01")
+    rl = recipe.rl_rows(train, tmp_path)
     got = {r["user_id"]: (r["seen_item_index"], r["target_item_index"]) for r in rl.to_dicts()}
     assert got == {"two": ([0], 1), "five": ([3, 4], 5)}  # the others have no history
 

@@ -58,13 +58,18 @@ def test_a_target_in_the_middle_of_the_log(tiny, tmp_path):
     row = make_run(tiny, tmp_path, "test")
     path = tmp_path / "data" / "test.parquet"
     mine, other = pl.col("row_id") == row["row_id"], pl.col("row_id") + "-b"
-    place = pl.when(mine).then(2).otherwise("target_position").cast(pl.Int32)
-    rows = pl.read_parquet(path)
-    pl.concat([rows.with_columns(row_id=other), rows.with_columns(target_position=place)]
-              ).write_parquet(path)  # fmt: skip
-    accept(tmp_path, path)
     log = pl.read_parquet(tmp_path / "data" / "interactions.parquet")
     items = log.filter(user_id=row["user_id"]).sort("position")["item_index"].to_list()
+    place = pl.when(mine).then(2).otherwise("target_position").cast(pl.Int32)
+    rows = pl.read_parquet(path)
+    earlier = [
+        items[:2] if row_id == row["row_id"] else history
+        for row_id, history in rows.select("row_id", "history_item_index").iter_rows()
+    ]
+    histories = pl.Series("history_item_index", earlier, dtype=pl.List(pl.Int32))
+    moved = rows.with_columns(histories, target_position=place)
+    pl.concat([rows.with_columns(row_id=other), moved]).write_parquet(path)
+    accept(tmp_path, path)
     assert row["target_position"] == len(items) - 1 > 2
     said, history = shown(tmp_path, "test")
     assert said == f"User {row['user_id']} had 2 items, the last ones:"

@@ -30,7 +30,7 @@ def test_every_split_row_has_its_prompt(built: Path):
         rows = pl.read_parquet(built / "data" / f"{split}.parquet")
         made = pl.read_parquet(built / "dataset" / f"{split}.parquet")
         assert made["row_id"].to_list() == rows["row_id"].to_list()
-        assert made["history_item_ids"].list.len().equals(rows["history_item_index"].list.len())
+        assert made["history"].list.len().equals(rows["history_item_index"].list.len())
     lines = (built / "test_reads.jsonl").read_text().splitlines()
     assert [json.loads(line)["stage"] for line in lines] == ["build_dataset"]
 
