@@ -29,12 +29,14 @@ def training_histories(rows: pl.DataFrame) -> ItemLists:
     """Each user's whole training sequence, oldest first, from the overlapping windows of a split.
 
     A row supervises the part of its window that no earlier one did, so these parts, in the order of
-    their targets, are the sequence, with every interaction once.
+    their targets, are the sequence, with every interaction once. Rows of given splits supervise
+    their target alone; what stands before the first one belongs to the sequence, too.
 
     Args:
         rows: training rows of any protocol.
     """
-    window = pl.concat_list(HISTORY, TARGET).list.slice(pl.col(SUPERVISE_FROM))
+    start = pl.when(pl.col(USER_ID).is_first_distinct()).then(0).otherwise(SUPERVISE_FROM)
+    window = pl.concat_list(HISTORY, TARGET).list.slice(start)
     sequences = (
         rows.sort(TARGET_POSITION, maintain_order=True)
         .select(USER_ID, window.alias(ITEM_INDEX))

@@ -153,6 +153,19 @@ def test_histories_are_the_training_part_of_the_log(protocol: str, max_history: 
         assert sorted(as_rows(training_histories(rows))) == sorted(expected.to_list())
 
 
+def test_given_rows_bring_what_stands_before_their_first_target():
+    rows = pl.DataFrame(
+        {
+            "user_id": ["a", "b", "a"],
+            "history_item_index": pl.Series([[1, 2], [7], [1, 2, 3]], dtype=pl.List(pl.Int32)),
+            "target_item_index": pl.Series([3, 8, 4], dtype=pl.Int32),
+            "supervise_from": pl.Series([2, 1, 3], dtype=pl.Int32),
+            "target_position": pl.Series([2, 1, 3], dtype=pl.Int32),
+        }
+    )
+    assert sorted(as_rows(training_histories(rows[::-1]))) == [[1, 2, 3, 4], [7, 8]]
+
+
 def test_item_table_rows_of_untrained_items_say_nothing():
     table = np.array([[3.0, 4], [1, 0], [0, 0]])
     found = item_table_vectors(table, np.array([True, False, True]))
