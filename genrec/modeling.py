@@ -295,16 +295,28 @@ def encode_rows(
     prompts: Sequence[str],
     completions: Sequence[str],
     sid_ids: set[int],
+    open_ended: Sequence[bool] | None = None,
 ) -> dict[str, list[list[int]]]:
     """Training rows: ``input_ids`` and ``labels`` (−100 on the prompt).
 
     Prompt and completion are encoded apart and joined, so the served prompt is a token prefix of
     the row. A completion that ends in text gets EOS; one of SIDs has a fixed length and needs none.
+
+    Args:
+        tokenizer: with the SID tokens.
+        prompts: rendered prompts.
+        completions: what is to be learned.
+        sid_ids: ids of the SID tokens.
+        open_ended: rows whose SIDs are a list of any length: they get EOS, too.
     """
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     completion_ids = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
-    for prompt, completion in zip(encode_prompts(tokenizer, prompts), completion_ids, strict=True):
-        end = [] if completion and completion[-1] in sid_ids else [tokenizer.eos_token_id]
+    ends = open_ended if open_ended is not None else [False] * len(prompts)
+    for prompt, completion, has_end in zip(
+        encode_prompts(tokenizer, prompts), completion_ids, ends, strict=True
+    ):
+        fixed = bool(completion) and completion[-1] in sid_ids and not has_end
+        end = [] if fixed else [tokenizer.eos_token_id]
         rows["input_ids"].append(prompt + completion + end)
         rows["labels"].append([-100] * len(prompt) + completion + end)
     return rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,12 @@ def escape_series(texts: pl.Series, max_chars: int = MAX_TEXT_CHARS) -> pl.Serie
     return frame.select(shown.alias(texts.name)).to_series()
 
 
+def says_something(texts: pl.Series) -> pl.Series:
+    """Whether anything is left of each text when it is escaped; null stays null."""
+    start = texts.str.slice(0, 4 * MAX_TEXT_CHARS)
+    return start.str.contains(r"[^\s\p{Cc}\p{Cf}\p{Zl}\p{Zp}]")
+
+
 def row_hashes(row_ids: pl.Series, seed: int) -> npt.NDArray[np.uint64]:
     """A number for each row id that depends on (row_id, seed) alone, on every machine.
 
@@ -91,18 +97,24 @@ def row_hashes(row_ids: pl.Series, seed: int) -> npt.NDArray[np.uint64]:
     text = row_ids.to_arrow(compat_level=pl.CompatLevel.oldest())  # bytes one after another
     _, ends, letters = text.buffers()
     offsets = np.frombuffer(ends, dtype=np.int64)[text.offset : text.offset + len(text) + 1]
-    letters = np.frombuffer(letters or b"", dtype=np.uint8)[offsets[0] : offsets[-1]]
-    lengths, begin = np.diff(offsets), offsets[:-1] - offsets[0]
-    place = np.arange(len(letters)) - np.repeat(begin, lengths)
+    letters = np.frombuffer(letters or b"", dtype=np.uint8)
+    lengths = np.diff(offsets)
+    value = np.empty(len(lengths), dtype=np.uint64)
     with np.errstate(over="ignore"):
         powers = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, _PRIME, dtype=np.uint64))
-        sums = np.zeros(len(letters) + 1, dtype=np.uint64)
-        np.cumsum((letters.astype(np.uint64) + np.uint64(1)) * powers[place], out=sums[1:])
-        value = sums[begin + lengths] - sums[begin]
+        for start in range(0, len(lengths), _HASH_ROWS):
+            rows = slice(start, min(start + _HASH_ROWS, len(lengths)))
+            begin, part = offsets[rows], letters[offsets[start] : offsets[rows.stop]]
+            begin, size = begin - begin[0], lengths[rows]
+            terms = powers[np.arange(len(part)) - np.repeat(begin, size)]
+            terms *= part.astype(np.uint64) + np.uint64(1)
+            sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(terms)])
+            value[rows] = sums[begin + size] - sums[begin]
         return _mixed(value + _mixed(np.array([seed], dtype=np.int64).astype(np.uint64)))
 
 
 _PRIME = 0x100000001B3  # of the FNV hash
+_HASH_ROWS = 1 << 12  # hashed at once: what stays in the cache
 
 
 def _mixed(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -140,7 +152,7 @@ class PromptRenderer:
         )
         self._sources: dict[str, str] = {}
         self._templates = {}
-        self._parts: dict[str, list[tuple[str, bool]] | None] = {}
+        self._parts: dict[str, _Parts | None] = {}
         for path in sorted(self.folder.glob("*/*/*.jinja")):
             name = path.relative_to(self.folder).with_suffix("").as_posix()
             self._sources[name] = path.read_text(encoding="utf-8")
@@ -208,31 +220,65 @@ class PromptRenderer:
         Raises:
             ValueError: as `render`; columns of different lengths, or one with nulls.
         """
-        if template not in self._templates:
-            return pl.Series([self.render(template)])  # says what is there
-        columns = {name: escape_series(text) for name, text in (texts or {}).items()}
-        columns |= sids or {}
-        lengths = {len(column) for column in columns.values()}
-        if len(lengths) != 1:
-            raise ValueError(f"template {template!r}: columns of {sorted(lengths)} rows")
-        if empty := [name for name, column in columns.items() if column.null_count()]:
-            raise ValueError(f"template {template!r}: {empty[0]!r} is null in some rows")
-        parts = self._parts[template]
-        if parts is None:
-            rows = pl.DataFrame(columns).iter_rows(named=True)
-            return pl.Series([self.render(template, sids=row) for row in rows], dtype=pl.String)
-        if missing := [name for name, is_field in parts if is_field and name not in columns]:
-            raise ValueError(f"template {template!r}: {missing[0]!r} is undefined")
-        pieces = [pl.col(text) if is_field else pl.lit(text) for text, is_field in parts]
-        used = {name: columns[name] for name, is_field in parts if is_field}
-        frame = pl.DataFrame(used or columns)
-        text = pl.concat_str(pieces) if pieces else pl.lit("")
-        return frame.with_columns(text.alias("_prompt"))["_prompt"]
+        columns = _escaped(template, sids, texts)
+        return self._fill([template], np.zeros(len(next(iter(columns.values()))), int), columns)
+
+    def render_each(
+        self,
+        templates: pl.Series,
+        sids: Mapping[str, pl.Series] | None = None,
+        texts: Mapping[str, pl.Series] | None = None,
+    ) -> pl.Series:
+        """`render_many` with a template for each row; all of them see the same columns.
+
+        Args:
+            templates: template names. ``# (rows,)``
+            sids: as `render_many` takes them.
+            texts: as `render_many` takes them.
+
+        Raises:
+            ValueError: as `render_many`.
+        """
+        columns = _escaped(str(templates.first()), sids, texts, len(templates))
+        names = templates.unique(maintain_order=True)
+        number = templates.cast(pl.Enum(names)).to_physical().to_numpy()
+        return self._fill(names.to_list(), number, columns)
+
+    def _fill(
+        self, names: list[str], number: npt.NDArray[np.integer], columns: Mapping[str, pl.Series]
+    ) -> pl.Series:
+        """Rows by the template of their number; such with the same fields in order go together."""
+        alike: dict[tuple[str, ...] | str, list[int]] = {}
+        literals: list[tuple[str, ...]] = []
+        for i, name in enumerate(names):
+            if name not in self._templates:
+                self.render(name)  # says what is there
+            fields, around = self._parts[name] or (name, ())  # a name: it has logic in it
+            if missing := [f for f in fields if f not in columns and fields != name]:
+                raise ValueError(f"template {name!r}: {missing[0]!r} is undefined")
+            alike.setdefault(fields, []).append(i)
+            literals.append(around)
+        made, order = [pl.Series([], dtype=pl.String)], []
+        for fields, members in alike.items():
+            own, mine = columns, number
+            if len(alike) > 1:
+                order.append(np.flatnonzero(np.isin(number, members)))
+                at = pl.Series(order[-1])
+                own, mine = {n: column[at] for n, column in columns.items()}, number[order[-1]]
+            if isinstance(fields, str):
+                each = pl.DataFrame(own).iter_rows(named=True)
+                made.append(pl.Series([self.render(fields, sids=row) for row in each]))
+            else:
+                made.append(_inserted(fields, [literals[i] for i in members], members, mine, own))
+        if len(alike) == 1:
+            return made[-1].cast(pl.String).alias("_prompt")
+        whole = pl.concat([part.cast(pl.String).alias("_prompt") for part in made])
+        return whole[pl.Series(np.argsort(np.concatenate(order)))] if order else whole
 
     def fields(self, template: str) -> set[str] | None:
         """Names of the fields that a template inserts; None where logic decides."""
         parts = self._parts[template]
-        return None if parts is None else {name for name, is_field in parts if is_field}
+        return None if parts is None else set(parts[0])
 
     def pick_many(
         self, family: str, row_ids: pl.Series, seed: int, epoch: int = 0, limit: int | None = None
@@ -264,19 +310,70 @@ class PromptRenderer:
         return digest.hexdigest()
 
 
-def _plain_parts(template: nodes.Template) -> list[tuple[str, bool]] | None:
-    """Texts (False) and field names (True) of a template that only inserts fields, else None."""
+def _escaped(
+    template: str,
+    sids: Mapping[str, pl.Series] | None,
+    texts: Mapping[str, pl.Series] | None,
+    n_rows: int | None = None,
+) -> dict[str, pl.Series]:
+    """All columns, as they may be inserted; raises ValueError if they can't be."""
+    columns = {name: escape_series(text) for name, text in (texts or {}).items()}
+    columns |= sids or {}
+    lengths = {len(column) for column in columns.values()}
+    lengths |= set() if n_rows is None else {n_rows}
+    if len(lengths) != 1 or not columns:
+        raise ValueError(f"template {template!r}: columns of {sorted(lengths)} rows")
+    if empty := [name for name, column in columns.items() if column.null_count()]:
+        raise ValueError(f"template {template!r}: {empty[0]!r} is null in some rows")
+    return columns
 
-    def parts() -> Iterator[tuple[str, bool] | None]:
-        for statement in template.body:
-            if not isinstance(statement, nodes.Output):
-                yield None
-                return
-            for node in statement.nodes:
-                if isinstance(node, nodes.TemplateData):
-                    yield node.data, False
-                else:
-                    yield (node.name, True) if isinstance(node, nodes.Name) else None
 
-    found = list(parts())
-    return None if None in found else [part for part in found if part is not None]
+def _inserted(
+    fields: tuple[str, ...],
+    literals: Sequence[tuple[str, ...]],
+    members: Sequence[int],
+    number: npt.NDArray[np.integer],
+    columns: Mapping[str, pl.Series],
+) -> pl.Series:
+    """Fields between the literal texts of each row's template.
+
+    Args:
+        fields: in order.
+        literals: of each member, one more than there are fields.
+        members: numbers of the templates, ascending.
+        number: template of each row. ``# (rows,)``
+        columns: of the fields. ``# (rows,)`` each
+    """
+    frame = pl.DataFrame({str(i): columns[name] for i, name in enumerate(fields)})
+    member = pl.Series(np.searchsorted(members, number)) if len(members) > 1 else None
+    pieces: list[pl.Expr] = []
+    for place in range(len(fields) + 1):
+        texts = [own[place] for own in literals]
+        piece = pl.lit(texts[0])
+        if member is not None and len({*texts}) > 1:
+            piece = pl.lit(pl.Series(texts)[member])
+        pieces += [piece, *(pl.col(str(place)) for _ in fields[place : place + 1])]
+    if not fields:
+        frame = pl.DataFrame({"0": number})
+    return frame.with_columns(pl.concat_str(pieces).alias("_prompt"))["_prompt"]
+
+
+# Of a template that only inserts fields: their names, and the texts before, between and behind.
+_Parts = tuple[tuple[str, ...], tuple[str, ...]]
+
+
+def _plain_parts(template: nodes.Template) -> _Parts | None:
+    """Fields and literal texts of a template that only inserts fields, else None."""
+    fields, literals = [], [""]
+    for statement in template.body:
+        if not isinstance(statement, nodes.Output):
+            return None
+        for node in statement.nodes:
+            if isinstance(node, nodes.TemplateData):
+                literals[-1] += node.data
+            elif isinstance(node, nodes.Name):
+                fields.append(node.name)
+                literals.append("")
+            else:
+                return None
+    return tuple(fields), tuple(literals)

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from genrec.columns import COMPLETION, PROMPT
+from genrec.columns import COMPLETION, PROMPT, TARGET_KIND
 from genrec.modeling import encode_rows
 from genrec.tasks.instruction_rows import InstructionRows
 from genrec.tasks.mixing import Plan
@@ -27,6 +27,7 @@ IntArray = npt.NDArray[np.int64]
 _SID_TOKEN = r"<[a-z]+_\d+>"
 _BYTES_PER_TOKEN = 4  # of text, roughly
 _SAMPLE = 200_000  # texts that a tokenizer is trained on at most
+_AHEAD = 2_048  # rows that are rendered and encoded at once
 _LONGEST = 2_000  # rows of the highest estimates that are encoded to find the longest
 
 
@@ -81,7 +82,8 @@ class EpochRows(Dataset):
         self._tokenizer, self._sid_ids = tokenizer, sid_ids
         self.epoch = -1
         self.set_epoch(0)
-        self.lengths = lengths[self._now[0]].tolist()
+        self.follow(range(len(self)))
+        self.lengths = lengths[self._now[0]]
 
     def __len__(self) -> int:
         """Rows of an epoch."""
@@ -94,6 +96,14 @@ class EpochRows(Dataset):
             rows, render_epochs = self._plan.slice(epoch)
             order = np.argsort(self._all_lengths[rows], kind="stable")
             self.epoch, self._now = epoch, (rows[order], render_epochs[order])
+            self._ahead: dict[int, dict[str, list[int]]] = {}
+
+    def follow(self, order: Sequence[int]) -> None:
+        """Take the order in which places will be asked for, so that rows are made ahead of it."""
+        self._order = np.asarray(order, dtype=np.int64)
+        self._turn = np.empty(len(self), dtype=np.int64)
+        self._turn[self._order] = np.arange(len(self._order))
+        self._ahead = {}
 
     def __getitem__(self, place: int) -> dict[str, list[int]]:
         """One row."""
@@ -102,21 +112,45 @@ class EpochRows(Dataset):
         return self.__getitems__([place])[0]
 
     def __getitems__(self, places: Sequence[int]) -> list[dict[str, list[int]]]:
-        """The rows of a batch, rendered and encoded together."""
-        at = np.asarray(places, dtype=np.int64)
-        return self._encoded(self._now[0][at], self._now[1][at])
+        """The rows of a batch.
+
+        A batch of many families has few rows of each, so rows are rendered and encoded for many
+        batches at once: from the first one that is missing on, in the order of `follow`.
+
+        Raises:
+            ValueError: a worker process of a data loader asks: it would hang, since the threads of
+                Polars don't live on in a fork.
+        """
+        if (worker := get_worker_info()) is not None:
+            raise ValueError(
+                f"dataloader_num_workers={worker.num_workers}: leave it at 0; batches "
+                "are rendered by threads of the training process"
+            )
+        for place in places:
+            if place not in self._ahead:
+                turn = int(self._turn[place])
+                at = self._order[turn : turn + _AHEAD]
+                at = np.union1d(at, np.setdiff1d(places, [*self._ahead]))
+                made = self._encoded(self._now[0][at], self._now[1][at])
+                kept = {p: self._ahead[p] for p in places if p in self._ahead}
+                self._ahead = {**kept, **dict(zip(at.tolist(), made, strict=True))}
+        return [self._ahead[place] for place in places]
 
     def longest(self) -> int:
         """Tokens of the longest row, among those whose estimates are highest."""
-        rows = np.unique(self._plan.rows)
-        top = rows[np.argsort(-self._all_lengths[rows], kind="stable")[:_LONGEST]]
-        encoded = self._encoded(top, np.zeros(len(top), dtype=np.int64))
+        rows = self._plan.rows  # of all epochs: another template may be longer
+        top = np.argsort(-self._all_lengths[rows], kind="stable")[:_LONGEST]
+        encoded = self._encoded(rows[top], self._plan.epochs[top])
         return max(len(row["input_ids"]) for row in encoded)
 
     def _encoded(self, rows: IntArray, epochs: IntArray) -> list[dict[str, list[int]]]:
         text = self._rows.render(rows, epochs)
         made = encode_rows(
-            self._tokenizer, text[PROMPT].to_list(), text[COMPLETION].to_list(), self._sid_ids
+            self._tokenizer,
+            text[PROMPT].to_list(),
+            text[COMPLETION].to_list(),
+            self._sid_ids,
+            (self._rows.table[TARGET_KIND][rows] == "history").to_list(),
         )
         return [
             {"input_ids": ids, "labels": labels}
@@ -150,11 +184,15 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Places, in order."""
+        order = self._order()
+        self._rows.follow(order)
+        return iter(order)
+
+    def _order(self) -> list[int]:
         generator = torch.Generator()
         generator.manual_seed(self._seed * 100_003 + self._rows.epoch)
         if self._grouped:
-            lengths = self._rows.lengths
-            return iter(
-                LengthGroupedSampler(self._batch_size, lengths=lengths, generator=generator)
-            )
-        return iter(torch.randperm(len(self._rows), generator=generator).tolist())
+            lengths = self._rows.lengths.tolist()
+            sampler = LengthGroupedSampler(self._batch_size, lengths=lengths, generator=generator)
+            return list(sampler)
+        return torch.randperm(len(self._rows), generator=generator).tolist()

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from genrec.artifacts import Stage, stage_folder, write_parquet
 from genrec.columns import (
     HISTORY,
+    HISTORY_ITEMS,
     ITEM_ID,
     ITEM_INDEX,
     POSITION,
@@ -33,6 +34,7 @@ from genrec.columns import (
     SUPERVISE_FROM,
     TARGET,
     TARGET_POSITION,
+    TARGETS,
     TASK,
     TITLE,
     TRAIN_COUNT,
@@ -45,12 +47,12 @@ from genrec.semantic_ids import SemanticIds
 from genrec.tasks.attributes import AttributeIndex, item_attributes
 from genrec.tasks.card import CardFacts, sampled_texts, write_card
 from genrec.tasks.families import FAMILIES, ITEM, SEQUENTIAL, switched_off
-from genrec.tasks.instruction_rows import RowWriter
+from genrec.tasks.instruction_rows import RowWriter, gathered
 from genrec.tasks.mixing import named_numbers
 from genrec.tasks.noise import ItemDraw, keep_about
 from genrec.tasks.reasoning import RATIONALE_ORIGIN, TRAINED_ON_TARGET
 from genrec.tasks.rendering import ItemTexts, render_rows
-from genrec.tasks.rows import InteractionLog, Sources, chunks, interaction_rows, item_rows
+from genrec.tasks.rows import InteractionLog, Sources, interaction_rows, item_rows, read_chunks
 from genrec.tasks.sequential import explode, sequential_rows
 from genrec.tasks.texts import item_intentions, item_queries, review_aspects, written_renderer
 from genrec.tasks.writers import LocalWriter, OpenAIWriter, Writer, llm_item_texts, llm_preferences
@@ -118,18 +120,14 @@ class DatasetArgs:
         return list(FAMILIES) if ALL in self.tasks else list(dict.fromkeys(self.tasks))
 
 
-def read_sources(
-    args: DatasetArgs, data: Path, semantic_ids: SemanticIds, train: pl.DataFrame
-) -> Sources:
+def read_sources(args: DatasetArgs, data: Path, semantic_ids: SemanticIds) -> Sources:
     """What rows are made of, beside the split rows."""
     seed = args.seed
     catalog = pl.read_parquet(data / "catalog.parquet")
     wording = written_renderer()
     log = InteractionLog.of(data / "interactions.parquet")
     attributes = item_attributes(catalog)
-    aspects = review_aspects(
-        training_reviews(data, train) if REVIEW in log.columns else _NO_REVIEWS
-    )
+    aspects = review_aspects(training_reviews(data) if REVIEW in log.columns else _NO_REVIEWS)
     queries = item_queries(catalog, attributes, wording, seed)
     intentions = item_intentions(catalog, attributes, wording, aspects, seed)
     preferences = None
@@ -173,12 +171,13 @@ def make_writer(args: DatasetArgs) -> Writer:
 _NO_REVIEWS = pl.DataFrame(schema={USER_ID: pl.String, ITEM_INDEX: pl.Int32, POSITION: pl.Int32})
 
 
-def training_reviews(data: Path, train: pl.DataFrame) -> pl.DataFrame:
+def training_reviews(data: Path) -> pl.DataFrame:
     """Interactions of the training part alone, with their reviews."""
+    train = pl.scan_parquet(data / "train.parquet", glob=False)
     end = train.group_by(USER_ID).agg(pl.col(TARGET_POSITION).max().alias("_last"))
     log = pl.scan_parquet(data / "interactions.parquet", glob=False)
     return (
-        log.join(end.lazy(), on=USER_ID, how="inner", maintain_order="left")
+        log.join(end, on=USER_ID, how="inner", maintain_order="left")
         .filter(pl.col(POSITION) <= pl.col("_last"))
         .drop("_last")
         .collect()
@@ -197,24 +196,39 @@ def shares(args: DatasetArgs, names: list[str], n_interactions: int) -> dict[str
 
 
 def training_rows(
-    args: DatasetArgs, train: pl.DataFrame, names: list[str], sources: Sources
+    args: DatasetArgs, train: Path, names: list[str], sources: Sources
 ) -> Iterator[pl.DataFrame]:
-    """Rows of all families, chunk by chunk."""
-    supervised = train[HISTORY].list.len().cast(pl.Int64) + 1 - train[SUPERVISE_FROM]
-    taken = shares(args, names, int(supervised.sum()))
+    """Rows of all families, from the training rows chunk by chunk."""
+    keep = pl.read_parquet(args.keep_rows, columns=[ROW_ID]) if args.keep_rows else None
+    scan = pl.scan_parquet(train, glob=False)
+    kept = scan if keep is None else scan.join(keep.lazy(), on=ROW_ID, how="semi")
+    supervised = pl.col(HISTORY).list.len().cast(pl.Int64) + 1 - pl.col(SUPERVISE_FROM)
+    n_rows, n_interactions = kept.select(pl.len(), supervised.sum()).collect().row(0)
+    if keep is not None:
+        if not n_rows:
+            first = scan.select(ROW_ID).head(1).collect().item()
+            raise ValueError(
+                f"keep_rows={args.keep_rows} names none of the training rows; its {ROW_ID} should "
+                f"read like {first!r}"
+            )
+        logger.info("keep_rows: %d training rows are left", n_rows)
+    taken = shares(args, names, n_interactions)
+    per_item = args.sequential_mode == "per_item"
+    units = n_interactions if per_item else n_rows
+    share = shares(args, [SEQUENTIAL], units).get(SEQUENTIAL, 1.0)
     limits = named_numbers("max_rows", args.max_rows)
     for name in names:
         if FAMILIES[name].unit == ITEM:
-            rows = item_rows(FAMILIES[name], sources, train[USER_ID].dtype)
+            rows = item_rows(FAMILIES[name], sources, scan.collect_schema()[USER_ID])
             most = limits.get(name, limits.get("*"))
             if most is not None and most < len(rows):
                 rows = rows.filter(keep_about(rows[ROW_ID], args.seed, most / len(rows)))
             yield rows
-    bar = tqdm(total=len(train), desc="build_dataset", unit=" split rows", mininterval=1)
-    for chunk in chunks(train):
-        per_item = args.sequential_mode == "per_item"
+    bar = tqdm(total=n_rows, desc="build_dataset", unit=" split rows", mininterval=1)
+    for chunk in read_chunks(train):
+        if keep is not None:
+            chunk = chunk.join(keep, on=ROW_ID, how="semi", maintain_order="left")
         rows = sequential_rows(explode(chunk) if per_item else chunk)
-        share = taken.get(SEQUENTIAL, 1.0)
         yield rows if share == 1 else rows.filter(keep_about(rows[ROW_ID], args.seed, share))
         yield from interaction_rows(chunk, names, sources, taken)
         bar.update(len(chunk))
@@ -291,23 +305,19 @@ def main() -> None:
         return
     data = stage_folder(args.run_dir, "prepare")
     semantic_ids = SemanticIds.load(stage_folder(args.run_dir, "quantize"))
-    train = read_split(args.run_dir, "train", "build_dataset")
-    sources = read_sources(args, data, semantic_ids, train)
+    sources = read_sources(args, data, semantic_ids)
     off = switched_off(args.families, sources.has())
     names = [name for name in args.families if name not in off]
     for name, reason in off.items():
         logger.info("%s is off: %s", name, reason)
-    kept = train
-    if args.keep_rows:
-        kept = train.join(pl.read_parquet(args.keep_rows), on=ROW_ID, how="semi")
-        logger.info("keep_rows: %d of %d training rows", len(kept), len(train))
 
     def render(rows: pl.DataFrame, template: str | None = None) -> pl.DataFrame:
         return render_rows(rows, sources.texts, renderer, args.seed, 0, args.n_templates, template)
 
-    item_ids, user_id = semantic_ids.item_ids, train[USER_ID].dtype
+    train = data / "train.parquet"
+    item_ids, user_id = semantic_ids.item_ids, pl.read_parquet_schema(train)[USER_ID]
     path = stage.folder / "train.parquet"
-    tables = (render(rows) for rows in training_rows(args, kept, names, sources))
+    tables = (render(rows) for rows in training_rows(args, train, names, sources))
     counts = write_rows(path, tables, RowWriter(path, names, item_ids, user_id))
     serving = renderer.names(SEQUENTIAL)[0]
     for split in ("valid", "test"):
@@ -315,11 +325,10 @@ def main() -> None:
         path = stage.folder / f"{split}.parquet"
         one = iter([render(sequential_rows(rows), serving)])
         write_rows(path, one, RowWriter(path, [SEQUENTIAL], item_ids, user_id))
-    last = rl_rows(train, data)
-    write_parquet(
-        stage.folder / "rl.parquet",
-        render(sequential_rows(last), serving).with_columns(last[TARGET], last[SEEN]),
-    )
+    last = rl_rows(read_split(args.run_dir, "train", "build_dataset"), data)
+    rows = render(sequential_rows(last), serving).with_columns(last[TARGET], last[SEEN])
+    ids = [gathered(rows[name], item_ids) for name in (TARGETS, HISTORY_ITEMS)]
+    write_parquet(stage.folder / "rl.parquet", rows.with_columns(ids))
     shutil.copytree(renderer.folder, stage.folder / "prompts", dirs_exist_ok=True)
     titles = pl.read_parquet(data / "catalog.parquet", columns=[TITLE])[TITLE]
     items = pl.DataFrame({ITEM_ID: item_ids, TITLE: titles, SID: semantic_ids.sids()})

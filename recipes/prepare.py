@@ -458,6 +458,7 @@ def main() -> None:
         if args.event_weights
         else None,
     )
+    del raw  # as large as the cleaned log
     check_expected(args, data, erased)
     if args.limit_users is not None:
         data = sample_users(data, args.limit_users, args.seed)

@@ -73,6 +73,15 @@ class SftArgs:
             )
 
 
+def check_workers(number: int) -> None:
+    """Refuse loader processes before the model is loaded."""
+    if number:
+        raise ValueError(
+            f"dataloader_num_workers={number} must be 0: batches are rendered by threads of the "
+            "training process"
+        )
+
+
 class EpochTrainer(SFTTrainer):
     """TRL's trainer on rows that are rendered anew for each epoch."""
 
@@ -92,6 +101,7 @@ class EpochTrainer(SFTTrainer):
 def main() -> None:
     """Run the stage."""
     args, training = parse(SftArgs, SFTConfig)
+    check_workers(training.dataloader_num_workers)
     config = {**asdict(args), "training": training_fingerprint(training)}
     inputs = ["prepare", "embed", "quantize", "build_dataset"]
     with PartialState().main_process_first():

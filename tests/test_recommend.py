@@ -271,12 +271,15 @@ def test_short_lists_where_little_is_left(world, tmp_path: Path):
 
 
 def test_prompt_of_serving_is_that_of_evaluation(world):
+    from genrec.tasks.rendering import ItemTexts, render_rows
     from genrec.tasks.sequential import sequential_rows
 
     _, shop, recommender = world
-    rows = sequential_rows(
-        shop.splits.test, shop.semantic_ids, recommender.renderer, recommender.template
-    )
+    texts = ItemTexts.of(shop.catalog, shop.semantic_ids)
+    rows = render_rows(
+        sequential_rows(shop.splits.test), texts, recommender.renderer,
+        template=recommender.template,
+    )  # fmt: skip
     assert (
         recommender.prompts(shop.splits.test["history_item_index"].to_list())
         == rows["prompt"].to_list()

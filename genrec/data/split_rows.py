@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from genrec.columns import (
     USER_ID,
 )
 
-_BLOCK = 1 << 24  # list entries that are worked on at once
+_BLOCK = 1 << 22  # list entries that are worked on at once
 
 IntArray = npt.NDArray[np.int64]
 ItemArray = npt.NDArray[np.int32]
@@ -57,30 +58,60 @@ class UserSequences:
         Raises:
             ValueError: users don't lie in blocks that are ordered by position and time.
         """
-        position = interactions[POSITION].to_numpy().astype(np.int64)
-        start = np.flatnonzero(position == 0)
+        # Compared with the row before, never with columns made for it: these may be 100M rows.
+        position, users = interactions[POSITION].to_numpy(), interactions[USER_ID]
+        begins = position == 0
+        start = np.flatnonzero(begins)
         length = np.diff(np.append(start, len(position)))
-        owner = np.repeat(np.arange(len(start)), length)
-        users = interactions[USER_ID]
-        ordered = len(owner) == len(position) and users.n_unique() == len(start)
-        ordered = ordered and np.array_equal(position, np.arange(len(position)) - start[owner])
+        follows = position[1:] == position[:-1] + 1
+        follows &= (users[1:] == users[:-1]).to_numpy()
         time = None
         if len(position) and interactions[TIMESTAMP].null_count() == 0:
-            time = interactions[TIMESTAMP].to_numpy().astype(np.int64)
-            ordered = ordered and bool((np.diff(time)[np.diff(owner) == 0] >= 0).all())
+            time = interactions[TIMESTAMP].to_numpy().astype(np.int64, copy=False)
+            follows &= time[1:] >= time[:-1]
+        ordered = bool(begins[:1].all() and (begins[1:] | follows).all())
+        ordered = ordered and users.gather(start).n_unique() == len(start)
         if not ordered:
             raise ValueError(
                 "the interactions must lie in one block per user, ordered by position and time; "
                 "sort them with genrec.data.cleaning.order_interactions"
             )
-        items = interactions[ITEM_INDEX].to_numpy().astype(np.int32)
+        items = interactions[ITEM_INDEX].to_numpy().astype(np.int32, copy=False)
+        owner = np.repeat(np.arange(len(start)), length)
         return cls(users, items, time, owner, start, length)
 
     def first_meetings(self, n_items: int) -> npt.NDArray[np.bool_]:
-        """Whether an interaction is its user's first one with the item."""
+        """Whether an interaction is its user's first one with the item.
+
+        Args:
+            n_items: rows of the catalogue.
+        """
+        assert int(self.items.max(initial=0)) < max(n_items, 1), "no catalogue row"
+        return self._first
+
+    @cached_property
+    def _first(self) -> npt.NDArray[np.bool_]:
+        # Validation and test rows both ask, and so does the check of their leaks.
         first = np.zeros(len(self.items), dtype=bool)
-        first[np.unique(self.owner * n_items + self.items, return_index=True)[1]] = True
+        n_items = int(self.items.max(initial=0)) + 1
+        for users in row_blocks(self.length):
+            begin = int(self.start[users.start])
+            block = slice(begin, int(self.start[users.stop - 1] + self.length[users.stop - 1]))
+            keys = (self.owner[block] - users.start) * n_items + self.items[block]
+            first[begin + _first_places(keys)] = True
         return first
+
+
+def _first_places(keys: IntArray) -> IntArray:
+    """Where each distinct key (none negative) stands first: ``np.unique``'s index, unsorted."""
+    bits = len(keys).bit_length()
+    if not len(keys) or int(keys.max()).bit_length() + bits > 63:
+        return np.unique(keys, return_index=True)[1]
+    packed = keys << bits
+    packed |= np.arange(len(keys))
+    packed.sort()
+    new = np.diff(packed >> bits, prepend=-1) != 0
+    return packed[new] & ((1 << bits) - 1)
 
 
 def check_history(max_history: int, min_history: int = 1) -> None:
@@ -92,9 +123,12 @@ def check_history(max_history: int, min_history: int = 1) -> None:
 
 def train_counts(log: UserSequences, train_length: IntArray, n_items: int) -> ItemArray:
     """Interactions of each item among each user's first `train_length` ones, (n_items,)."""
-    offset = np.arange(len(log.items)) - log.start[log.owner]
-    in_train = offset < train_length[log.owner]
-    return np.bincount(log.items[in_train], minlength=n_items).astype(np.int32)
+    counts = np.zeros(n_items, dtype=np.int64)
+    for users in row_blocks(train_length):
+        begin = log.start[users]
+        trained = log.items[places(begin, begin + train_length[users])]
+        counts += np.bincount(trained, minlength=n_items)
+    return counts.astype(np.int32)
 
 
 def train_rows(
@@ -144,7 +178,8 @@ def held_out_rows(
     history = np.maximum(begin, target - max_history)
     rows = _rows(split, log, history, target, target - history)
     first = log.first_meetings(n_items)
-    before = np.concatenate([[0], np.cumsum(first)])
+    before = np.zeros(len(first) + 1, dtype=np.int64)
+    np.cumsum(first, out=before[1:])
     # Distinct earlier items are the first meetings before the target: no sort over all entries.
     seen = list_column(log.items[first], before[begin], before[target], sort=True)
     return rows.with_columns(seen.alias(SEEN))
@@ -210,15 +245,15 @@ def list_column(values: ItemArray, begin: IntArray, end: IntArray, sort: bool = 
     parts = []
     for block in row_blocks(end - begin):
         lengths = (end - begin)[block]
-        flat = values[places(begin[block], end[block])].astype(np.int64)
+        flat = values[places(begin[block], end[block])]
         if sort:
             # One sort of (row, value) keys: much faster than a sort per list.
-            row = np.repeat(np.arange(len(lengths)) << 32, lengths)
-            flat += row
-            flat.sort()
-            flat -= row
+            keys = np.repeat(np.arange(len(lengths)) << 32, lengths)
+            keys |= flat
+            keys.sort()
+            flat = keys.astype(np.int32)  # the lower half
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat.astype(np.int32)))
+        lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))
         parts.append(pl.Series(lists, dtype=pl.List(pl.Int32)))
     return pl.concat(parts) if parts else pl.Series([], dtype=pl.List(pl.Int32))
 

@@ -6,6 +6,7 @@ they were rendered from, so that any other epoch can be rendered, and audited, f
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from genrec.tasks.rendering import ItemTexts, render_rows
 ITEM_LISTS = (TARGETS, HISTORY_ITEMS, CANDIDATES, SHOWN, SET_ASIDE)
 COMMON = (ROW_ID, USER_ID, TASK, TARGET_KIND, TARGETS, HISTORY_ITEMS)
 RENDERED = (TEMPLATE, PROMPT, COMPLETION)
+_DISTINCT = (ROW_ID, PROMPT)
 
 
 def gathered(lists: pl.Series, values: pl.Series) -> pl.Series:
@@ -68,6 +70,9 @@ def _where_known(before: pl.Series, lists: pl.Series) -> pl.Series:
 class RowWriter:
     """Writes instruction rows to one Parquet file, chunk by chunk: memory stays flat.
 
+    A table is compressed in a thread of its own while the next one is made: compressing takes
+    about as long as all the rest.
+
     Args:
         path: of the file; it is there, whole, only after `close`.
         families: whose rows come; they say which columns the file has.
@@ -82,6 +87,8 @@ class RowWriter:
         self._item_ids = item_ids
         self.schema = schema(families, item_ids.dtype, user_id)
         self._writer: pq.ParquetWriter | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="row-writer")
+        self._pending: Future[None] | None = None
         self.rows = 0
 
     def write(self, rows: pl.DataFrame) -> None:
@@ -98,15 +105,27 @@ class RowWriter:
         )
         table = rows.to_arrow(compat_level=pl.CompatLevel.oldest())
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._partial, table.schema, compression="zstd")
-        self._writer.write_table(table)
+            # Texts that no two rows share gain nothing from a dictionary and cost two passes.
+            repeated = [name for name in self.schema if name not in _DISTINCT]
+            self._writer = pq.ParquetWriter(
+                self._partial, table.schema, compression="zstd", use_dictionary=repeated
+            )
+        self._wait()
+        self._pending = self._thread.submit(self._writer.write_table, table)
         self.rows += len(rows)
+
+    def _wait(self) -> None:
+        """Until the table before is written; raises what its thread did."""
+        if self._pending is not None:
+            self._pending.result()
 
     def close(self) -> None:
         """Finish the file."""
         if self._writer is None:
             self.write(pl.DataFrame(schema=self.schema))
         assert self._writer is not None
+        self._wait()
+        self._thread.shutdown()
         self._writer.close()
         self._partial.replace(self._path)
 

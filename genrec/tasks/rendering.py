@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from genrec.columns import (
     COMPLETION,
@@ -116,8 +117,9 @@ def render_rows(
             for name in named.unique():
                 check_template(renderer, name)
         prompt = _filled(mine, named, family.prompt, texts, renderer)
-        ending = pl.repeat(f"{family.name}/completion/01", len(mine), eager=True)
-        completion = _filled(mine, ending, family.completion, texts, renderer)
+        completion = _filled(
+            mine, f"{family.name}/completion/01", family.completion, texts, renderer
+        )
         parts.append(
             pl.DataFrame({"_at": at, TEMPLATE: named, PROMPT: prompt, COMPLETION: completion})
         )
@@ -129,30 +131,21 @@ def render_rows(
 
 def _filled(
     rows: pl.DataFrame,
-    templates: pl.Series,
+    templates: pl.Series | str,
     fields: Fields,
     texts: ItemTexts,
     renderer: PromptRenderer,
 ) -> pl.Series:
-    """The rows' templates with the rows' fields in them. ``# (rows,)``."""
+    """The template, or each row's own, with the rows' fields in it. ``# (rows,)``."""
     own, untrusted = {}, {}
     for variable, (column, form) in fields.items():
         if form == TEXT:
             untrusted[variable] = rows[column]
         else:
             own[variable] = shown(rows, column, form, texts)
-    frame = pl.DataFrame({"_template": templates}).with_row_index("_at")
-    parts = []
-    for (name,), places in frame.group_by("_template", maintain_order=True):
-        at = places["_at"]
-        everything = len(at) == len(rows)
-        part = renderer.render_many(
-            str(name),
-            {n: v if everything else v.gather(at) for n, v in own.items()},
-            {n: v if everything else v.gather(at) for n, v in untrusted.items()},
-        )
-        parts.append(pl.DataFrame({"_at": at, "text": part}))
-    return pl.concat(parts).sort("_at")["text"]
+    if isinstance(templates, str):
+        return renderer.render_many(templates, own, untrusted)
+    return renderer.render_each(templates, own, untrusted)
 
 
 def shown(rows: pl.DataFrame, column: str, form: str, texts: ItemTexts) -> pl.Series:
@@ -177,12 +170,12 @@ def shown(rows: pl.DataFrame, column: str, form: str, texts: ItemTexts) -> pl.Se
     lists = ItemLists.from_column(rows[column])
     items = pl.Series(lists.values.astype(np.uint32))
     if form == SIDS:
-        return joined(texts.sids.gather(items), lists, "")
+        return joined(texts.sids[items], lists, "")
     if form == LISTED_SIDS:
-        return joined(texts.sids.gather(items), lists, ", ")
+        return joined(texts.sids[items], lists, ", ")
     if form == TITLES:
-        return joined(texts.titles.gather(items), lists, "; ")
-    parts = pl.DataFrame({"title": texts.titles.gather(items), "sid": texts.sids.gather(items)})
+        return joined(texts.titles[items], lists, "; ")
+    parts = pl.DataFrame({"title": texts.titles[items], "sid": texts.sids[items]})
     if form == TITLED_SIDS:
         return joined(parts.select(pl.format("{} {}", "title", "sid")).to_series(), lists, "; ")
     assert form == RATED_SIDS, form
@@ -199,4 +192,15 @@ def joined(values: pl.Series, lists: ItemLists, separator: str) -> pl.Series:
         lists: which values belong together.
         separator: between two.
     """
-    return list_series(values, lists.offsets).list.join(separator)
+    if values.null_count():
+        return list_series(values, lists.offsets).list.join(separator)  # nulls are left out
+    if separator and len(values):
+        values = values + separator
+    # The texts lie one after the other in memory: a list's text is a longer piece of the same.
+    flat = values.to_arrow(compat_level=pl.CompatLevel.oldest())
+    assert not flat.offset
+    _, ends, letters = flat.buffers()
+    offsets = np.frombuffer(ends, dtype=np.int64)[lists.offsets]
+    whole = pa.LargeStringArray.from_buffers(len(lists), pa.py_buffer(offsets), letters)
+    texts = pl.Series(values.name, whole, dtype=pl.String)
+    return texts.str.head(-len(separator)) if separator else texts

@@ -9,10 +9,12 @@ Zipf-distributed, users interleave in the order of time. Each stage runs in a pr
 whose peak memory (`resource.getrusage`) no other stage has raised:
 
 - index: read the log, check it, order it, number the items, cut leave-one-out rows with their
-  windows, write all tables as `genrec prepare` does. Rates count interactions.
-- render: split rows to instruction rows to ``train.parquet`` as `genrec build_dataset` does:
-  whole_history (all of the data: is memory flat?), per_item, and a mix of every family that these
-  data allow (both of as many rows as `--rows` says). Rates count rows that were written.
+  windows, write all tables as `genrec prepare` does. Rates count interactions. This stage holds the
+  log in memory, so its peak grows; "index_bytes_per_interaction" says by how much.
+- whole_history, per_item, mix: split rows to instruction rows to ``train.parquet`` as `genrec
+  build_dataset` does: a row per window, for all of the data; a row per item; and every family of
+  interactions that these data allow (both of as many rows as `--rows` says). Rates count rows
+  that were written. Their peak doesn't grow with the data.
 - tokenize: what `genrec sft` does with them: encoding alone, and what its dataset delivers in
   batches of 64, rendered anew for an epoch. One process, no workers.
 - others: the same per_item rows by what one would otherwise write: a Python loop with a template
@@ -33,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from genrec.artifacts import write_json, write_parquet
-from genrec.columns import COMPLETION, HISTORY_ITEMS, PROMPT, ROW_ID, TARGETS, TASK, TRAIN_COUNT
+from genrec.columns import (
+    COMPLETION,
+    HISTORY_ITEMS,
+    ITEM_ID,
+    PROMPT,
+    ROW_ID,
+    TARGETS,
+    TASK,
+    TRAIN_COUNT,
+    USER_ID,
+)
 from genrec.data.cleaning import clean
 from genrec.data.readers import read_table
 from genrec.data.splits import leave_one_out
@@ -54,39 +67,40 @@ from genrec.tasks.instruction_rows import InstructionRows, RowWriter
 from genrec.tasks.mixing import plan
 from genrec.tasks.noise import ItemDraw
 from genrec.tasks.rendering import ItemTexts, render_rows
-from genrec.tasks.rows import InteractionLog, Sources, chunks, interaction_rows
+from genrec.tasks.rows import InteractionLog, Sources, interaction_rows, read_chunks
 from genrec.tasks.sequential import explode, sequential_rows
 from genrec.tasks.texts import item_intentions, item_queries, review_aspects, written_renderer
 
-N_ITEMS = 100_000
 MEAN_LENGTH = 20  # interactions per user
 MAX_HISTORY = 20
 CODEBOOK = 256
 BATCH = 64
-STAGES = ("index", "whole_history", "per_item", "mix", "tokenize", "others")
+STAGES = ("log", "index", "whole_history", "per_item", "mix", "tokenize", "others")
 
 
-def make_log(folder: Path, n: int) -> None:
+def make_log(folder: Path, n: int, n_items: int) -> dict[str, Any]:
     """``log.parquet`` and ``items.parquet``, made and written in chunks.
 
     The activity of the user of rank x (a share) is proportional to x^(-2/3), from a third of the
-    mean to some 200 times of it; the item of rank r is drawn with a probability of 1/r.
+    mean to some 200 times of it; the item of rank r is drawn with a probability of 1/r. Chunks
+    follow one another in time; within a chunk times are in no order.
     """
+    (folder / "data").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     n_users, floor = max(n // MEAN_LENGTH, 10), 0.04
-    user_ids, item_ids = rng.permutation(n_users) + 10_000_000, rng.permutation(N_ITEMS) + 1
+    user_ids, item_ids = rng.permutation(n_users) + 10_000_000, rng.permutation(n_items) + 1
     size = 1 << 20
     writer = None
     for start in range(0, n, size):
         rows = min(size, n - start)
         rank = (floor + (1 - floor) * rng.random(rows)) ** 3
         user = ((rank - floor**3) / (1 - floor**3) * n_users).astype(np.int64)
-        item = (np.exp(rng.random(rows) * np.log(N_ITEMS)) - 1).astype(np.int64)
-        moment = 1_500_000_000 + np.sort(rng.integers(start, start + rows, rows)) * 100_000_000 // n
+        item = (np.exp(rng.random(rows) * np.log(n_items)) - 1).astype(np.int64)
+        moment = 1_500_000_000 + rng.integers(start, start + rows, rows) * 100_000_000 // n
         table = pa.table(
             {
                 "user_id": user_ids[np.minimum(user, n_users - 1)],
-                "item_id": item_ids[np.minimum(item, N_ITEMS - 1)],
+                "item_id": item_ids[np.minimum(item, n_items - 1)],
                 "time": moment,
                 "rating": rng.integers(1, 6, rows).astype(np.float64),
             }
@@ -95,24 +109,25 @@ def make_log(folder: Path, n: int) -> None:
         writer.write_table(table)
     assert writer is not None
     writer.close()
-    make_items(folder / "items.parquet", rng)
+    make_items(folder / "items.parquet", n_items, rng)
+    return {"interactions": n, "log_mb": round((folder / "log.parquet").stat().st_size / 1e6)}
 
 
-def make_items(path: Path, rng: np.random.Generator) -> None:
+def make_items(path: Path, n_items: int, rng: np.random.Generator) -> None:
     """A catalogue with titles of three words, brands, category paths, prices, descriptions."""
     words = np.array([f"{a}{b}" for a in _SYLLABLES for b in _SYLLABLES], dtype=object)
 
     def drawn(n: int) -> np.ndarray:
-        return words[(len(words) * rng.random((N_ITEMS, n)) ** 2).astype(np.int64)]
+        return words[(len(words) * rng.random((n_items, n)) ** 2).astype(np.int64)]
 
-    title, text, filed = drawn(3), drawn(12), rng.integers(0, 20, (N_ITEMS, 2))
+    title, text, filed = drawn(3), drawn(12), rng.integers(0, 20, (n_items, 2))
     pl.DataFrame(
         {
-            "item_id": np.arange(1, N_ITEMS + 1),
+            "item_id": np.arange(1, n_items + 1),
             "title": [" ".join(row).title() + f" {i}" for i, row in enumerate(title)],
             "brand": drawn(1)[:, 0],
             "category": [f"Shop > Section {a} > Shelf {a}-{b}" for a, b in filed],
-            "price": np.round(rng.lognormal(3, 1, N_ITEMS), 2),
+            "price": np.round(rng.lognormal(3, 1, n_items), 2),
             "description": [" ".join(row).capitalize() + "." for row in text],
         }
     ).write_parquet(path)
@@ -125,23 +140,23 @@ def index(folder: Path, _: int) -> dict[str, Any]:
     """The log as split rows on disk: what `genrec prepare` does."""
     data = folder / "data"
     seconds: dict[str, float] = {}
-    with Timed(seconds, "read"):
+    with timed(seconds, "read"):
         raw = read_table(
             folder / "log.parquet", folder / "items.parquet", time_column="time",
             rating_column="rating", brand_column="brand", category_column="category",
             category_separator=">", price_column="price", description_column="description",
         )  # fmt: skip
         n = raw.interactions.height
-    with Timed(seconds, "clean"):
+    with timed(seconds, "clean"):
         clean_data = clean(raw)
         del raw
-    with Timed(seconds, "write log"):
+    with timed(seconds, "write log"):
         write_parquet(data / "interactions.parquet", clean_data.interactions)
-    with Timed(seconds, "split"):
+    with timed(seconds, "split"):
         splits = leave_one_out(
             clean_data.interactions, len(clean_data.catalog), max_history=MAX_HISTORY
         )
-    with Timed(seconds, "write rows"):
+    with timed(seconds, "write rows"):
         counts = pl.Series(TRAIN_COUNT, splits.train_count, dtype=pl.Int32)
         write_parquet(data / "catalog.parquet", clean_data.catalog.with_columns(counts))
         for name in ("train", "valid", "test"):
@@ -157,26 +172,26 @@ def index(folder: Path, _: int) -> dict[str, Any]:
     }
 
 
-class Timed:
-    """Adds the seconds of a block to a mapping."""
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note the seconds of a block."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
 
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self._seconds, self._name = seconds, name
 
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        spent = time.perf_counter() - self._started
-        self._seconds[self._name] = self._seconds.get(self._name, 0.0) + spent
+def random_sids(item_ids: pl.Series) -> SemanticIds:
+    """Three levels of codes, no two items alike."""
+    shape = (CODEBOOK,) * 3
+    drawn = np.random.default_rng(1).choice(CODEBOOK**3, len(item_ids), replace=False)
+    codes = np.stack(np.unravel_index(drawn, shape), axis=1).astype(np.int32)
+    return SemanticIds(item_ids, codes, shape)
 
 
 def read_sources(data: Path) -> Sources:
     """What rows are made of: random SIDs, and all that the catalogue says."""
     catalog = pl.read_parquet(data / "catalog.parquet")
-    drawn = np.random.default_rng(1).permutation(CODEBOOK**3)[: len(catalog)]
-    codes = np.stack(np.unravel_index(drawn, (CODEBOOK,) * 3), axis=1).astype(np.int32)
-    semantic_ids = SemanticIds(catalog["item_id"], codes, (CODEBOOK,) * 3)
+    semantic_ids = random_sids(catalog[ITEM_ID])
     wording, attributes = written_renderer(), item_attributes(catalog)
     log = InteractionLog.of(data / "interactions.parquet")
     no_aspects = review_aspects(pl.read_parquet(data / "interactions.parquet", n_rows=0))
@@ -200,11 +215,13 @@ def render(folder: Path, most: int, mode: str) -> dict[str, Any]:
     off = switched_off(list(FAMILIES), sources.has())
     mixed = [n for n, f in FAMILIES.items() if n not in off and f.unit == INTERACTION]
     names = mixed if mode == "mix" else [SEQUENTIAL]
-    train = pl.read_parquet(folder / "data" / "train.parquet")
+    train = folder / "data" / "train.parquet"
+    user_id = pl.read_parquet_schema(train)[USER_ID]
     base = peak_gb()
 
     def tables() -> Iterator[pl.DataFrame]:
-        for chunk in chunks(train):
+        # Whole chunks go through all families: a few thousand rows of each, and no more than asked.
+        for chunk in read_chunks(train, min(50_000, max(2_000, most // len(names)))):
             if mode == "whole_history":
                 yield sequential_rows(chunk)
             elif mode == "per_item":
@@ -213,7 +230,7 @@ def render(folder: Path, most: int, mode: str) -> dict[str, Any]:
                 yield from interaction_rows(chunk, names, sources, {})
 
     path = folder / f"{mode}.parquet"
-    writer = RowWriter(path, names, sources.item_ids, train["user_id"].dtype)
+    writer = RowWriter(path, names, sources.item_ids, user_id)
     per_family: dict[str, list[float]] = {}
     started = last = time.perf_counter()
     for rows in tables():
@@ -225,7 +242,7 @@ def render(folder: Path, most: int, mode: str) -> dict[str, Any]:
             break
     writer.close()
     seconds = time.perf_counter() - started
-    result = {
+    result: dict[str, Any] = {
         "rows": writer.rows,
         "rows_per_s": round(writer.rows / seconds),
         "bytes_per_row": round(path.stat().st_size / writer.rows, 1),
@@ -244,17 +261,13 @@ def tokenize(folder: Path, most: int) -> dict[str, Any]:
     from genrec.training_data import EpochRows, EpochSampler, estimated_lengths, sample_texts
 
     sources = read_sources(folder / "data")
+    words = sources.texts.titles.to_list()[:20_000] + sample_texts(folder / "mix.parquet")[:20_000]
+    tokenizer = train_tokenizer(words, 2000)
+    levels = add_sid_tokens(tokenizer, random_sids(sources.item_ids))
+    sid_ids = {token for level in levels for token in level}
     found: dict[str, Any] = {}
     for mode in ("per_item", "mix"):
         path = folder / f"{mode}.parquet"
-        tokenizer = train_tokenizer(
-            [*sources.texts.titles.to_list(), *sample_texts(path)[:50_000]], 2000
-        )
-        catalog = sources.item_ids
-        drawn = np.random.default_rng(1).permutation(CODEBOOK**3)[: len(catalog)]
-        codes = np.stack(np.unravel_index(drawn, (CODEBOOK,) * 3), axis=1).astype(np.int32)
-        levels = add_sid_tokens(tokenizer, SemanticIds(catalog, codes, (CODEBOOK,) * 3))
-        sid_ids = {token for level in levels for token in level}
         text = pl.scan_parquet(path).select(PROMPT, COMPLETION).head(most).collect()
         started, tokens = time.perf_counter(), 0
         for part in text.iter_slices(1000):
@@ -331,22 +344,29 @@ def peak_gb() -> float:
     return used / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-def run_stage(stage: str, folder: Path, most: int) -> dict[str, Any]:
+def run_stage(stage: str, folder: Path, most: int, n_items: int) -> dict[str, Any]:
     """One stage in this process."""
     functions: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+        "log": lambda folder, most: make_log(folder, most, n_items),
         "index": index, "tokenize": tokenize, "others": others,
     }  # fmt: skip
     function = functions.get(stage, lambda folder, most: render(folder, most, stage))
-    before = peak_gb()
+    before, cpu = peak_gb(), time.process_time()
     found = function(folder, most)
-    load = round(os.getloadavg()[0], 1)
-    return {**found, "peak_gb": round(peak_gb(), 2), "gb_imports": round(before, 2), "load": load}
+    measured = {
+        "cpu_s": round(time.process_time() - cpu, 1),
+        "peak_gb": round(peak_gb(), 2),
+        "gb_imports": round(before, 2),
+        "load": round(os.getloadavg()[0], 1),
+    }
+    return found | measured
 
 
-def in_own_process(stage: str, folder: Path, most: int) -> dict[str, Any]:
+def in_own_process(stage: str, folder: Path, most: int, n_items: int) -> dict[str, Any]:
     """`run_stage`, with a peak that no earlier work has raised."""
     command = [sys.executable, __file__, "--stage", stage, "--folder", str(folder)]
-    done = subprocess.run([*command, "--rows", str(most)], capture_output=True, text=True)
+    command += ["--rows", str(most), "--items", str(n_items)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{stage}: {done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -354,15 +374,13 @@ def in_own_process(stage: str, folder: Path, most: int) -> dict[str, Any]:
 
 def of_size(n: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All stages on so many interactions."""
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    make_log(folder, n)
+    folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"interactions": n}
+    size = {"log": n, "whole_history": 1 << 62, "tokenize": args.rows // 20}
+    size["others"] = args.rows // 50
     for stage in args.stages:
-        most = {"whole_history": 1 << 62, "tokenize": args.rows // 20, "others": args.rows // 50}
-        found[stage] = in_own_process(stage, folder, most.get(stage, args.rows))
+        found[stage] = in_own_process(stage, folder, size.get(stage, args.rows), args.items)
         print(f"{n:,} {stage}: {found[stage]}", flush=True)
-        if args.output:
-            write_json(args.output, found)
     return found
 
 
@@ -372,32 +390,51 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--interactions", type=int, nargs="+", default=[1_000_000])
+    parser.add_argument("--items", type=int, default=100_000, help="of the catalogue")
     parser.add_argument("--rows", type=int, default=1_000_000, help="of per_item and mix")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
-    parser.add_argument("--quick", action="store_true", help="200,000 interactions, 200,000 rows")
+    parser.add_argument(
+        "--quick", action="store_true", help="200,000 interactions, rows; 10,000 items"
+    )
     parser.add_argument("--folder", type=Path, help="for the files, kept; default: temporary")
-    parser.add_argument("--output", type=Path, help="JSON, rewritten after each stage")
+    parser.add_argument("--output", type=Path, help="JSON, rewritten after each size")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.stage:
-        print(json.dumps(run_stage(args.stage, args.folder, args.rows)))
+        print(json.dumps(run_stage(args.stage, args.folder, args.rows, args.items)))
         return
     if args.quick:
-        args.interactions, args.rows = [200_000], 200_000
-    sizes = []
+        args.interactions, args.rows, args.items = [200_000], 100_000, 10_000
+    sizes: list[dict[str, Any]] = []
     for n in args.interactions:
         folder = args.folder or Path(tempfile.mkdtemp(prefix="genrec-dataset-"))
         sizes.append(of_size(n, folder / str(n), args))
         if not args.folder:
             shutil.rmtree(folder)
+        if args.output:
+            write_json(args.output, {**headline(sizes), "sizes": sizes})
     print(json.dumps({**headline(sizes), "sizes": sizes}))
 
 
 def headline(sizes: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of the last size, and by how much memory grows from the first to it."""
-    first, last = sizes[0], sizes[-1]
-    stages = [last[stage] for stage in STAGES if stage in last]
-    found = {"interactions": last["interactions"], "peak_gb": max(s["peak_gb"] for s in stages)}
+    """The figures of the last size; of rendering those of the mix, the slowest of the three."""
+    last = sizes[-1]
+    found: dict[str, Any] = {"interactions": last["interactions"]}
+    for name, stage in (("rows_indexed_per_s", "index"), ("rows_rendered_per_s", "mix")):
+        if stage in last:
+            found[name] = last[stage]["rows_per_s"]
+    if "tokenize" in last:
+        found["rows_tokenized_per_s"] = last["tokenize"]["mix"]["rows_per_s"]
+    measured = [last[stage] for stage in STAGES[1:5] if stage in last]
+    found["peak_gb"] = max((stage["peak_gb"] for stage in measured), default=None)
+    if len(sizes) > 1 and all("index" in size for size in sizes):
+        grown = last["index"]["peak_gb"] - sizes[0]["index"]["peak_gb"]
+        more = last["interactions"] - sizes[0]["interactions"]
+        found["index_bytes_per_interaction"] = round(grown * 1e9 / more, 1) if more else None
+    if "others" in last and "per_item" in last:
+        ours = last["per_item"]["rows_per_s"]
+        found["times_python_loop"] = round(ours / last["others"]["python_loop_rows_per_s"], 1)
+        found["times_datasets_map"] = round(ours / last["others"]["datasets_map_rows_per_s"], 1)
     return found
 
 

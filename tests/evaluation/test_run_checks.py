@@ -18,6 +18,9 @@ from genrec.evaluation.probes import Sample
 from genrec.prompts import PromptRenderer
 from genrec.recommend import Recommender
 from genrec.semantic_ids import SemanticIds
+from genrec.tasks.families import SEQUENTIAL
+from genrec.tasks.instruction_rows import RowWriter
+from genrec.tasks.rendering import ItemTexts, render_rows
 from genrec.tasks.sequential import explode, sequential_rows
 
 SERVING = "sequential/seen/01"
@@ -30,10 +33,13 @@ def make_run(tiny, run: Path, per_item: bool = False, template: str | None = SER
     tiny.save_run(run, shop, model, tokenizer)
     folder = stage_folder(run, "build_dataset")
     renderer = PromptRenderer(folder / "prompts")
+    texts = ItemTexts.of(shop.catalog, shop.semantic_ids)
     train = explode(shop.splits.train) if per_item else shop.splits.train
     for name, rows, chosen in (("train", train, template), ("valid", shop.splits.valid, SERVING)):
-        made = sequential_rows(rows, shop.semantic_ids, renderer, chosen)
-        write_parquet(folder / f"{name}.parquet", made)
+        path = folder / f"{name}.parquet"
+        writer = RowWriter(path, [SEQUENTIAL], shop.semantic_ids.item_ids, rows["user_id"].dtype)
+        writer.write(render_rows(sequential_rows(rows), texts, renderer, template=chosen))
+        writer.close()
     edit(folder / "manifest.json", metrics={"serving_template": SERVING,
          "prompts_sha256": renderer.sha256()})  # fmt: skip
     return run

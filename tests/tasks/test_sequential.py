@@ -11,15 +11,35 @@ from hypothesis import strategies as st
 from genrec.data.splits import leave_one_out
 from genrec.modeling import add_sid_tokens, encode_prompts, encode_rows
 from genrec.prompts import PromptRenderer
-from genrec.tasks.sequential import explode, history_prompt, sequential_rows
+from genrec.tasks.rendering import ItemTexts, render_rows
+from genrec.tasks.sequential import check_template, explode, history_prompt, sequential_rows
 
 N_ITEMS = 9
-SCHEMA = ["row_id", "user_id", "task", "template", "prompt", "completion", "target_item_id"]
+SCHEMA = {
+    "row_id": pl.String,
+    "user_id": pl.String,
+    "task": pl.String,
+    "target_kind": pl.String,
+    "targets": pl.List(pl.Int32),
+    "history": pl.List(pl.Int32),
+}
 
 
 @pytest.fixture(scope="module")
 def renderer() -> PromptRenderer:
     return PromptRenderer()
+
+
+def texts_of(semantic_ids) -> ItemTexts:
+    titles = pl.Series([f"Thing {i}" for i in range(semantic_ids.n_items)])
+    nothing = pl.Series([None] * len(titles), dtype=pl.String)
+    return ItemTexts(semantic_ids.sids(), titles, nothing, pl.Series([True] * len(titles)))
+
+
+def rendered(split, semantic_ids, renderer, template=None, seed=0) -> pl.DataFrame:
+    """Rows of a split, with item ids and text."""
+    rows = sequential_rows(split)
+    return render_rows(rows, texts_of(semantic_ids), renderer, seed, template=template)
 
 
 def log_of(sequences: list[list[int]], users: list | None = None) -> pl.DataFrame:
@@ -62,11 +82,11 @@ def test_what_comes_later_changes_no_byte_of_a_prompt(tiny, renderer, logs, data
         for s, c in zip(logs, cut, strict=True)
     ]
 
-    def prompts(sequences: list[list[int]]) -> dict[str, list[tuple[str, str]]]:
+    def prompts(sequences: list[list[int]]) -> dict[int, list[tuple[str, str]]]:
         """Per user: (prompt, completion) of every position of every split, in order of time."""
         splits = leave_one_out(log_of(sequences), N_ITEMS, max_history=4)
         tables = [explode(splits.train), splits.valid, splits.test]
-        made = [sequential_rows(t, semantic_ids, renderer, "sequential/seen/01") for t in tables]
+        made = [rendered(t, semantic_ids, renderer, "sequential/seen/01") for t in tables]
         table = pl.concat(made)
         return {
             user: list(zip(part["prompt"], part["completion"], strict=True))
@@ -89,12 +109,11 @@ def test_no_prompt_contains_its_target_unless_it_was_bought_before(tiny, rendere
     splits = leave_one_out(log_of(logs), N_ITEMS, max_history=5)
     sids = semantic_ids.sids().to_list()
     for table in (explode(splits.train), splits.valid, splits.test):
-        rows = sequential_rows(table, semantic_ids, renderer)
+        rows = rendered(table, semantic_ids, renderer)
         for row, index in zip(rows.iter_rows(named=True), table["target_item_index"], strict=True):
             assert row["completion"] == sids[index]
-            assert row["target_item_id"] == semantic_ids.item_ids[index]
-            known = row["target_item_id"] in row["history_item_ids"]
-            assert (row["completion"] in row["prompt"]) == known
+            assert row["targets"] == [index]
+            assert (row["completion"] in row["prompt"]) == (index in row["history"])
 
 
 @settings(max_examples=80, deadline=None)
@@ -112,10 +131,14 @@ def test_explode_covers_each_supervised_item_once(logs, max_history: int):
         length = len(sequence) - 2 if len(sequence) >= 3 else len(sequence)
         mine = rows.filter(pl.col("user_id") == user)
         assert mine["target_item_index"].to_list() == sequence[:length]
+        assert mine["target_position"].to_list() == list(range(length))
         for place, history in enumerate(mine["history_item_index"].to_list()):
             assert len(history) <= max_history
             assert history == sequence[place - len(history) : place]
         assert (mine["supervise_from"] == mine["history_item_index"].list.len()).all()
+    # What a whole-history row supervises is what its single rows do.
+    whole = sequential_rows(train)
+    assert whole["targets"].explode().to_list() == rows["target_item_index"].to_list()
 
 
 def test_explode_by_hand():
@@ -125,6 +148,16 @@ def test_explode_by_hand():
     assert rows["target_item_index"].to_list() == [2, 3, 4]
     assert rows.schema["supervise_from"] == pl.Int32
     assert rows.columns == split_rows([([], 1, 0)]).columns
+    moved = split_rows([([1, 2], 3, 1)]).with_columns(target_position=pl.lit(7, pl.Int32))
+    assert explode(moved)["target_position"].to_list() == [6, 7]
+
+
+def test_rows_by_hand():
+    rows = sequential_rows(split_rows([([1, 2, 3], 4, 2), ([], 5, 0), ([6, 7], 8, 0)]))
+    assert rows.schema == SCHEMA
+    assert rows["history"].to_list() == [[1, 2], [], []]
+    assert rows["targets"].to_list() == [[3, 4], [5], [6, 7, 8]]
+    assert set(rows["task"]) == {"sequential"} and set(rows["target_kind"]) == {"sids"}
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -138,8 +171,10 @@ def test_the_served_prompt_is_a_token_prefix_of_the_training_row(tiny, renderer,
     names = renderer.names("sequential") + renderer.names("sequential", "unseen")
     for template in names:
         for split in (split_rows(pairs), explode(split_rows(pairs))):
-            rows = sequential_rows(split, semantic_ids, renderer, template)
-            encoded = encode_rows(tokenizer, rows["prompt"], rows["completion"], sid_set)
+            rows = rendered(split, semantic_ids, renderer, template)
+            encoded = encode_rows(
+                tokenizer, rows["prompt"].to_list(), rows["completion"].to_list(), sid_set
+            )
             for row, ids, labels in zip(
                 split.iter_rows(named=True), encoded["input_ids"], encoded["labels"], strict=True
             ):
@@ -165,15 +200,13 @@ def test_rows_keep_their_order_ids_and_types(tiny, renderer):
         semantic_ids = tiny.sids(N_ITEMS, strings=strings)
         users = pl.Series(["b", None, "a"])
         split = split_rows([([1, 2], 3, 2), ([], 4, 0), ([8], 8, 1)], users)
-        rows = sequential_rows(split, semantic_ids, renderer, seed=4)
-        assert rows.columns == [*SCHEMA, "history_item_ids"]
+        rows = rendered(split, semantic_ids, renderer, seed=4)
+        assert rows.columns == [*SCHEMA, "template", "prompt", "completion"]
         assert rows["row_id"].to_list() == split["row_id"].to_list()
         assert rows["user_id"].to_list() == ["b", None, "a"]
-        ids = semantic_ids.item_ids.to_list()
-        assert rows["target_item_id"].to_list() == [ids[3], ids[4], ids[8]]
-        assert rows["history_item_ids"].to_list() == [[ids[1], ids[2]], [], [ids[8]]]
-        assert rows.schema["history_item_ids"] == pl.List(semantic_ids.item_ids.dtype)
-        shuffled = sequential_rows(split[[2, 0, 1]], semantic_ids, renderer, seed=4)
+        assert rows["targets"].to_list() == [[3], [4], [8]]
+        assert rows["history"].to_list() == [[1, 2], [], [8]]
+        shuffled = rendered(split[[2, 0, 1]], semantic_ids, renderer, seed=4)
         assert shuffled.sort("row_id").equals(
             rows.sort("row_id")
         )  # no row depends on its neighbours
@@ -181,28 +214,40 @@ def test_rows_keep_their_order_ids_and_types(tiny, renderer):
 
 def test_two_rows_that_share_a_prompt_keep_their_own_targets(tiny, renderer):
     semantic_ids = tiny.sids(N_ITEMS)
-    rows = sequential_rows(
+    rows = rendered(
         split_rows([([1, 2], 3, 2), ([1, 2], 4, 2)]), semantic_ids, renderer, "sequential/seen/01"
     )
     assert rows["prompt"].n_unique() == 1
-    assert rows["target_item_id"].to_list() == [103, 104]
-    assert rows["completion"].n_unique() == 2
+    assert rows["targets"].to_list() == [[3], [4]]
+    assert rows["completion"].to_list() == semantic_ids.sids().gather([3, 4]).to_list()
 
 
 def test_no_rows_and_no_history(tiny, renderer):
     semantic_ids = tiny.sids(N_ITEMS)
-    one = sequential_rows(split_rows([([], 4, 0)]), semantic_ids, renderer, "sequential/seen/01")
-    assert "<" not in one["prompt"][0] and one["history_item_ids"].to_list() == [[]]
-    none = sequential_rows(split_rows([([], 4, 0)])[:0], semantic_ids, renderer)
+    one = rendered(split_rows([([], 4, 0)]), semantic_ids, renderer, "sequential/seen/01")
+    assert "<" not in one["prompt"][0] and one["history"].to_list() == [[]]
+    none = rendered(split_rows([([], 4, 0)])[:0], semantic_ids, renderer)
     assert none.schema == one.schema and len(none) == 0
     assert pl.concat([one, none]).equals(one)
 
 
-def test_a_template_with_text_behind_the_history_is_refused(tiny, tmp_path):
+@pytest.mark.parametrize(
+    "text", ["{{ history }} What next?", "{{ history | length }}: {{ history }}", "Nothing."]
+)
+def test_a_template_that_does_not_end_with_the_history_is_refused(tiny, tmp_path, text: str):
     path = tmp_path / "sequential" / "seen" / "01.jinja"
-    path.parent.mkdir(parents=True)
-    path.write_text("{{ history }} What next?")
+    (tmp_path / "sequential" / "completion").mkdir(parents=True)
+    path.parent.mkdir()
+    path.write_text(text)
+    (tmp_path / "sequential" / "completion" / "01.jinja").write_text("{{ targets }}")
+    renderer = PromptRenderer(tmp_path)
+    rows = split_rows([([1], 2, 0), ([1], 2, 1)])
     with pytest.raises(ValueError, match="must end with the history"):
-        sequential_rows(
-            split_rows([([1], 2, 0), ([1], 2, 1)]), tiny.sids(N_ITEMS), PromptRenderer(tmp_path)
-        )
+        rendered(rows, tiny.sids(N_ITEMS), renderer)
+    with pytest.raises(ValueError, match="must end with the history"):
+        check_template(renderer, "sequential/seen/01")
+
+
+def test_the_shipped_templates_pass_the_check(renderer):
+    for name in renderer.names("sequential") + renderer.names("sequential", "unseen"):
+        check_template(renderer, name)
