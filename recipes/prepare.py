@@ -14,6 +14,8 @@ dataset brings (given). The rows are checked for leaks before they are written.
 
 Users who opted out and items that must go: `erase_users` and `erase_items` name lists of ids, which
 are removed before anything is computed. Nothing that is written names them.
+
+Longer than other recipes, since a third of it is the settings of all formats.
 """
 
 import logging

@@ -1,4 +1,7 @@
-"""The data linter: every check against hand-computed values, each defect found, no false alarm."""
+"""The data linter: every check against hand-computed values, each defect found, no false alarm.
+
+One long file: all checks are tested on the same few small logs.
+"""
 
 from __future__ import annotations
 
