@@ -163,7 +163,7 @@ class BeamGRPOTrainer(GRPOTrainer):
         log_probs, entropies = [], []
         for level in range(self.trie.n_levels):
             child, exists = self._tensors.expand(level, node)  # (N, 1, M)
-            child_codes = self._tensors.tokens[level][child]
+            child_codes = self._tensors.codes(level, child)
             columns = normalize(logits[:, level : level + 1], self._sid_ids[level], self.normalizer)
             scores = child_log_probs(columns, child_codes, exists, self.normalizer)
             match = (child_codes == codes[:, level].view(-1, 1, 1)) & exists

@@ -10,8 +10,9 @@ Shapes: U users, B beams, M children per beam, L levels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from copy import copy
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from genrec.decoding.trie import CatalogueView, SidTrie
 Normalizer = Literal["full", "level", "trie"]
 NORMALIZERS: tuple[Normalizer, ...] = ("full", "level", "trie")
 _LOW_WORD = (1 << 32) - 1
+_CHILDREN_AT_ONCE = 1 << 22  # bounds the memory of a step; some ten arrays of this size
 
 
 def default_beam_width(k: int) -> int:
@@ -71,21 +73,60 @@ class BeamResult:
     certified: np.ndarray
 
 
+@dataclass(frozen=True)
+class LevelFilter:
+    """What the users of a batch must not or may only get, at one level.
+
+    Attributes:
+        dead: sorted keys ``user * n_nodes + node`` that are closed to a user.
+        only: such keys that are open to users with candidates of their own.
+        restricted: which users have them, (U,) bool; None if nobody does.
+    """
+
+    dead: Tensor
+    only: Tensor
+    restricted: Tensor | None
+
+
 class TrieTensors:
     """A trie and a view on it as tensors of one device, with lookups for whole batches."""
 
     def __init__(self, trie: SidTrie, view: CatalogueView | None, device: torch.device) -> None:
-        """Copy the arrays to `device`; without a view every item is allowed."""
-        self.trie = trie
-        self.view = view or trie.everything()
-        if self.view.trie is not trie:
-            raise ValueError("the view belongs to another trie")
-        self.device = device
-        self.tokens = [torch.from_numpy(t).to(device, torch.int64) for t in trie.tokens]
-        self.child_start = [torch.from_numpy(c).to(device, torch.int64) for c in trie.children]
-        self.alive = [torch.from_numpy(c > 0).to(device) for c in self.view.counts]
-        self.items = torch.from_numpy(trie.items).to(device)
+        """Put the arrays on `device` (on a CPU they are shared); no view allows every item."""
+        self.trie, self.device = trie, device
+        self._tokens = [torch.from_numpy(t).to(device) for t in trie.tokens]
+        self._child_start = [torch.from_numpy(c).to(device) for c in trie.children]
+        self._items = torch.from_numpy(trie.items).to(device)
+        self.n_nodes = [len(tokens) for tokens in trie.tokens]
         self.widest = [trie.max_children(level) for level in range(trie.n_levels)]
+        self._look_through(view)
+
+    def _look_through(self, view: CatalogueView | None) -> None:
+        self.view = view or self.trie.everything()
+        if self.view.trie is not self.trie:
+            raise ValueError("the view belongs to another trie")
+        self._alive: list[Tensor] | None = None
+        if not self.view.allows_all:
+            levels = range(self.trie.n_levels)
+            self._alive = [
+                torch.from_numpy(self.view.alive(level)).to(self.device) for level in levels
+            ]
+
+    def through(self, view: CatalogueView | None) -> TrieTensors:
+        """The same tensors under another view."""
+        if view is self.view or (view is None and self.view.allows_all):
+            return self
+        other = copy(self)
+        other._look_through(view)
+        return other
+
+    def codes(self, level: int, nodes: Tensor) -> Tensor:
+        """Codes of nodes of a level, int64."""
+        return self._tokens[level][nodes].long()
+
+    def items(self, leaves: Tensor) -> Tensor:
+        """Catalogue rows of leaves, int64."""
+        return self._items[leaves].long()
 
     def expand(self, level: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Children of `nodes` in the unfiltered trie.
@@ -97,35 +138,83 @@ class TrieTensors:
         Returns:
             Child ids (U, B, M), ascending, and which of them exist (U, B, M).
         """
-        start = self.child_start[level][nodes]  # (U, B)
-        stop = self.child_start[level][nodes + 1]
+        start = self._child_start[level][nodes].long()  # (U, B)
+        stop = self._child_start[level][nodes + 1].long()
         child = start.unsqueeze(-1) + torch.arange(self.widest[level], device=self.device)
         exists = child < stop.unsqueeze(-1)
-        return child.clamp_(max=len(self.tokens[level]) - 1), exists
+        return child.clamp_(max=self.n_nodes[level] - 1), exists
 
-    def allowed(self, level: int, child: Tensor, dead: Tensor | None) -> Tensor:
-        """Which children the view and the users' exclusions leave, (U, B, M).
+    def allowed(
+        self, level: int, child: Tensor, users: LevelFilter | None, first: int = 0
+    ) -> Tensor:
+        """Which children the view and the users' own filters leave, (U, B, M).
 
         Args:
             level: level of the children.
             child: ids, (U, B, M).
-            dead: sorted keys ``user * n_nodes + node`` of this level, or None.
+            users: the users' filters at this level, or None.
+            first: row of the batch's first user within `users`.
         """
-        allowed = self.alive[level][child]
-        if dead is not None and len(dead):
-            users = torch.arange(child.shape[0], device=self.device).view(-1, 1, 1)
-            key = users * len(self.tokens[level]) + child
-            at = torch.searchsorted(dead, key).clamp_(max=len(dead) - 1)
-            allowed = allowed & (dead[at] != key)
+        if self._alive is None:
+            allowed = torch.ones_like(child, dtype=torch.bool)
+        else:
+            allowed = self._alive[level][child]
+        if users is None:
+            return allowed
+        rows = torch.arange(first, first + len(child), device=self.device)
+        key = rows.view(-1, 1, 1) * self.n_nodes[level] + child
+        if len(users.dead):
+            allowed &= ~_holds(users.dead, key)
+        if users.restricted is not None:
+            restricted = users.restricted[first : first + len(child)].view(-1, 1, 1)
+            allowed &= ~restricted | _holds(users.only, key)
         return allowed
 
-    def exclusions(self, seen: list[np.ndarray] | None) -> list[Tensor] | None:
-        """Per level the dead keys of a batch of users, each with an array of excluded rows."""
-        if seen is None or not any(len(items) for items in seen):
+    def exclusions(
+        self,
+        seen: list[np.ndarray] | None,
+        candidates: Sequence[np.ndarray | None] | None = None,
+    ) -> list[LevelFilter] | None:
+        """Per level the filters of a batch of users.
+
+        Args:
+            seen: catalogue rows that each user must not get, or None.
+            candidates: the only rows that a user may get; None (for one or all): no such limit.
+        """
+        restricted = None
+        if candidates is not None and any(rows is not None for rows in candidates):
+            restricted = torch.tensor([rows is not None for rows in candidates])
+        if restricted is None and (seen is None or not any(len(items) for items in seen)):
             return None
-        rows = np.repeat(np.arange(len(seen)), [len(items) for items in seen])
-        dead = self.view.exclude(rows, np.concatenate(seen))
-        return [torch.from_numpy(keys).to(self.device) for keys in dead]
+        gone = _row_pairs(seen or [])
+        dead: Sequence[np.ndarray] = self.view.exclude(*gone)
+        only: Sequence[np.ndarray] = [np.zeros(0, dtype=np.int64)] * self.trie.n_levels
+        if restricted is not None and candidates is not None:
+            only = self.view.only(
+                *_row_pairs([() if rows is None else rows for rows in candidates]), *gone
+            )
+            restricted = restricted.to(self.device)
+        return [
+            LevelFilter(
+                torch.from_numpy(d).to(self.device), torch.from_numpy(o).to(self.device), restricted
+            )
+            for d, o in zip(dead, only, strict=True)
+        ]
+
+
+def _row_pairs(lists: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """A list per user as (row, item) pairs."""
+    rows = np.repeat(np.arange(len(lists)), [len(items) for items in lists])
+    parts = [np.asarray(items, dtype=np.int64) for items in lists]
+    return rows, np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def _holds(sorted_keys: Tensor, key: Tensor) -> Tensor:
+    """Whether each key is among the sorted ones."""
+    if not len(sorted_keys):
+        return torch.zeros_like(key, dtype=torch.bool)
+    at = torch.searchsorted(sorted_keys, key).clamp_(max=len(sorted_keys) - 1)
+    return sorted_keys[at] == key
 
 
 @dataclass(frozen=True)
@@ -155,6 +244,18 @@ class Beams:
         scores = torch.zeros(users, 1, device=device)
         pruned = torch.full((users,), -torch.inf, device=device)
         return cls(zero, zero, zero, scores, torch.zeros(users, 1, 0, device=device), pruned)
+
+    def users(self, rows: slice) -> Beams:
+        """The beams of some users."""
+        return Beams(*(getattr(self, item.name)[rows] for item in fields(self)))
+
+    @classmethod
+    def together(cls, parts: Sequence[Beams]) -> Beams:
+        """Beams of several groups of users, one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        names = [item.name for item in fields(cls)]
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 def normalize(logits: Tensor, sid_ids: Tensor, normalizer: Normalizer) -> Tensor:
@@ -192,6 +293,45 @@ def child_log_probs(
     """
     picked = columns.gather(-1, codes).masked_fill(~exists, -torch.inf)
     return picked.log_softmax(-1) if normalizer == "trie" else picked
+
+
+def step(
+    tensors: TrieTensors,
+    level: int,
+    beams: Beams,
+    columns: Tensor,
+    normalizer: Normalizer,
+    users: LevelFilter | None,
+    width: int,
+) -> Beams:
+    """One level of the search: children, their scores, filters, selection.
+
+    A few users at a time where codebooks are wide, so that memory stays bounded; a user's beams
+    never depend on who else is in the batch.
+
+    Args:
+        tensors: the trie and its view.
+        level: level of the children.
+        beams: the prefixes to extend; at level 0 the root.
+        columns: `normalize`'s log-probabilities of the level's codes, (U, B, codebook_size).
+        normalizer: as in `normalize`.
+        users: the users' filters at this level, or None.
+        width: beams to keep.
+    """
+    n_users, n_beams = beams.nodes.shape
+    at_once = max(1, _CHILDREN_AT_ONCE // (n_beams * tensors.widest[level]))
+    parts = []
+    for first in range(0, n_users, at_once):
+        part = beams.users(slice(first, first + at_once))
+        nodes = part.nodes if level else torch.zeros_like(part.nodes)
+        child, exists = tensors.expand(level, nodes)
+        log_probs = child_log_probs(
+            columns[first : first + at_once], tensors.codes(level, child), exists, normalizer
+        )
+        allowed = tensors.allowed(level, child, users, first)
+        log_probs = log_probs.masked_fill(~allowed, -torch.inf)
+        parts.append(advance(tensors, level, part, child, log_probs, width))
+    return Beams.together(parts)
 
 
 def advance(
@@ -236,7 +376,7 @@ def advance(
     own = log_probs.flatten(1).gather(1, top)
     return Beams(
         nodes,
-        tensors.tokens[level][nodes],
+        tensors.codes(level, nodes),
         parents,
         best,
         torch.cat([history, own.unsqueeze(-1)], dim=-1),
@@ -285,7 +425,7 @@ def finish(tensors: TrieTensors, beams: Beams, k: int, prompt_rows: np.ndarray) 
             "exclude the whole catalogue view"
         )
     live = torch.isfinite(scores)
-    items = torch.where(live, tensors.items[beams.nodes[:, :k]], -1)
+    items = torch.where(live, tensors.items(beams.nodes[:, :k]), -1)
     # A list shorter than k is complete only if nothing was pruned; otherwise nothing pruned may
     # reach its last item (a pruned prefix of equal score could lead to an item that wins the tie).
     last = torch.where(live.all(1) & torch.tensor(scores.shape[1] == k), scores[:, -1], -torch.inf)
@@ -329,37 +469,48 @@ def length_batches(
 
 
 def search_in_batches(
-    search_batch: Callable[[np.ndarray, list[Tensor] | None], BeamResult],
+    search_batch: Callable[[np.ndarray, list[LevelFilter] | None], BeamResult],
     batches: list[np.ndarray],
     tensors: TrieTensors,
     k: int,
     beam_width: int,
     seen: Sequence[np.ndarray] | None,
     progress: Callable[[int], object] | None,
+    candidates: Sequence[np.ndarray | None] | None = None,
 ) -> BeamResult:
     """Run an engine's search batch by batch and put the lists back into the prompts' order.
 
     Args:
-        search_batch: searches the given rows under the given per-level dead keys.
+        search_batch: searches the given rows under the given filters, one per level.
         batches: from `length_batches`.
         tensors: the trie and its view.
         k: items per list; at most `beam_width`.
         beam_width: prefixes kept per level.
         seen: catalogue rows that each user must not get, one entry per prompt, or None.
         progress: called with the number of users of each finished batch.
+        candidates: the only catalogue rows that each user may get, one entry per prompt (None: no
+            limit for this one), or None.
+
+    Raises:
+        ValueError: k or a list's length is wrong, or a user has no item left.
     """
     if not 1 <= k <= beam_width:
         raise ValueError(f"k={k} must lie between 1 and beam_width={beam_width}")
     n, levels = sum(map(len, batches)), tensors.trie.n_levels
     if seen is not None and len(seen) != n:
         raise ValueError(f"seen has {len(seen)} entries for {n} prompts")
+    if candidates is not None and len(candidates) != n:
+        raise ValueError(f"candidates has {len(candidates)} entries for {n} prompts")
     items = np.full((n, k), -1, dtype=np.int64)
     scores = np.full((n, k), -np.inf, dtype=np.float32)
     level_log_probs = np.full((n, k, levels), -np.inf, dtype=np.float32)
     certified = np.zeros(n, dtype=bool)
     for rows in batches:
-        dead = tensors.exclusions(None if seen is None else [np.asarray(seen[r]) for r in rows])
-        result = search_batch(rows, dead)
+        filters = tensors.exclusions(
+            None if seen is None else [np.asarray(seen[r]) for r in rows],
+            None if candidates is None else [candidates[r] for r in rows],
+        )
+        result = search_batch(rows, filters)
         items[rows], scores[rows] = result.items, result.scores
         level_log_probs[rows], certified[rows] = result.level_log_probs, result.certified
         if progress is not None:

@@ -1,33 +1,37 @@
 """In-process engine: the prompt is prefilled once, and all beams share its keys and values.
 
-All beams of a user are query positions of one sequence. Keys and values are only ever appended, and
-a 4-D mask of ancestors says what each beam sees, so nothing is copied or reordered between levels.
-Works on unmodified Hugging Face decoders, with or without adapters.
+All beams of a user are query positions of one sequence. Keys and values are appended in place to
+memory that is taken once per batch, and a 4-D mask of ancestors says what each beam sees, so
+nothing is copied or reordered between levels. Works on unmodified Hugging Face decoders, with or
+without adapters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
 from genrec.decoding.beam import (
     BeamResult,
     Beams,
+    LevelFilter,
     Normalizer,
     TrieTensors,
-    advance,
     check_sid_token_ids,
     child_log_probs,
     finish,
     length_batches,
-    normalize,
     search_in_batches,
+    step,
 )
+from genrec.decoding.lm_head import SidHead
 from genrec.decoding.trie import CatalogueView, SidTrie
 
 
@@ -57,6 +61,8 @@ class TorchEngine:
         self.pad_token_id, self.normalizer, self.batch_size = pad_token_id, normalizer, batch_size
         check_sid_token_ids(sid_token_ids, trie, self._embeddings.shape[0])
         self.sid_ids = [torch.tensor(ids, device=self.device) for ids in sid_token_ids]
+        self._tensors = TrieTensors(trie, None, self.device)
+        self._head: SidHead | None = None
         window = getattr(model.config, "sliding_window", None)
         layers = getattr(model.config, "layer_types", None) or []
         if other := set(layers) - {"full_attention", "sliding_attention"}:
@@ -86,6 +92,7 @@ class TorchEngine:
         seen: Sequence[np.ndarray] | None = None,
         view: CatalogueView | None = None,
         progress: Callable[[int], object] | None = None,
+        candidates: Sequence[np.ndarray | None] | None = None,
     ) -> BeamResult:
         """The k best items for each prompt.
 
@@ -96,18 +103,36 @@ class TorchEngine:
             seen: catalogue rows that each user must not get, or None.
             view: catalogue view that holds for all users, or None.
             progress: called with the number of users of each finished batch.
+            candidates: the only catalogue rows that each user may get (None: all), or None.
 
         Returns:
             Lists in the order of `prompts`.
         """
-        tensors = TrieTensors(self.trie, view, self.device)
+        tensors = self._filtered(view)
+        head = self._sid_head()
 
-        def search_batch(rows: np.ndarray, dead: list[Tensor] | None) -> BeamResult:
+        def search_batch(rows: np.ndarray, filters: list[LevelFilter] | None) -> BeamResult:
             batch = [prompts[row] for row in rows]
-            return self._search_batch(batch, k, beam_width, tensors, dead, rows)
+            return self._search_batch(head, batch, k, beam_width, tensors, filters, rows)
 
-        batches = self._batches(prompts)
-        return search_in_batches(search_batch, batches, tensors, k, beam_width, seen, progress)
+        return search_in_batches(
+            search_batch, self._batches(prompts), tensors, k, beam_width, seen, progress, candidates
+        )
+
+    def _sid_head(self) -> SidHead:
+        """The head, looked at once: whether it can be taken apart doesn't change."""
+        if self._head is None:
+            with _EvalMode(self.model):
+                self._head = SidHead(self.model, self.sid_ids, self.normalizer)
+        return self._head
+
+    def _filtered(self, view: CatalogueView | None) -> TrieTensors:
+        """The trie's tensors under a view; those of the last one are kept."""
+        if self._tensors.device != self.device:
+            self._tensors = TrieTensors(self.trie, view, self.device)
+        else:
+            self._tensors = self._tensors.through(view)
+        return self._tensors
 
     def score(self, prompts: Sequence[Sequence[int]], items: np.ndarray) -> np.ndarray:
         """Log-probabilities of given items, by teacher forcing over the shared prompt.
@@ -121,10 +146,13 @@ class TorchEngine:
         """
         items = np.asarray(items)
         self.trie.check_items(items)
-        tensors = TrieTensors(self.trie, None, self.device)
+        tensors = self._filtered(None)
+        head = self._sid_head()
         out = np.empty((*items.shape, self.trie.n_levels), dtype=np.float32)
         for rows in self._batches(prompts):
-            out[rows] = self._score_batch([prompts[row] for row in rows], items[rows], tensors)
+            out[rows] = self._score_batch(
+                head, [prompts[row] for row in rows], items[rows], tensors
+            )
         return out
 
     def _batches(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -134,40 +162,34 @@ class TorchEngine:
     @torch.inference_mode()
     def _search_batch(
         self,
+        head: SidHead,
         prompts: list[Sequence[int]],
         k: int,
         width: int,
         tensors: TrieTensors,
-        dead: list[Tensor] | None,
+        filters: list[LevelFilter] | None,
         rows: np.ndarray,
     ) -> BeamResult:
+        n_levels = self.trie.n_levels
         with _EvalMode(self.model):
-            cache, visible, lengths, logits = self._prefill(prompts)
+            forward = _Forward(head, prompts, self.pad_token_id, width * (n_levels - 1))
             beams = Beams.start(len(prompts), self.device)
-            logits = logits.unsqueeze(1)  # (U, 1, V)
             # Which decoded positions a beam sees, (U, B, decoded so far).
             ancestors: Tensor | None = None
-            for level in range(self.trie.n_levels):
-                nodes = beams.nodes if level else torch.zeros_like(beams.nodes)
-                child, exists = tensors.expand(level, nodes)
-                columns = normalize(logits, self.sid_ids[level], self.normalizer)
-                log_probs = child_log_probs(
-                    columns, tensors.tokens[level][child], exists, self.normalizer
-                )
-                allowed = tensors.allowed(level, child, None if dead is None else dead[level])
-                log_probs = log_probs.masked_fill(~allowed, -torch.inf)
-                beams = advance(tensors, level, beams, child, log_probs, width)
-                if level + 1 < self.trie.n_levels:
+            for level in range(n_levels):
+                columns = head.columns(level, forward.states)
+                users = None if filters is None else filters[level]
+                beams = step(tensors, level, beams, columns, self.normalizer, users, width)
+                if level + 1 < n_levels:
                     ancestors = _descend(ancestors, beams.parents)
-                    ids = self.sid_ids[level][beams.codes]
-                    logits = self._forward(ids, lengths + level, visible, ancestors, cache)
+                    forward.append(self.sid_ids[level][beams.codes], ancestors)
         return finish(tensors, beams, k, rows)
 
     @torch.inference_mode()
     def _score_batch(
-        self, prompts: list[Sequence[int]], items: np.ndarray, tensors: TrieTensors
+        self, head: SidHead, prompts: list[Sequence[int]], items: np.ndarray, tensors: TrieTensors
     ) -> np.ndarray:
-        n_levels = self.trie.n_levels
+        n_levels, n_each = self.trie.n_levels, items.shape[1]
         leaf = self.trie.leaf_of_item[items]  # (U, m)
         nodes = [
             torch.from_numpy(self.trie.node_of_leaf(level, leaf)).to(self.device)
@@ -175,68 +197,112 @@ class TorchEngine:
         ]
         out = torch.empty(*items.shape, n_levels, device=self.device)
         with _EvalMode(self.model):
-            cache, visible, lengths, logits = self._prefill(prompts)
-            logits = logits.unsqueeze(1).expand(-1, items.shape[1], -1)
+            forward = _Forward(head, prompts, self.pad_token_id, n_each * (n_levels - 1))
             ancestors: Tensor | None = None
-            same = torch.arange(items.shape[1], device=self.device).expand(items.shape)
+            same = torch.arange(n_each, device=self.device).expand(items.shape)
             for level in range(n_levels):
                 parent = nodes[level - 1] if level else torch.zeros_like(nodes[0])
                 child, exists = tensors.expand(level, parent)
-                columns = normalize(logits, self.sid_ids[level], self.normalizer)
+                columns = head.columns(level, forward.states).expand(-1, n_each, -1)
                 log_probs = child_log_probs(
-                    columns, tensors.tokens[level][child], exists, self.normalizer
+                    columns, tensors.codes(level, child), exists, self.normalizer
                 )
                 at = nodes[level] - child[..., 0]
                 out[..., level] = log_probs.gather(-1, at.unsqueeze(-1)).squeeze(-1)
                 if level + 1 < n_levels:
                     ancestors = _descend(ancestors, same)
-                    ids = self.sid_ids[level][tensors.tokens[level][nodes[level]]]
-                    logits = self._forward(ids, lengths + level, visible, ancestors, cache)
+                    codes = tensors.codes(level, nodes[level])
+                    forward.append(self.sid_ids[level][codes], ancestors)
         return out.cpu().numpy()
 
-    def _prefill(self, prompts: list[Sequence[int]]) -> tuple[DynamicCache, Tensor, Tensor, Tensor]:
-        """Run the prompts, right-padded: causality alone keeps padding out, so no mask is needed.
 
-        Returns:
-            The cache, which prompt columns are real (U, P), the lengths (U, 1), last logits (U, V).
+class _Forward:
+    """A batch on its way through the model: the prompts, then one token per beam and level.
+
+    Attributes:
+        states: what `SidHead.columns` takes, (U, 1, …) after the prompts, (U, B, …) behind.
+    """
+
+    def __init__(
+        self, head: SidHead, prompts: list[Sequence[int]], pad_token_id: int, room: int
+    ) -> None:
+        """Run the prompts, right-padded: causality alone keeps padding out; no mask is needed.
+
+        Args:
+            head: the model.
+            prompts: token ids.
+            pad_token_id: fills short ones.
+            room: tokens that will be appended at most.
         """
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        ids = torch.full((len(prompts), int(lengths.max())), self.pad_token_id)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.as_tensor(prompt)
-        ids, lengths = ids.to(self.device), lengths.to(self.device)
-        ends, which = torch.unique(lengths - 1, return_inverse=True)
-        cache = DynamicCache(config=self.model.config)
-        # Logits only where some prompt ends.
-        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=ends)
-        logits = out.logits[torch.arange(len(prompts), device=self.device), which]
-        visible = torch.arange(ids.shape[1], device=self.device) < lengths.unsqueeze(1)
-        return cache, visible, lengths.unsqueeze(1), logits
+        lengths = np.array([len(prompt) for prompt in prompts])
+        padded = np.full((len(prompts), int(lengths.max())), pad_token_id, dtype=np.int64)
+        padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.concatenate(prompts)
+        device = head.sid_ids[0].device
+        ids = torch.from_numpy(padded).to(device)
+        self.head, self.dtype = head, head.model.dtype
+        self.next_position = torch.from_numpy(lengths).to(device).unsqueeze(1)  # (U, 1)
+        self.visible = torch.arange(ids.shape[1], device=device) < self.next_position  # (U, P)
+        layer = partial(_AppendedLayer, ids.shape[1] + room)
+        self.cache = Cache(layer_class_to_replicate=cast(Any, layer))
+        self.states = head.states(
+            last=self.next_position[:, 0] - 1,
+            input_ids=ids,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
 
-    def _forward(
-        self, ids: Tensor, position: Tensor, visible: Tensor, ancestors: Tensor, cache: DynamicCache
-    ) -> Tensor:
-        """Logits (U, B, V) after one more token per beam.
+    def append(self, ids: Tensor, ancestors: Tensor) -> None:
+        """One more token per beam.
 
         Args:
             ids: tokens, (U, B).
-            position: their position, (U, 1).
-            visible: real prompt columns, (U, P).
             ancestors: decoded columns that each beam sees, itself included, (U, B, D) bool.
-            cache: keys and values so far.
         """
-        users, n_beams = ids.shape
-        sees = torch.cat([visible.unsqueeze(1).expand(-1, n_beams, -1), ancestors], dim=-1)
-        dtype = self.model.dtype
-        mask = torch.zeros(sees.shape, dtype=dtype, device=self.device)
-        mask = mask.masked_fill(~sees, torch.finfo(dtype).min).unsqueeze(1)  # (U, 1, B, P + D)
-        return self.model(
+        n_beams = ids.shape[1]
+        sees = torch.cat([self.visible.unsqueeze(1).expand(-1, n_beams, -1), ancestors], dim=-1)
+        mask = torch.zeros(sees.shape, dtype=self.dtype, device=ids.device)
+        mask = mask.masked_fill(~sees, torch.finfo(self.dtype).min).unsqueeze(1)  # (U, 1, B, P + D)
+        self.states = self.head.states(
             input_ids=ids,
-            position_ids=position.expand(-1, n_beams),
+            position_ids=self.next_position.expand(-1, n_beams),
             attention_mask=mask,
-            past_key_values=cache,
+            past_key_values=self.cache,
             use_cache=True,
-        ).logits
+        )
+        self.next_position = self.next_position + 1
+
+
+class _AppendedLayer(DynamicLayer):
+    """One layer's keys and values in memory of a known size; growing copies nothing.
+
+    Args:
+        room: positions that it must hold.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room, self.length = room, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take the memory."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        users, heads = key_states.shape[:2]
+        self._all_keys = key_states.new_empty(users, heads, self.room, key_states.shape[-1])
+        self._all_values = value_states.new_empty(users, heads, self.room, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append, and return all so far, (U, heads, length, head_dim) each."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[-2]
+        self._all_keys[:, :, self.length : end] = key_states
+        self._all_values[:, :, self.length : end] = value_states
+        self.length = end
+        self.keys, self.values = self._all_keys[:, :, :end], self._all_values[:, :, :end]
+        return self.keys, self.values
 
 
 def _descend(ancestors: Tensor | None, parents: Tensor) -> Tensor:

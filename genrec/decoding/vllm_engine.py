@@ -192,7 +192,7 @@ class SidLogitsProcessor(LogitsProcessor):
         if parents.min() < 0 or parents.max() >= len(tensors.trie.children[level]) - 1:
             raise RuntimeError(f"a request names a parent that level {level} doesn't have")
         child, exists = tensors.expand(level, torch.from_numpy(parents).to(device).unsqueeze(0))
-        codes = tensors.tokens[level][child]  # (1, R, M)
+        codes = tensors.codes(level, child)  # (1, R, M)
         columns = normalize(logits, self.sid_ids[level], normalizer).unsqueeze(0)
         log_probs = child_log_probs(columns, codes, exists, normalizer)[0]  # (R, M)
         allowed = self._allowed(requests, tensors.widest[level]).to(device) & exists[0]

@@ -18,11 +18,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from genrec.decoding import beam
 from genrec.decoding.beam import NORMALIZERS
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 
-TOLERANCE = 2e-5
+TOLERANCE = 5e-5  # sums of up to four log-probabilities of some −10 each, in fp32
 
 
 class Case:
@@ -97,6 +98,55 @@ def test_filters_at_full_width(reference: Any, data: st.DataObject, **what: Any)
     result = case.engine.search(case.prompts, k, case.n, seen, view)
     reference.assert_same_lists(result.items, result.scores, truth, TOLERANCE)
     assert result.certified.all()
+
+
+@given(data=st.data(), **cases)
+@settings(deadline=None, max_examples=30)
+def test_candidates_of_single_users(reference: Any, data: st.DataObject, **what: Any):
+    """Some users may get a few items only, less what they have seen; others may get all."""
+    case = Case(reference, **what)
+    rows = st.lists(st.integers(0, case.n - 1))
+    wanted = [data.draw(st.none() | rows) for _ in case.prompts]
+    seen = [np.array(data.draw(rows), dtype=int) for _ in case.prompts]
+    view = case.trie.allow(np.unique(data.draw(st.lists(st.integers(0, case.n - 1), min_size=1))))
+    truth = case.truth().sum(-1)
+    truth[:, ~view.mask()] = -np.inf
+    for row, (only, gone) in enumerate(zip(wanted, seen, strict=True)):
+        truth[row, gone] = -np.inf
+        if only is not None:
+            truth[row, np.setdiff1d(np.arange(case.n), only)] = -np.inf
+    candidates = [None if only is None else np.array(only, dtype=int) for only in wanted]
+    k = min(4, case.n)
+
+    def found():
+        return case.engine.search(case.prompts, k, case.n, seen, view, candidates=candidates)
+
+    if np.isneginf(truth).all(1).any():
+        with pytest.raises(ValueError, match="no allowed item left"):
+            found()
+    else:
+        result = found()
+        reference.assert_same_lists(result.items, result.scores, truth, TOLERANCE)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_wide_levels_are_searched_a_few_users_at_a_time(
+    reference: Any, normalizer: str, monkeypatch: pytest.MonkeyPatch
+):
+    case = Case(reference, n_items=60, normalizer=normalizer)
+    seen = [np.arange(row) for row in range(5)]
+    candidates = [None, np.arange(20), None, np.arange(7), np.arange(30, 45)]
+
+    def found():
+        return case.engine.search(case.prompts, 3, 6, seen, candidates=candidates)
+
+    whole = found()
+    for at_once in (1, 80):
+        monkeypatch.setattr(beam, "_CHILDREN_AT_ONCE", at_once)
+        part = found()
+        assert (part.items == whole.items).all() and (part.certified == whole.certified).all()
+        assert (part.scores == whole.scores).all()
+        assert (part.level_log_probs == whole.level_log_probs).all()
 
 
 @given(k=st.integers(1, 4), wider=st.integers(0, 4), **cases)
@@ -196,6 +246,22 @@ def test_training_mode_is_put_aside_and_restored(reference: Any):
     assert (result.scores == plain.scores).all()
 
 
+def test_views_come_and_go_on_one_engine(reference: Any):
+    case = Case(reference, n_items=60)
+    plain = case.engine.search(case.prompts, 5, 10)
+    gone = np.unique(plain.items[:, 0])
+    view = case.trie.deny(gone)
+    filtered = case.engine.search(case.prompts, 5, 10, view=view)
+    assert not np.isin(filtered.items, gone).any()
+    assert (case.engine.score(case.prompts, plain.items) == case.engine.score(
+        case.prompts, plain.items
+    )).all()  # fmt: skip
+    for again in (view, case.trie.everything(), None):
+        expected = filtered if again is view else plain
+        got = case.engine.search(case.prompts, 5, 10, view=again)
+        assert (got.items == expected.items).all() and (got.scores == expected.scores).all()
+
+
 def test_progress_and_no_prompts(reference: Any):
     case = Case(reference, batch_size=2)
     done: list[int] = []
@@ -225,6 +291,10 @@ def test_wrong_requests_are_refused(reference: Any):
     assert search([[70] * 125], 1, 5).items.shape == (1, 1)
     with pytest.raises(ValueError, match="there are 0"):
         case.engine.score(case.prompts, np.full((5, 1), -1))
+    with pytest.raises(ValueError, match="candidates has 2 entries for 5 prompts"):
+        case.engine.search(case.prompts, 1, 5, candidates=[None, None])
+    with pytest.raises(ValueError, match="there are 0.."):
+        case.engine.search(case.prompts, 1, 5, candidates=[np.array([case.n])] * 5)
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)

@@ -69,7 +69,7 @@ def test_views_and_exclusions_count_items(codes: np.ndarray, data: st.DataObject
         expected = []
         for node in range(n_nodes):
             below = set(np.flatnonzero(node_of_item == node)) & set(allowed)
-            assert view.counts[level][node] == len(below)
+            assert view.count(level, np.array([node])).item() == len(below)
             for user in range(3):
                 left = below - {item for u, item in seen if u == user}
                 if below and not left:
@@ -123,8 +123,100 @@ def test_size_grows_with_items_not_with_codebooks():
     for size in (16, 4096):
         codes = np.unique(rng.integers(0, size, (20_000, 4)), axis=0)
         trie = SidTrie.build(codes)
-        # 16 bytes of leaf maps per item, 20 per node, and no level has more nodes than items.
-        assert trie.nbytes <= len(codes) * (16 + 20 * 4) + 8 * (2 * 4 + 2)
+        # 8 bytes of leaf maps per item, 12 per node, and no level has more nodes than items.
+        assert trie.nbytes <= len(codes) * (8 + 12 * 4) + 4 * (2 * 4 + 2)
+
+
+@given(catalogues(), st.data())
+@settings(deadline=None, max_examples=60)
+def test_candidates_count_items(codes: np.ndarray, data: st.DataObject):
+    trie = SidTrie.build(codes)
+    rows = st.integers(0, len(codes) - 1)
+    pairs = st.lists(st.tuples(st.integers(0, 2), rows))
+    view = trie.allow(np.array(data.draw(st.lists(rows, min_size=1))))
+    wanted, seen = (np.array(data.draw(pairs), dtype=int).reshape(-1, 2) for _ in range(2))
+    alive = view.only(*wanted.T, *seen.T)
+    allowed = set(np.flatnonzero(view.mask()))
+    for level in range(trie.n_levels):
+        node_of_item = trie.node_of_leaf(level, trie.leaf_of_item)
+        expected = {
+            user * len(trie.tokens[level]) + node_of_item[item]
+            for user, item in set(map(tuple, wanted)) - set(map(tuple, seen))
+            if item in allowed
+        }
+        assert alive[level].tolist() == sorted(expected)
+
+
+@given(catalogues(), st.data())
+@settings(deadline=None, max_examples=40)
+def test_views_are_masks(codes: np.ndarray, data: st.DataObject):
+    trie = SidTrie.build(codes)
+    masks = [
+        np.array(data.draw(st.lists(st.booleans(), min_size=len(codes), max_size=len(codes))))
+        for _ in range(2)
+    ]
+    if not all(mask.any() for mask in masks):
+        with pytest.raises(ValueError, match="allows no item"):
+            trie.view(masks[0] & masks[1] & False)
+        return
+    first, second = map(trie.view, masks)
+    assert (first.mask() == masks[0]).all() and first.n_allowed == masks[0].sum()
+    assert first.allows_all == masks[0].all()
+    assert (trie.allow(np.flatnonzero(masks[0])).before == first.before).all()
+    if not masks[0].all():
+        assert (trie.deny(np.flatnonzero(~masks[0])).before == first.before).all()
+    for level in range(trie.n_levels):
+        node_of_item = trie.node_of_leaf(level, trie.leaf_of_item)
+        below = np.bincount(node_of_item[masks[0]], minlength=len(trie.tokens[level]))
+        assert (first.alive(level) == (below > 0)).all()
+    if (masks[0] & masks[1]).any():
+        assert ((first & second).mask() == (masks[0] & masks[1])).all()
+    else:
+        with pytest.raises(ValueError, match="allows no item"):
+            first & second
+
+
+@given(catalogues())
+@settings(deadline=None, max_examples=25)
+def test_sids_of_any_size_are_sorted_alike(codes: np.ndarray):
+    """In one machine word, or column by column where one doesn't hold them."""
+    expected = np.lexsort(codes.T[::-1])
+    assert (SidTrie.build(codes).items == expected).all()
+    wide = np.concatenate([codes * (1 << 20), codes, codes], axis=1)
+    wide[:, 0] += 1 << 29  # with the other columns more than 63 bits
+    assert (SidTrie.build(np.repeat(wide, 2, axis=1)).items == expected).all()
+
+
+def test_saved_tries_are_mapped_and_belong_to_a_map(tmp_path):
+    codes = np.unique(np.random.default_rng(1).integers(0, 30, (500, 3)), axis=0)
+    trie = SidTrie.build(codes)
+    trie.save(tmp_path / "trie", "abc")
+    loaded = SidTrie.load(tmp_path / "trie", "abc")
+    assert (loaded.codes() == codes).all() and loaded.nbytes == trie.nbytes
+    assert isinstance(loaded.items.base, np.memmap) and loaded.end_code is None
+    assert (loaded.allow(np.array([3, 7])).mask() == trie.allow(np.array([7, 3])).mask()).all()
+    with pytest.raises(FileExistsError, match="remove it"):
+        trie.save(tmp_path / "trie", "abc")
+    with pytest.raises(ValueError, match="trie of SID map abc, not of xyz"):
+        SidTrie.load(tmp_path / "trie", "xyz")
+    with pytest.raises(ValueError, match="no trie.json"):
+        SidTrie.load(tmp_path, "abc")
+    assert [path.name for path in tmp_path.iterdir()] == ["trie"]
+    items = tmp_path / "trie" / "items.npy"
+    items.write_bytes(items.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="items.npy is missing or damaged"):
+        SidTrie.load(tmp_path / "trie", "abc")
+    np.save(items, np.arange(3))
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        SidTrie.load(tmp_path / "trie", "abc")
+    items.unlink()
+    with pytest.raises(ValueError, match="missing or damaged"):
+        SidTrie.load(tmp_path / "trie", "abc")
+
+
+def test_title_tries_keep_their_end_mark(tmp_path):
+    SidTrie.build(np.array([[1, 9, 9], [1, 2, 9]]), end_code=9).save(tmp_path / "t", "s")
+    assert SidTrie.load(tmp_path / "t", "s").end_code == 9
 
 
 @pytest.mark.parametrize(
@@ -133,6 +225,7 @@ def test_size_grows_with_items_not_with_codebooks():
         (np.zeros((0, 3)), "with items is needed"),
         (np.zeros(3), "with items is needed"),
         (np.array([[1, 2], [0, 1], [1, 2]]), "1 items repeat"),
+        (np.array([[1, 2], [0, -1]]), "codes hold -1"),
     ],
 )
 def test_unusable_codes_are_refused(codes: np.ndarray, message: str):
@@ -148,7 +241,21 @@ def test_unusable_lists_are_refused():
         with pytest.raises(ValueError, match="there are 0..5"):
             trie.allow(np.array([0, wrong]))
         with pytest.raises(ValueError, match="there are 0..5"):
+            trie.deny(np.array([wrong]))
+        with pytest.raises(ValueError, match="there are 0..5"):
             trie.everything().exclude(np.array([0]), np.array([wrong]))
+
+
+def test_unusable_masks_are_refused():
+    trie = SidTrie.build(CODES)
+    for mask in (np.ones(5, dtype=bool), np.ones(6, dtype=int)):
+        with pytest.raises(ValueError, match=r"bool \(6,\) is needed"):
+            trie.view(mask)
+    with pytest.raises(ValueError, match="allows no item"):
+        trie.deny(np.arange(6))
+    assert trie.deny(np.array([], dtype=int)).allows_all
+    with pytest.raises(ValueError, match="different tries"):
+        trie.everything() & SidTrie.build(CODES).everything()
 
 
 def test_end_marks_close_every_row():
