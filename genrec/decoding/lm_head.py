@@ -41,7 +41,10 @@ class SidHead:
         self, model: PreTrainedModel, sid_ids: list[Tensor], normalizer: Normalizer
     ) -> None:
         self.model, self.sid_ids, self.normalizer = model, sid_ids, normalizer
-        self._decoder, self._head = _taken_apart(model)
+        self._decoder: nn.Module | None = None
+        self._head: nn.Linear | None = None
+        if parts := _taken_apart(model):
+            self._decoder, self._head = parts
 
     @property
     def split(self) -> bool:
@@ -91,22 +94,23 @@ class SidHead:
 
     def _log_sum(self, states: Tensor) -> Tensor:
         """Log of the summed exponentials over the vocabulary, (U, B, 1)."""
-        assert self._head is not None
-        flat = states.flatten(0, -2)
-        rows = max(1, _LOGITS_AT_ONCE // self._head.weight.shape[0])
-        sums = [self._head(part).float().logsumexp(-1) for part in flat.split(rows)]
+        head = self._head
+        assert head is not None
+        rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+        parts = states.flatten(0, -2).split(rows)
+        sums = [F.linear(part, head.weight, head.bias).float().logsumexp(-1) for part in parts]
         return torch.cat(sums).view(*states.shape[:-1], 1)
 
 
-def _taken_apart(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Linear | None]:
+def _taken_apart(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear] | None:
     """The decoder below the head, and the head, if the logits are just the one after the other."""
     # A PEFT model's adapters sit inside its base model's layers.
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = cast(Any, model.get_base_model() if hasattr(model, "get_base_model") else model)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     plain = type(head) is nn.Linear and type(head.weight) in (nn.Parameter, Tensor)
     if decoder is None or decoder is base or not plain:
-        return None, None
+        return None
     assert isinstance(head, nn.Linear)
     ids = torch.arange(2, device=head.weight.device).unsqueeze(0)
     with torch.inference_mode():
@@ -121,5 +125,5 @@ def _taken_apart(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Linear | 
             "%s does more to its logits than a linear head; they are computed whole",
             type(base).__name__,
         )
-        return None, None
+        return None
     return decoder, head

@@ -172,7 +172,7 @@ class TorchEngine:
     ) -> BeamResult:
         n_levels = self.trie.n_levels
         with _EvalMode(self.model):
-            forward = _Forward(head, prompts, self.pad_token_id, width * (n_levels - 1))
+            forward = Forward(head, prompts, self.pad_token_id, width * (n_levels - 1))
             beams = Beams.start(len(prompts), self.device)
             # Which decoded positions a beam sees, (U, B, decoded so far).
             ancestors: Tensor | None = None
@@ -197,7 +197,7 @@ class TorchEngine:
         ]
         out = torch.empty(*items.shape, n_levels, device=self.device)
         with _EvalMode(self.model):
-            forward = _Forward(head, prompts, self.pad_token_id, n_each * (n_levels - 1))
+            forward = Forward(head, prompts, self.pad_token_id, n_each * (n_levels - 1))
             ancestors: Tensor | None = None
             same = torch.arange(n_each, device=self.device).expand(items.shape)
             for level in range(n_levels):
@@ -216,7 +216,7 @@ class TorchEngine:
         return out.cpu().numpy()
 
 
-class _Forward:
+class Forward:
     """A batch on its way through the model: the prompts, then one token per beam and level.
 
     Attributes:
@@ -224,7 +224,7 @@ class _Forward:
     """
 
     def __init__(
-        self, head: SidHead, prompts: list[Sequence[int]], pad_token_id: int, room: int
+        self, head: SidHead, prompts: Sequence[Sequence[int]], pad_token_id: int, room: int
     ) -> None:
         """Run the prompts, right-padded: causality alone keeps padding out; no mask is needed.
 

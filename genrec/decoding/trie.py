@@ -182,11 +182,12 @@ class SidTrie:
             if array.shape != (size,):
                 raise ValueError(f"{folder / name}.npy has shape {array.shape}, not ({size},)")
             arrays[name] = np.asarray(array)
-        kinds = [
+        tokens, children, leaves = (
             tuple(arrays[f"{kind}-{level}"] for level in range(about["n_levels"]))
             for kind in ("tokens", "children", "leaves")
-        ]
-        return cls(*kinds, arrays["items"], arrays["leaf_of_item"], about["end_code"])
+        )
+        end_code = about["end_code"]
+        return cls(tokens, children, leaves, arrays["items"], arrays["leaf_of_item"], end_code)
 
     def max_children(self, level: int) -> int:
         """Largest number of nodes of `level` below one parent."""

@@ -42,8 +42,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, Qwen3Config, Qwen
 
 from genrec import modeling
 from genrec.artifacts import write_json, write_parquet
-from genrec.decoding.beam import Beams, TrieTensors, step
-from genrec.decoding.torch_engine import TorchEngine, _Forward
+from genrec.decoding.beam import Beams, TrieTensors, length_batches, step
+from genrec.decoding.lm_head import SidHead
+from genrec.decoding.torch_engine import Forward, TorchEngine
 from genrec.decoding.trie import SidTrie
 
 K = 10
@@ -124,19 +125,17 @@ def run_torch(setting: Setting, normalizer: Any = "full") -> Lists:
 
 def run_floor(setting: Setting) -> None:
     """The forward passes of `run_torch` over the full vocabulary, with any tokens for beams."""
-    engine = TorchEngine(setting.model, setting.trie, setting.sid_ids, 0, "full", setting.batch)
-    head, device = engine._sid_head(), engine.device
-    eye = torch.eye(setting.width, dtype=torch.bool, device=device)
+    device = setting.model.device
+    head = SidHead(setting.model, [torch.tensor(ids).to(device) for ids in setting.sid_ids], "full")
+    own = torch.eye(setting.width, dtype=torch.bool, device=device)
     with torch.inference_mode():
-        for rows in engine._batches(setting.prompts):
-            forward = _Forward(
-                head, [setting.prompts[row] for row in rows], 0, setting.width * (LEVELS - 1)
-            )
+        for rows in length_batches(setting.prompts, LEVELS, None, setting.batch):
+            batch = [setting.prompts[row] for row in rows]
+            forward = Forward(head, batch, 0, setting.width * (LEVELS - 1))
             head.columns(0, forward.states)
-            own = eye.expand(len(rows), -1, -1)
             for level in range(1, LEVELS):
-                ids = engine.sid_ids[level - 1][:1].expand(len(rows), setting.width)
-                forward.append(ids, own.repeat(1, 1, level))
+                ids = head.sid_ids[level - 1][:1].expand(len(rows), setting.width)
+                forward.append(ids, own.expand(len(rows), -1, -1).repeat(1, 1, level))
                 head.columns(level, forward.states)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -147,12 +146,11 @@ class PrefixTable:
 
     def __init__(self, setting: Setting) -> None:
         columns = [np.array(ids)[setting.codes[:, i]] for i, ids in enumerate(setting.sid_ids)]
-        self.after: dict[tuple[int, ...], set[int] | list[int]] = {}
         sets: dict[tuple[int, ...], set[int]] = {}
         for tokens in zip(*(column.tolist() for column in columns), strict=True):
             for level in range(LEVELS):
                 sets.setdefault(tokens[:level], set()).add(tokens[level])
-        self.after = {prefix: list(allowed) for prefix, allowed in sets.items()}
+        self.after = {prefix: sorted(allowed) for prefix, allowed in sets.items()}
 
 
 class DictProcessor(LogitsProcessor):
