@@ -15,6 +15,7 @@ quantizer.safetensors, quality.json and report.html.
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,7 @@ from genrec.artifacts import Stage, load_manifest, sha256_file, stage_folder, wr
 from genrec.columns import CATEGORIES, HISTORY, ITEM_ID, TARGET
 from genrec.config import check_choice, dataset_path, parse, run
 from genrec.data.splits import read_split
+from genrec.decoding.trie import FOLDER, SidTrie
 from genrec.item_lists import ItemLists
 from genrec.semantic_ids import SemanticIds
 
@@ -361,6 +363,8 @@ def main() -> None:
         semantic_ids = semantic_ids.with_quantizer(digest)
     semantic_ids.save(stage.folder)
     semantic_ids.export_index(stage.folder / "index.json")
+    shutil.rmtree(stage.folder / FOLDER, ignore_errors=True)  # of a run that was killed
+    SidTrie.build(semantic_ids.codes).save(stage.folder / FOLDER, semantic_ids.sha256)
     quality = measure_quality(args, semantic_ids, quantizer, catalog, vectors, sequences, report)
     write_json(stage.folder / "quality.json", quality)
     write_quality_page(stage.folder / "report.html", quality, Path(args.run_dir).name)

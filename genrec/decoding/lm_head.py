@@ -105,14 +105,15 @@ class SidHead:
 def _taken_apart(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear] | None:
     """The decoder below the head, and the head, if the logits are just the one after the other."""
     # A PEFT model's adapters sit inside its base model's layers.
-    base = cast(Any, model.get_base_model() if hasattr(model, "get_base_model") else model)
+    base = cast(Any, model)
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     plain = type(head) is nn.Linear and type(head.weight) in (nn.Parameter, Tensor)
     if decoder is None or decoder is base or not plain:
         return None
     assert isinstance(head, nn.Linear)
-    ids = torch.arange(2, device=head.weight.device).unsqueeze(0)
+    ids = torch.arange(2).unsqueeze(0).to(head.weight.device)
     with torch.inference_mode():
         whole = model(input_ids=ids, use_cache=False).logits.float()
         parts = head(decoder(input_ids=ids, use_cache=False).last_hidden_state).float()

@@ -22,7 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from genrec.artifacts import read_json, write_json
+from genrec.semantic_ids import SemanticIds
 
+FOLDER = "trie"  # below the quantize stage
 _ABOUT = "trie.json"
 _FORMAT = 1
 
@@ -188,6 +190,19 @@ class SidTrie:
         )
         end_code = about["end_code"]
         return cls(tokens, children, leaves, arrays["items"], arrays["leaf_of_item"], end_code)
+
+    @classmethod
+    def of_map(cls, semantic_ids: SemanticIds, stage: Path | str | None = None) -> SidTrie:
+        """Trie of a SID map: mapped into memory where the quantize stage left it, else built.
+
+        Args:
+            semantic_ids: the map.
+            stage: folder of the quantize stage.
+        """
+        folder = None if stage is None else Path(stage) / FOLDER
+        if folder is not None and folder.is_dir():
+            return cls.load(folder, semantic_ids.sha256)
+        return cls.build(semantic_ids.codes)
 
     def max_children(self, level: int) -> int:
         """Largest number of nodes of `level` below one parent."""

@@ -214,6 +214,18 @@ def test_saved_tries_are_mapped_and_belong_to_a_map(tmp_path):
         SidTrie.load(tmp_path / "trie", "abc")
 
 
+def test_the_trie_of_a_map_is_mapped_or_built(tiny, tmp_path):
+    semantic_ids = tiny.sids(30)
+    built = SidTrie.of_map(semantic_ids, tmp_path)  # nothing was left there
+    assert (built.codes() == semantic_ids.codes).all() and not isinstance(built.items.base, np.memmap)
+    built.save(tmp_path / "trie", semantic_ids.sha256)
+    mapped = SidTrie.of_map(semantic_ids, tmp_path)
+    assert (mapped.codes() == semantic_ids.codes).all()
+    assert isinstance(mapped.items.base, np.memmap)
+    with pytest.raises(ValueError, match="delete it"):  # a stranger's is never used
+        SidTrie.of_map(tiny.sids(31), tmp_path)
+
+
 def test_title_tries_keep_their_end_mark(tmp_path):
     SidTrie.build(np.array([[1, 9, 9], [1, 2, 9]]), end_code=9).save(tmp_path / "t", "s")
     assert SidTrie.load(tmp_path / "t", "s").end_code == 9
