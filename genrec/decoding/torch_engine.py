@@ -28,6 +28,7 @@ from genrec.decoding.beam import (
     normalize,
     search_in_batches,
 )
+from genrec.decoding.sampling import Draws, Sampler, check_sampler
 from genrec.decoding.trie import CatalogueView, SidTrie
 
 
@@ -86,25 +87,30 @@ class TorchEngine:
         seen: Sequence[np.ndarray] | None = None,
         view: CatalogueView | None = None,
         progress: Callable[[int], object] | None = None,
+        sampler: Sampler | None = None,
     ) -> BeamResult:
-        """The k best items for each prompt.
+        """The k best items for each prompt, or k items that are drawn.
 
         Args:
             prompts: token ids, one list per user, none empty.
             k: items per list; at most `beam_width`.
-            beam_width: prefixes kept per level.
+            beam_width: prefixes kept per level. A sampler keeps k, which is exact for it.
             seen: catalogue rows that each user must not get, or None.
             view: catalogue view that holds for all users, or None.
             progress: called with the number of users of each finished batch.
+            sampler: what to draw (see `genrec.decoding.sampling`), or None: the best items.
 
         Returns:
             Lists in the order of `prompts`.
         """
         tensors = TrieTensors(self.trie, view, self.device)
+        if sampler is not None:
+            check_sampler(sampler, self.normalizer, self.trie.n_levels)
+        width = beam_width if sampler is None else k
 
         def search_batch(rows: np.ndarray, dead: list[Tensor] | None) -> BeamResult:
             batch = [prompts[row] for row in rows]
-            return self._search_batch(batch, k, beam_width, tensors, dead, rows)
+            return self._search_batch(batch, k, width, tensors, dead, rows, sampler)
 
         batches = self._batches(prompts)
         return search_in_batches(search_batch, batches, tensors, k, beam_width, seen, progress)
@@ -140,10 +146,14 @@ class TorchEngine:
         tensors: TrieTensors,
         dead: list[Tensor] | None,
         rows: np.ndarray,
+        sampler: Sampler | None = None,
     ) -> BeamResult:
+        draws = None
+        if sampler is not None:
+            draws = Draws.start(sampler, self.trie.n_levels, prompts, self.device)
         with _EvalMode(self.model):
             cache, visible, lengths, logits = self._prefill(prompts)
-            beams = Beams.start(len(prompts), self.device)
+            beams = Beams.start(len(prompts), self.device, draws)
             logits = logits.unsqueeze(1)  # (U, 1, V)
             # Which decoded positions a beam sees, (U, B, decoded so far).
             ancestors: Tensor | None = None
