@@ -241,19 +241,27 @@ def capped(lists: Candidates, caps: Sequence[Cap]) -> Candidates:
     return lists.keep(kept)
 
 
-def title_groups(titles: pl.Series) -> npt.NDArray[np.int64]:
+def title_groups(titles: pl.Series, ignore: str | None = None) -> npt.NDArray[np.int64]:
     """Group of each catalogue row: those with the same title but for case, spaces and punctuation.
 
     Titles are compared after Unicode compatibility folding (NFKC) and lower-casing, letters and
     digits alone. Rows whose title is null or has neither are in no group (−1).
+
+    Args:
+        titles: one per catalogue row.
+        ignore: regular expression of what else doesn't tell products apart, taken out of the
+            lower-cased title first: ``",[^,]*$"`` where a last part names the colour or size.
+
+    Raises:
+        ValueError: `ignore` is no regular expression.
     """
-    plain = (
-        titles.cast(pl.String)
-        .str.normalize("NFKC")
-        .str.to_lowercase()
-        .str.replace_all(r"[^\p{L}\p{M}\p{N}]+", " ")
-        .str.strip_chars()
-    )
+    plain = titles.cast(pl.String).str.normalize("NFKC").str.to_lowercase()
+    if ignore is not None:
+        try:
+            plain = plain.str.replace_all(ignore, " ")
+        except pl.exceptions.ComputeError as error:
+            raise ValueError(f"ignore={ignore!r} is no regular expression: {error}") from error
+    plain = plain.str.replace_all(r"[^\p{L}\p{M}\p{N}]+", " ").str.strip_chars()
     return numbered(plain)[0]
 
 

@@ -107,6 +107,14 @@ def test_variants_by_title(lists: Candidates):
     assert title_groups(pl.Series([None, None])).tolist() == [-1, -1]
 
 
+def test_what_a_title_says_of_the_variant_can_be_ignored():
+    titles = pl.Series(["Acme Hat, Red", "acme hat , BLUE", "Acme Hat", "Hat, Acme, red", ", red"])
+    assert title_groups(titles).tolist() == [0, 1, 2, 3, 4]
+    assert title_groups(titles, ",[^,]*$").tolist() == [0, 0, 0, 1, -1]
+    with pytest.raises(ValueError, match=r"ignore='\[' is no regular expression"):
+        title_groups(titles, "[")
+
+
 def test_similar_items_by_hand(lists: Candidates):
     angle = np.deg2rad([0, 90, 20, 90, 40, 60])
     vectors = np.stack([np.cos(angle), np.sin(angle)], axis=1) * np.arange(1, 7)[:, None]
