@@ -72,7 +72,7 @@ class LevelSampling:
 
     A high temperature at the first level and a low one below varies the coarse kind of item and
     stays with the best of each kind; at the last level it varies items of one kind (TIGER, Rajput
-    et al. 2023, section 4.4).
+    et al. 2023, on diversity).
 
     Attributes:
         temperature: log-probabilities of a level's allowed children are divided by it; one number,
@@ -128,9 +128,9 @@ class Sample:
     def weights(self) -> FloatArray:
         """Importance weights, (n, k): for any f, Σ weight·f estimates E[f] without bias.
 
-        ``p / P(key > kappa)``, the Horvitz-Thompson estimator of Kool et al. (2019, equation 13),
-        with p of the distribution that was sampled; multiply by ``exp(scores - log_probs)`` for the
-        mean under the declared normaliser. 0 at padding.
+        ``p / P(key > kappa)``, the Horvitz-Thompson estimator of Kool et al. (2019), with p of the
+        distribution that was sampled; multiply by ``exp(scores - log_probs)`` for the mean under
+        the declared normaliser. 0 at padding.
 
         Raises:
             ValueError: the sample is one with replacement (every draw then weighs 1 / k).
@@ -139,11 +139,12 @@ class Sample:
             raise ValueError("draws with replacement have no threshold; each of k weighs 1 / k")
         real = np.isfinite(self.log_probs)
         p = np.where(real, self.log_probs, 0.0)
-        # P(Gumbel(p) > kappa) = 1 − exp(−exp(p − kappa)): 1 where kappa is −inf, and where it is
-        # tiny, exp(p − kappa) itself.
-        margin = p - self.threshold[:, None]
+        kappa = self.threshold[:, None]
+        margin = p - kappa
+        # P(Gumbel(p) > kappa) = 1 − exp(−exp(margin)): 1 where kappa is −inf, and where it is tiny,
+        # exp(margin) itself, which leaves exp(kappa).
         inclusion = np.log(-np.expm1(-np.exp(np.clip(margin, -30.0, 30.0))))
-        weight = np.exp(p - np.where(margin < -30.0, margin, inclusion))
+        weight = np.exp(np.where(margin < -30.0, kappa, p - inclusion))
         return np.where(real, weight, 0.0)
 
 
@@ -313,8 +314,8 @@ def given_maximum(noisy: Tensor, maximum: Tensor) -> Tensor:
     """Gumbel variables, shifted as if their maximum had been known.
 
     With Z the largest of G along the last axis and T the wanted one, each becomes
-    ``-log(exp(-T) - exp(-Z) + exp(-G))``, computed as in Kool et al. (2019, appendix B.3), so that
-    nothing overflows; the largest becomes T exactly.
+    ``-log(exp(-T) - exp(-Z) + exp(-G))``, computed by the stable form in the appendix of Kool et
+    al. (2019), so that nothing overflows; the largest becomes T exactly.
 
     Args:
         noisy: independent Gumbel variables, (..., M) float64; −inf for what can't be.

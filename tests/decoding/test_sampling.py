@@ -359,6 +359,9 @@ def test_weights_far_from_the_threshold():
     sample = Sample(np.array([[-1.0, -500.0, -INF]]), np.zeros((1, 3)), np.array([-60.0]))
     assert sample.weights()[0] == pytest.approx([np.exp(-1.0), np.exp(-60.0), 0.0])
     assert sample.weights()[0, 1] > 0
+    far = Sample(np.array([[-1e30, -2.0]]), np.zeros((1, 2)), np.array([-5.0]))
+    certain = np.exp(-2.0) / -np.expm1(-np.exp(3.0))
+    assert far.weights()[0] == pytest.approx([np.exp(-5.0), certain])
     with pytest.raises(ValueError, match="with replacement have no threshold"):
         Sample(np.zeros((1, 2))).weights()
 
@@ -607,6 +610,18 @@ def test_level_sampling_draws_alike_and_scores_as_declared(case: Case, normalize
     scores = case.engine(normalizer).score(case.prompts, result.items)
     assert np.abs(scores - result.level_log_probs).max() < 2e-5
     assert np.abs(scores.sum(-1) - result.scores).max() < 2e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=["gumbel", "distinct", "replacement"])
+def test_cuda_draws_as_the_cpu_does(case: Case, sampler: Sampler):
+    on_cpu = case.engine().search(case.prompts, 5, 5, case.seen, sampler=sampler)
+    engine = TorchEngine(deepcopy(case.model).cuda(), case.trie, case.ids, 0, "trie")
+    on_gpu = engine.search(case.prompts, 5, 5, case.seen, sampler=sampler)
+    assert (on_gpu.items == on_cpu.items).all()
+    assert np.abs(on_gpu.scores - on_cpu.scores).max() < 1e-3
+    assert on_gpu.sample is not None and on_cpu.sample is not None
+    assert np.abs(on_gpu.sample.log_probs - on_cpu.sample.log_probs).max() < 1e-3
 
 
 def test_without_a_sampler_nothing_changes(case: Case):
