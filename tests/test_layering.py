@@ -10,7 +10,7 @@ ORDER = [
     "columns", "item_lists", "artifacts", "page", "svg", "metrics", "data", "embedding",
     "quantizers", "semantic_ids", "chains", "prompts", "tasks", "modeling", "training_data",
     "decoding", "rewards", "rollouts",
-    "recommend", "evaluation", "explain", "audit", "config", "cli",
+    "list_shaping", "recommend", "evaluation", "explain", "audit", "config", "cli",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
