@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from genrec.decoding.trie import CatalogueView, SidTrie
+from genrec.normalizers import NORMALIZERS as NORMALIZERS
+from genrec.normalizers import Normalizer as Normalizer
 
-Normalizer = Literal["full", "level", "trie"]
-NORMALIZERS: tuple[Normalizer, ...] = ("full", "level", "trie")
 _LOW_WORD = (1 << 32) - 1
 
 
