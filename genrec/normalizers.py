@@ -37,7 +37,10 @@ def declared_normalizer(model_dir: Path | str) -> Normalizer:
         raise ValueError(
             f"{model_dir} has no {ABOUT}: it is not a model that genrec trained; run sft first"
         )
-    declared = read_json(path).get("normalizer", "full")
+    about = read_json(path)
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} is damaged; restore it or rerun the model's stage")
+    declared = about.get("normalizer", "full")
     if declared not in NORMALIZERS:
         raise ValueError(
             f"{path} declares normalizer {declared!r}, which is none of {', '.join(NORMALIZERS)}; "

@@ -148,7 +148,7 @@ class Recommender:
         else:
             parts = ServedParts.of_run(run_dir, stage, model_run)
         semantic_ids = SemanticIds.load(parts.semantic_ids)
-        catalog = pl.read_parquet(parts.catalog)
+        catalog = pl.read_parquet(parts.catalog, glob=False)
         if not catalog[ITEM_ID].equals(semantic_ids.item_ids):
             raise ValueError(
                 f"{parts.catalog} and the SID map in {parts.semantic_ids} hold other items; "

@@ -90,7 +90,7 @@ def write_bundle(run_dir: Path | str, target: Path | str, settings: ExportSettin
         for name in ("items.parquet", "semantic_ids.json", "reserved.parquet"):
             _copy(run_dir, "quantize", name, partial / "semantic_ids" / name)
         stored = _write_model(source, parts, settings.dtype, partial / "model")
-        catalog = pl.read_parquet(parts.catalog)
+        catalog = pl.read_parquet(parts.catalog, glob=False)
         kept = [name for name in SERVING_COLUMNS if name in catalog.columns]
         write_parquet(partial / "catalog.parquet", catalog.select(kept))
         write_json(partial / DECODING, decoding)

@@ -110,6 +110,6 @@ def escaped(text: str) -> str:
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table in Markdown, with an empty line behind it."""
-    escaped = [[escaped(cell) for cell in row] for row in (columns, *rows)]
-    lines = [escaped[0], ["---"] * len(columns), *escaped[1:]]
+    head, *body = [[escaped(cell) for cell in row] for row in (columns, *rows)]
+    lines = [head, ["---"] * len(columns), *body]
     return [*(f"| {' | '.join(cells)} |" for cells in lines), ""]
