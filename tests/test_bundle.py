@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from genrec.artifacts import sha256_file
-from genrec.bundle.card import TO_FILL_IN
+from genrec.bundle.card import TO_FILL_IN, model_card
 from genrec.bundle.files import card_was_edited, is_bundle, read_manifest, verify_bundle
 from genrec.bundle.writing import ExportSettings, write_bundle
 from genrec.modeling import load_model, lora_config, sid_token_ids
@@ -122,6 +122,8 @@ def test_decoding_settings_are_the_defaults_of_who_loads_it(run: Path, tmp_path:
     assert loaded.recommend([]) == Recommender.load(run).recommend([], 3, beam_width=12)
     assert len(loaded.recommend([], 15)) == 15  # longer than its own lists: the width grows
     assert len(Recommender.load(run).recommend([])) == 10
+    write_bundle(run, tmp_path / "long", ExportSettings(k=40))
+    assert json.loads((tmp_path / "long" / "decoding.json").read_text())["beam_width"] == 80
 
 
 def test_model_is_a_plain_checkpoint(bundle: Path, run: Path):
@@ -196,6 +198,18 @@ def test_the_card_marks_what_is_to_be_filled_in(run: Path, bundle: Path, tmp_pat
     text = (licensed / "README.md").read_text()
     assert yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"
     assert text.count(TO_FILL_IN) == 3
+
+
+def test_the_card_names_a_base_of_the_hub_and_its_licence(bundle: Path):
+    import yaml
+
+    decoding = json.loads((bundle / "decoding.json").read_text())
+    for base, on_hub in (("Qwen/Qwen3-0.6B", True), ("/home/me/base", False), ("me`|x", False)):
+        text = model_card({**read_manifest(bundle), "base": base}, decoding)
+        assert (yaml.safe_load(text.split("---")[1]).get("base_model") == base) == on_hub
+        assert "Licence of the base model" in text and "me`|x" not in text
+    scratch = model_card({**read_manifest(bundle), "base": "scratch-tiny"}, decoding)
+    assert "Licence of the base model" not in scratch
 
 
 def test_an_edited_card_is_no_finding(copied: Path):

@@ -117,10 +117,12 @@ def _figures(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _licence(manifest: Mapping[str, Any], license: str | None) -> list[str]:
+    base = escaped(str(manifest["base"]))
+    scratch = str(manifest["base"]).startswith("scratch-")
     return [
         "## Licence and limits", "",
         f"- Licence of the model: {escaped(license) if license else TO_FILL_IN}",
-        f"- Licence of the base model ({escaped(str(manifest['base']))}): {TO_FILL_IN}",
+        *([] if scratch else [f"- Licence of the base model ({base}): {TO_FILL_IN}"]),
         f"- Licence of the data, and whether a model of them may be passed on: {TO_FILL_IN}",
         f"- Intended use, and what it must not be used for: {TO_FILL_IN}",
         "- Recommends what the training data made likely; who is rare in them is served worse.",

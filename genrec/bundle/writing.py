@@ -170,7 +170,9 @@ def _decoding(run_dir: Path | str, parts: ServedParts, settings: ExportSettings)
     served = _recommended(run_dir, parts, settings)
     config = served.config if served is not None else {}
     k = settings.k or config.get("k", DEFAULT_K)
-    width = settings.beam_width or max(config.get("beam_width", default_beam_width(k)), k)
+    # recommend's width was meant for lists of its length.
+    fits = k <= config.get("k", 0)
+    width = settings.beam_width or (config["beam_width"] if fits else default_beam_width(k))
     if not 1 <= k <= width:
         raise ValueError(f"k={k} must lie between 1 and beam_width={width}")
     return {
