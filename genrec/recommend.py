@@ -13,8 +13,8 @@ import polars as pl
 
 from genrec.artifacts import read_json, sha256_bytes, stage_folder, write_parquet
 from genrec.bundle.files import is_bundle
+from genrec.bundle.parts import DEFAULT_K, ServedParts
 from genrec.bundle.parts import MODEL_STAGES as MODEL_STAGES
-from genrec.bundle.parts import ServedParts
 from genrec.columns import (
     CERTIFIED,
     HISTORY,
@@ -40,7 +40,6 @@ from genrec.tasks.sequential import history_prompt
 logger = logging.getLogger(__name__)
 
 ENGINES = ("torch", "vllm")
-DEFAULT_K = 10
 
 
 class Engine(Protocol):
@@ -182,7 +181,7 @@ class Recommender:
             parts.max_history,
             parts.model_stage,
             parts.filter_seen,
-            parts.k or DEFAULT_K,
+            parts.k,
             parts.beam_width,
         )
 

@@ -5,7 +5,8 @@
 
 With `model_run` the model, its tokenizer, templates and length of histories are that run's;
 `run_dir` needs prepare, embed and quantize alone, extended from that run (see embed.py). A new
-item's SID is made of tokens that the model knows, in prompts as in lists.
+item's SID is made of tokens that the model knows, in prompts as in lists. Scores are normalised
+over what the model declares; another `normalizer` is noted in the manifest.
 
 Writes ``recommendations/recommendations-00000.parquet``, … (one row per recommended item) and
 ``rows.parquet`` (the rows that were asked for). Killed and started again, it goes on at the next

@@ -9,6 +9,7 @@ from genrec.artifacts import load_manifest, read_json, require, stage_folder
 from genrec.bundle.files import DECODING, check_bundle, is_bundle
 
 MODEL_STAGES = ("sft", "grpo")
+DEFAULT_K = 10
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class ServedParts:
         max_history: items of a history that a prompt keeps (the newest).
         model_stage: "sft" or "grpo".
         filter_seen: the rule under which the model was validated.
-        k: length of lists that are asked for without one; None where nothing says so.
+        k: length of lists that are asked for without one.
         beam_width: the search width of such lists; None: by their length.
     """
 
@@ -36,7 +37,7 @@ class ServedParts:
     max_history: int
     model_stage: str
     filter_seen: bool
-    k: int | None = None
+    k: int = DEFAULT_K
     beam_width: int | None = None
 
     @classmethod

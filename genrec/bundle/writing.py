@@ -32,7 +32,7 @@ from genrec.artifacts import (
 )
 from genrec.bundle.card import model_card
 from genrec.bundle.files import CARD, DECODING, KIND, SCHEMA_VERSION, list_files
-from genrec.bundle.parts import ServedParts
+from genrec.bundle.parts import DEFAULT_K, ServedParts
 from genrec.columns import BRAND, CATEGORIES, ITEM_ID, ITEM_INDEX, PRICE, TITLE, TRAIN_COUNT
 from genrec.decoding.beam import default_beam_width
 from genrec.modeling import load_base, load_tokenizer
@@ -42,7 +42,6 @@ from genrec.semantic_ids import SemanticIds
 
 # Of the catalogue: what lists show, filters ask for and reasons cite.
 SERVING_COLUMNS = (ITEM_INDEX, ITEM_ID, TITLE, BRAND, CATEGORIES, PRICE, TRAIN_COUNT)
-DEFAULT_K = 10
 _REWRITTEN = ("config.json", "generation_config.json")  # with the weights, in another dtype
 
 
