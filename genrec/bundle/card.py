@@ -80,7 +80,8 @@ def _facts(manifest: Mapping[str, Any], decoding: Mapping[str, Any]) -> list[str
         "Data (prepare), content hash": manifest["sources"]["prepare"]["content_hash"],
         "SID map, SHA-256": manifest["sid_map_sha256"],
         "Prompts, SHA-256": manifest["prompts_sha256"],
-        "Code of the export": manifest["git_commit"] or f"genrec {manifest['versions'].get('genrec')}",
+        "Code of the export": manifest["git_commit"]
+        or f"genrec {manifest['versions'].get('genrec')}",
     }
     return [
         "## How it was made", "",
