@@ -1,4 +1,4 @@
-"""Recommender: a run folder in, ranked catalogue items out; and batch generation in shards."""
+"""Recommender: a run or a bundle in, ranked catalogue items out; batch generation in shards."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 import polars as pl
 
-from genrec.artifacts import (
-    load_manifest,
-    read_json,
-    require,
-    sha256_bytes,
-    stage_folder,
-    write_parquet,
-)
+from genrec.artifacts import read_json, sha256_bytes, stage_folder, write_parquet
+from genrec.bundle.files import is_bundle
+from genrec.bundle.parts import DEFAULT_K, ServedParts
+from genrec.bundle.parts import MODEL_STAGES as MODEL_STAGES
 from genrec.columns import (
     CERTIFIED,
     HISTORY,
@@ -33,9 +29,10 @@ from genrec.columns import (
     TITLE,
     USER_ID,
 )
-from genrec.decoding.beam import BeamResult, Normalizer, default_beam_width
+from genrec.decoding.beam import BeamResult, default_beam_width
 from genrec.decoding.trie import CatalogueView, SidTrie
 from genrec.modeling import ABOUT, encode_prompts, load_model, load_tokenizer, sid_token_ids
+from genrec.normalizers import Normalizer, resolve_normalizer
 from genrec.prompts import PromptRenderer
 from genrec.semantic_ids import SemanticIds
 from genrec.tasks.sequential import history_prompt
@@ -43,7 +40,6 @@ from genrec.tasks.sequential import history_prompt
 logger = logging.getLogger(__name__)
 
 ENGINES = ("torch", "vllm")
-MODEL_STAGES = ("sft", "grpo")
 
 
 class Engine(Protocol):
@@ -87,6 +83,8 @@ class Recommender:
         max_history: items of a history that the prompt keeps (the newest).
         model_stage: which stage the model came from.
         filter_seen: the rule under which it was validated.
+        k: length of lists that are asked for without one.
+        beam_width: search width of lists of at most `k` items; None: by their length.
     """
 
     def __init__(
@@ -100,11 +98,13 @@ class Recommender:
         max_history: int,
         model_stage: str,
         filter_seen: bool = True,
+        k: int = DEFAULT_K,
+        beam_width: int | None = None,
     ) -> None:
         self.catalog, self.semantic_ids = catalog, semantic_ids
         self.renderer, self.template, self.tokenizer = renderer, template, tokenizer
         self.engine, self.max_history, self.model_stage = engine, max_history, model_stage
-        self.filter_seen = filter_seen
+        self.filter_seen, self.k, self.beam_width = filter_seen, k, beam_width
         self.sids = np.array(semantic_ids.sids().to_list(), dtype=object)
         self._row_of = dict(zip(catalog[ITEM_ID].to_list(), range(len(catalog)), strict=True))
 
@@ -114,18 +114,20 @@ class Recommender:
         run_dir: Path | str,
         stage: str | None = None,
         engine: str = "torch",
-        normalizer: Normalizer = "full",
+        normalizer: Normalizer | None = None,
         dtype: Any = "float32",
         batch_size: int = 64,
         model_run: Path | str | None = None,
     ) -> Recommender:
-        """Load a run folder.
+        """Load a run folder, or a bundle that `genrec export` made of one.
 
         Args:
-            run_dir: the run.
-            stage: "sft" or "grpo"; by default grpo where it is complete, else sft.
+            run_dir: the run or bundle.
+            stage: "sft" or "grpo"; by default grpo where it is complete, else sft. A bundle has
+                one.
             engine: "torch" (in process) or "vllm".
-            normalizer: of the scores; full vocabulary, level or trie.
+            normalizer: of the scores: full vocabulary, level or trie; default: what the model
+                declares. Another one is logged as a warning.
             dtype: of the weights.
             batch_size: users decoded together.
             model_run: run that the model comes from, with its tokenizer, templates and length of
@@ -133,51 +135,54 @@ class Recommender:
                 model's. None: `run_dir`.
 
         Raises:
-            ValueError: a stage is missing, broken, or was built from other inputs, or the map does
-                not extend the model's.
+            ValueError: a stage is missing, broken, or was built from other inputs, the map does
+                not extend the model's, or a bundle isn't what was exported.
         """
         if engine not in ENGINES:
             raise ValueError(f"engine={engine!r} is not known; choose one of {', '.join(ENGINES)}")
-        if stage is not None and stage not in MODEL_STAGES:
+        if is_bundle(run_dir):
+            if model_run is not None:
+                raise ValueError(f"{run_dir} is a bundle and holds its model; leave model_run out")
+            parts = ServedParts.of_bundle(run_dir, stage)
+        else:
+            parts = ServedParts.of_run(run_dir, stage, model_run)
+        semantic_ids = SemanticIds.load(parts.semantic_ids)
+        catalog = pl.read_parquet(parts.catalog, glob=False)
+        if not catalog[ITEM_ID].equals(semantic_ids.item_ids):
             raise ValueError(
-                f"stage={stage!r} is not known; choose one of {', '.join(MODEL_STAGES)}"
+                f"{parts.catalog} and the SID map in {parts.semantic_ids} hold other items; "
+                "restore both, or rerun quantize"
             )
-        source = run_dir if model_run is None else model_run
-        stage = stage or ("grpo" if load_manifest(source, "grpo") else "sft")
-        trained = require(source, stage)
-        data = require(source, "prepare")
-        dataset = require(source, "build_dataset")
-        require(run_dir, "quantize")
-        semantic_ids = SemanticIds.load(stage_folder(run_dir, "quantize"))
         trie = SidTrie.build(semantic_ids.codes)
-        folder = stage_folder(source, stage) / "model"
         if model_run is not None:
-            _check_descent(run_dir, semantic_ids, model_run, folder)
+            _check_descent(run_dir, semantic_ids, model_run, parts.model)
+        tokenizer, _ = load_tokenizer(parts.model, semantic_ids)
+        token_ids = sid_token_ids(tokenizer, semantic_ids)
+        scores = resolve_normalizer(normalizer, parts.model)
         built: Engine
         if engine == "vllm":
             from genrec.decoding.vllm_engine import VllmEngine
 
-            tokenizer, _ = load_tokenizer(folder, semantic_ids)
-            token_ids = sid_token_ids(tokenizer, semantic_ids)
-            built = VllmEngine(folder, trie, token_ids, normalizer, batch_size, dtype=dtype)
+            built = VllmEngine(parts.model, trie, token_ids, scores, batch_size, dtype=dtype)
         else:
             from genrec.decoding.torch_engine import TorchEngine
 
-            model, tokenizer, _ = load_model(folder, semantic_ids, dtype)
-            token_ids = sid_token_ids(tokenizer, semantic_ids)
+            model, _, _ = load_model(parts.model, semantic_ids, dtype)
             pad = tokenizer.pad_token_id
             pad = tokenizer.eos_token_id if pad is None else pad
-            built = TorchEngine(model, trie, token_ids, pad, normalizer, batch_size)
+            built = TorchEngine(model, trie, token_ids, pad, scores, batch_size)
         return cls(
-            pl.read_parquet(stage_folder(run_dir, "prepare") / "catalog.parquet"),
+            catalog,
             semantic_ids,
-            PromptRenderer(stage_folder(source, "build_dataset") / "prompts"),
-            dataset.metrics["serving_template"],
+            PromptRenderer(parts.prompts),
+            parts.template,
             tokenizer,
             built,
-            data.config["max_history"],
-            stage,
-            trained.config.get("filter_seen", True),
+            parts.max_history,
+            parts.model_stage,
+            parts.filter_seen,
+            parts.k,
+            parts.beam_width,
         )
 
     def prompts(self, histories: Sequence[Sequence[int]]) -> list[str]:
@@ -209,7 +214,7 @@ class Recommender:
     def recommend(
         self,
         history: Sequence[Any],
-        k: int = 10,
+        k: int | None = None,
         filter_seen: bool | None = None,
         beam_width: int | None = None,
     ) -> list[Recommendation]:
@@ -217,17 +222,18 @@ class Recommender:
 
         Args:
             history: the user's item ids.
-            k: length of the list.
+            k: length of the list; default 10, or the bundle's.
             filter_seen: leave out items of the history; default: the rule of the run.
-            beam_width: prefixes kept per level; default max(2k, 50).
+            beam_width: prefixes kept per level; default max(2k, 50), or for lists no longer than
+                its own the bundle's.
         """
+        k = self.k if k is None else k
+        width = beam_width or (self.beam_width if k <= self.k else None) or default_beam_width(k)
         rows = self.rows_of(history)
         prompt = self.prompts([rows])
         filter_seen = self.filter_seen if filter_seen is None else filter_seen
         seen = [np.array(rows, dtype=np.int64)] if filter_seen else None
-        result = self.engine.search(
-            encode_prompts(self.tokenizer, prompt), k, beam_width or default_beam_width(k), seen
-        )
+        result = self.engine.search(encode_prompts(self.tokenizer, prompt), k, width, seen)
         titles = self.catalog[TITLE]
         ids = self.catalog[ITEM_ID]
         return [

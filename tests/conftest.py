@@ -137,8 +137,13 @@ def _tiny_lm(vocab_size: int, tied: bool = True, seed: int = 0, context: int = 2
     return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)).eval()
 
 
-def _save_run(run: Path, shop: TinyShop, model, tokenizer, max_history: int = 6) -> None:
-    """A finished run folder (prepare, quantize, build_dataset, sft) made by library calls."""
+def _save_run(
+    run: Path, shop: TinyShop, model, tokenizer, max_history: int = 6, **about: object
+) -> None:
+    """A finished run folder (prepare, quantize, build_dataset, sft) made by library calls.
+
+    `about` goes into the model's ``genrec.json``.
+    """
     import shutil
 
     from genrec.artifacts import Stage, write_parquet
@@ -162,7 +167,7 @@ def _save_run(run: Path, shop: TinyShop, model, tokenizer, max_history: int = 6)
     stage.finish(rows=0, metrics={"serving_template": "sequential/seen/01"})
     stage = Stage(run, "sft", {}, ["prepare", "quantize", "build_dataset"])
     assert not stage.is_done()
-    about = {"stage": "sft", "base": "tiny"}
+    about = {"stage": "sft", "base": "tiny", **about}
     save_model(model, tokenizer, shop.semantic_ids, stage.folder / "model", about)
     stage.finish(rows=0)
 

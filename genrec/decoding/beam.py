@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from genrec.decoding.sampling import Draws, Sample, gather_samples
 from genrec.decoding.trie import CatalogueView, SidTrie
+from genrec.normalizers import NORMALIZERS as NORMALIZERS
+from genrec.normalizers import Normalizer as Normalizer
 
-Normalizer = Literal["full", "level", "trie"]
-NORMALIZERS: tuple[Normalizer, ...] = ("full", "level", "trie")
 _LOW_WORD = (1 << 32) - 1
 _CHILDREN_AT_ONCE = 1 << 22  # bounds the memory of a step; some ten arrays of this size
 
