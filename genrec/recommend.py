@@ -49,6 +49,8 @@ MODEL_STAGES = ("sft", "grpo")
 class Engine(Protocol):
     """What a decoding engine offers (see `genrec.decoding.torch_engine.TorchEngine.search`)."""
 
+    trie: SidTrie
+
     def search(
         self,
         prompts: Sequence[Sequence[int]],
@@ -191,6 +193,11 @@ class Recommender:
             for h in histories
         ]
 
+    def known_rows(self, item_ids: Sequence[Any]) -> tuple[list[int], list[Any]]:
+        """Catalogue rows of the item ids that the catalogue has, and the ids that it lacks."""
+        rows = [(item, self._row_of.get(item)) for item in item_ids]
+        return [row for _, row in rows if row is not None], [i for i, row in rows if row is None]
+
     def rows_of(self, item_ids: Sequence[Any]) -> list[int]:
         """Catalogue rows of item ids.
 
@@ -228,6 +235,10 @@ class Recommender:
         result = self.engine.search(
             encode_prompts(self.tokenizer, prompt), k, beam_width or default_beam_width(k), seen
         )
+        return self.recommendations(result, 0)
+
+    def recommendations(self, result: BeamResult, row: int) -> list[Recommendation]:
+        """One row of a search's result as items of the catalogue; padding is left out."""
         titles = self.catalog[TITLE]
         ids = self.catalog[ITEM_ID]
         return [
@@ -235,11 +246,11 @@ class Recommender:
                 rank + 1,
                 ids[int(item)],
                 titles[int(item)],
-                float(result.scores[0, rank]),
+                float(result.scores[row, rank]),
                 str(self.sids[item]),
-                tuple(float(x) for x in result.level_log_probs[0, rank]),
+                tuple(float(x) for x in result.level_log_probs[row, rank]),
             )
-            for rank, item in enumerate(result.items[0])
+            for rank, item in enumerate(result.items[row])
             if item >= 0
         ]
 

@@ -63,12 +63,35 @@ class BeamResult:
         level_log_probs: their summands, (n, k, L) float32.
         certified: whether no pruned prefix could have led to a better item, (n,): the list then is
             the exact top k. Scores only fall along a path, which is the proof.
+        pruned: score of the best prefix that was ever cut off, (n,) float32, −inf if none was; None
+            for lists that are no search's own.
     """
 
     items: np.ndarray
     scores: np.ndarray
     level_log_probs: np.ndarray
     certified: np.ndarray
+    pruned: np.ndarray | None = None
+
+    def cut(self, k: int) -> BeamResult:
+        """The lists that the same search gives for a smaller k, `certified` included.
+
+        Raises:
+            ValueError: k is not within 1 … the length of these lists.
+        """
+        longest = self.items.shape[1]
+        if not 1 <= k <= longest:
+            raise ValueError(f"k={k} must lie between 1 and the {longest} items of these lists")
+        certified = self.certified  # what holds for a long list holds for its beginning
+        if self.pruned is not None:
+            certified = (self.pruned < self.scores[:, k - 1]) | (self.pruned == -np.inf)
+        return BeamResult(
+            self.items[:, :k],
+            self.scores[:, :k],
+            self.level_log_probs[:, :k],
+            certified,
+            self.pruned,
+        )
 
 
 class TrieTensors:
@@ -300,6 +323,7 @@ def finish(tensors: TrieTensors, beams: Beams, k: int, prompt_rows: np.ndarray) 
             constant_values=-np.inf,
         ),
         certified.cpu().numpy(),
+        beams.pruned.cpu().numpy(),
     )
 
 
@@ -357,11 +381,13 @@ def search_in_batches(
     scores = np.full((n, k), -np.inf, dtype=np.float32)
     level_log_probs = np.full((n, k, levels), -np.inf, dtype=np.float32)
     certified = np.zeros(n, dtype=bool)
+    pruned = np.full(n, -np.inf, dtype=np.float32)
     for rows in batches:
         dead = tensors.exclusions(None if seen is None else [np.asarray(seen[r]) for r in rows])
         result = search_batch(rows, dead)
         items[rows], scores[rows] = result.items, result.scores
         level_log_probs[rows], certified[rows] = result.level_log_probs, result.certified
+        pruned[rows] = result.pruned
         if progress is not None:
             progress(len(rows))
-    return BeamResult(items, scores, level_log_probs, certified)
+    return BeamResult(items, scores, level_log_probs, certified, pruned)
