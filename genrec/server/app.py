@@ -224,7 +224,7 @@ class Endpoints:
         return Response(self.monitoring.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def require_admin(self, request: Request) -> None:
-        """Refuse whoever lacks the token (the gate did already; a mounted app has none)."""
+        """Refuse whoever lacks the token: the gate did already, but by the path it saw."""
         token = self.settings.admin_token
         if token is None or not authorised(request.headers.get("authorization"), token):
             raise HTTPException(401, "this endpoint needs the admin's bearer token")

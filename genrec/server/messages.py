@@ -27,7 +27,7 @@ def shorten(values: Sequence[Any], shown: int = _SHOWN) -> str:
 
 
 def validation_message(errors: Sequence[Any]) -> str:
-    """Problems that pydantic found, in one line, without the values that were sent."""
+    """Problems that pydantic found, in one line."""
     parts = [_problem(error) for error in errors[:_SHOWN]]
     rest = len(errors) - len(parts)
     return "; ".join(parts) + (f"; and {rest} more" if rest else "")
@@ -41,6 +41,11 @@ def _problem(error: Any) -> str:
     place = _place(error["loc"]) or "the body"
     text = error["msg"].removeprefix("Value error, ")
     text = _WORDS.get(error["type"], text[0].lower() + text[1:])
+    if error["type"] == "value_error":  # our own words; they have what is needed
+        return f"{place}: {text}"
+    value = error.get("input")
+    if isinstance(value, bool | int | float | str):
+        text += f", not {shorten([value])}"
     return f"{place} {text}" if error["type"] in _WORDS else f"{place}: {text}"
 
 
