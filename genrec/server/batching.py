@@ -134,7 +134,7 @@ class Batcher:
             QueueFull: there is no room for all, or no answer is to be expected any more.
         """
         if self.state != "ready":
-            raise QueueFull(f"the server is {self.state}")
+            raise QueueFull(f"this server takes no requests now: {self.state}")
         if len(self._queue) + len(jobs) > self.max_queue:
             # Those who gave up no longer need their places.
             self._queue = deque(job for job in self._queue if not job.answer.done())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -17,15 +18,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from genrec.artifacts import load_manifest, sha256_json, stage_folder
+from genrec.artifacts import FOLDERS, load_manifest, sha256_json, stage_folder
 from genrec.decoding.beam import Normalizer
 from genrec.decoding.trie import CatalogueView
-from genrec.recommend import MODEL_STAGES, Recommender
+from genrec.recommend import Recommender
 from genrec.server.messages import shorten
 
 logger = logging.getLogger(__name__)
-
-_READ_STAGES = ("prepare", "quantize", "build_dataset", *MODEL_STAGES)
 
 
 class SwapRefused(ValueError):
@@ -161,21 +160,31 @@ def path_below(root: Path, name: str) -> Path:
         folder = (root / name).resolve(strict=True)
         if root not in folder.parents or not folder.is_dir():
             raise outside
-        for stage in _READ_STAGES:
-            part = stage_folder(folder, stage)
-            for path in (part, *part.rglob("*")) if part.exists() else ():
-                if root not in path.resolve().parents:
-                    raise SwapRefused(
-                        f"{path.relative_to(root)} links to a place outside of the runs' root; "
-                        "copy the files into the run"
-                    )
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        _check_links(root, folder)
+    except SwapRefused:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a null byte
         raise outside from error
-    except ValueError as error:
-        if isinstance(error, SwapRefused):
-            raise
-        raise outside from error  # a null byte
     return folder
+
+
+def _check_links(root: Path, folder: Path) -> None:
+    """Follow every symbolic link below the stage folders of a run; none may leave `root`."""
+    todo = [stage_folder(folder, stage) for stage in FOLDERS]
+    todo, done = [path for path in todo if path.exists()], set()
+    while todo:
+        path = todo.pop()
+        place = path.resolve(strict=True)
+        if root not in place.parents:
+            raise SwapRefused(
+                f"{path.relative_to(root)} links to a place outside of the runs' root; copy what "
+                "it links to into the run"
+            )
+        if place in done or not place.is_dir():
+            continue
+        done.add(place)
+        with os.scandir(place) as entries:
+            todo += [Path(entry.path) for entry in entries if entry.is_symlink() or entry.is_dir()]
 
 
 class Serving:
