@@ -293,12 +293,12 @@ def test_requests_during_swaps_see_one_model_and_one_view(world):
                     assert [i["item_id"] for i in result["items"]] == want, (model, rule)
 
         asking = [asyncio.create_task(ask()) for _ in range(6)]
-        for step in range(6):
+        for step in range(4):
             rule = ("allow", "deny", "all")[step % 3]
             made = await client.post("/admin/view", json=bodies[rule], headers=world.admin)
             assert made.status_code == 200
-            if step in (1, 4):
-                run_dir = {"run_dir": "b" if step == 1 else "a"}
+            if step == 1:
+                run_dir = {"run_dir": "b"}
                 made = await client.post("/admin/model", json=run_dir, headers=world.admin)
                 assert made.status_code == 200
             while (made.json()["model"]["sha256"] in name_of, rule) not in {
