@@ -66,8 +66,7 @@ def create_app(load: Load, settings: ServerSettings) -> FastAPI:
     Raises:
         ValueError: the run can't be served, or the view doesn't fit its catalogue.
     """
-    first = load(settings.run_dir, settings.model_run)
-    serving = Serving(load, first, settings.view)
+    serving = Serving(load, load(settings.run_dir, settings.model_run), settings.view)
     endpoints = Endpoints(serving, settings)
 
     @asynccontextmanager

@@ -154,12 +154,21 @@ class Batcher:
         self._thread.shutdown()
 
     async def _run(self) -> None:
-        while batch := await self._next_batch():
-            groups: defaultdict[tuple[int, int], list[Job]] = defaultdict(list)
-            for job in batch:
-                groups[id(job.snapshot), job.beam_width].append(job)
-            for group in groups.values():
-                await self._answer(group)
+        while await self._answer_next():
+            pass
+
+    async def _answer_next(self) -> bool:
+        """Answer one batch; False: the queue is closed and empty.
+
+        A function of its own, so that an idle server holds on to no batch and its old model.
+        """
+        batch = await self._next_batch()
+        groups: defaultdict[tuple[int, int], list[Job]] = defaultdict(list)
+        for job in batch:
+            groups[id(job.snapshot), job.beam_width].append(job)
+        for group in groups.values():
+            await self._answer(group)
+        return bool(batch)
 
     async def _next_batch(self) -> list[Job]:
         """The oldest users, at least one; empty when the queue is closed and empty."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import shutil
 import threading
+import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -128,7 +130,10 @@ def test_a_model_is_exchanged_and_the_view_stays(world):
         want = world.recommenders["b"].recommend(ids[:2], k=60)
         want = [r.item_id for r in want if r.item_id in ids[:9]]
         assert [i["item_id"] for i in answer["items"]] == want
+        old = weakref.ref(endpoints(client.app).serving.current.recommender.engine)
         back = client.post("/admin/model", json={"run_dir": str(world.root / "a")})  # absolute
+        gc.collect()
+        assert old() is None  # nothing keeps the memory of a model that serves no more
         assert back.json()["model"]["version"] == 3
         health = client.get("/health").json()
         assert health["model"] == back.json()["model"] and health["catalogue_items"] == 60
