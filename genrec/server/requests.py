@@ -56,7 +56,11 @@ def prepare(
         ("exclude", len(request.exclude), settings.max_exclude),
     ):
         if value > limit:
-            what = f"k={value} exceeds" if name == "k" else f"{name} has {value} items, more than"
+            what = (
+                f"k={shorten([value])} exceeds"
+                if name == "k"
+                else f"{name} has {value} items, more than"
+            )
             raise Refused(422, f"{where}{what} this server's limit of {limit}")
     recommender = snapshot.recommender
     rows, dropped = _known(snapshot, request.history, request.unknown_items, f"{where}history")

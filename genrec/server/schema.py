@@ -25,6 +25,7 @@ from pydantic import (
 from genrec.server.messages import shorten
 
 MAX_USER_ID = 256  # characters: it is echoed
+MAX_REQUESTS = 1024  # in one call, whatever a server allows: counted before they are looked at
 _INT64 = 1 << 63
 
 
@@ -99,7 +100,7 @@ class RecommendRequest(_Strict):
 class RecommendRequests(_Strict):
     """Several users in one call; they are answered together or not at all."""
 
-    requests: list[RecommendRequest] = Field(min_length=1, fail_fast=True)
+    requests: list[RecommendRequest] = Field(min_length=1, max_length=MAX_REQUESTS, fail_fast=True)
 
 
 def _form(body: Any) -> str:

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from genrec.server.schema import MAX_REQUESTS
 from genrec.server.serving import ViewRule
 
 TOKEN_VARIABLE = "GENREC_ADMIN_TOKEN"
@@ -68,6 +69,8 @@ class ServerSettings:
         for name in ("max_wait_ms", "max_history", "max_exclude"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if self.max_requests > MAX_REQUESTS:
+            raise ValueError(f"max_requests={self.max_requests} exceeds {MAX_REQUESTS}")
         if self.max_requests > self.max_queue:
             raise ValueError(
                 f"max_requests={self.max_requests} exceeds max_queue={self.max_queue}: such a call "

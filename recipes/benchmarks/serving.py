@@ -4,12 +4,13 @@
     python recipes/benchmarks/serving.py --run_dir runs/quickstart
 
 Starts two real servers on loopback, one that batches and one that doesn't (`--max_batch 1`), and
-sends each the same requests from 1, 8 and 32 clients that each wait for their answer, in turns.
-Then, under load, the batching server's view and model are swapped (for `swap_run`; by default the
-run is loaded once more); every answer is checked against the view that it names. Clients and
-servers share the machine's cores. Without `run_dir` a run of 2,000 items is built with random
-weights: speed doesn't depend on what a model has learned. The last line is one JSON object; the
-exit status is 1 if any request failed. Needs the serve extra and httpx.
+sends each the same requests from 1, 8 and 32 clients that each wait for their answer, in turns
+(`direct_p50_ms`: `Recommender.recommend` in this process, in the same turns). Then, under load, the
+batching server's view and model are swapped (for `swap_run`; by default the run is loaded once
+more); every answer is checked against the view that it names. Clients and servers share the
+machine's cores. Without `run_dir` a run of 2,000 items is built with random weights: speed doesn't
+depend on what a model has learned. The last line is one JSON object; the exit status is 1 if any
+request failed. Needs the serve extra and httpx.
 """
 
 import asyncio
@@ -37,6 +38,7 @@ from genrec.config import parse, run
 from genrec.data.synthetic import synthetic_shop
 from genrec.modeling import add_sid_tokens, from_scratch, save_model, train_tokenizer
 from genrec.prompts import default_folder
+from genrec.recommend import Recommender
 from genrec.semantic_ids import SemanticIds
 
 SERVE = Path(__file__).resolve().parent.parent / "serve.py"
@@ -215,6 +217,16 @@ def summary(loads: list[Load]) -> dict[str, Any]:
     }
 
 
+def alone(recommender: Recommender, bodies: list[dict[str, Any]]) -> list[float]:
+    """Milliseconds of each request without a server, in this process."""
+    took = []
+    for body in bodies:
+        started = time.perf_counter()
+        recommender.recommend(body["history"], body["k"])
+        took.append((time.perf_counter() - started) * 1000)
+    return took
+
+
 async def swaps(
     client: Any, bodies: list[dict[str, Any]], denied: list[Any], swap_run: Path
 ) -> dict[str, Any]:
@@ -245,6 +257,7 @@ async def measure(args: ServingArgs, run_dir: Path, swap_run: Path) -> dict[str,
     denied = ids[: max(1, len(ids) // 20)]
     root = run_dir.resolve().parent
     levels: dict[str, Any] = {}
+    recommender, direct = Recommender.load(run_dir), []
     with server(run_dir, root) as on, server(run_dir, root, "--max_batch", "1") as off:
         async with client_of(*on) as batching, client_of(*off) as single:
             servers = {"batching": batching, "no_batching": single}
@@ -256,6 +269,7 @@ async def measure(args: ServingArgs, run_dir: Path, swap_run: Path) -> dict[str,
                 for _ in range(args.repeats):
                     for name, client in servers.items():
                         loads[name].append(await send(client, bodies, clients, args.seconds, set()))
+                    direct += alone(recommender, bodies[:20])
                 after = await batches(batching)
                 level = {name: summary(many) for name, many in loads.items()}
                 mean = (after[1] - before[1]) / (after[0] - before[0])
@@ -269,6 +283,7 @@ async def measure(args: ServingArgs, run_dir: Path, swap_run: Path) -> dict[str,
         "items": len(ids),
         "k": args.k,
         "cores": os.cpu_count(),
+        "direct_p50_ms": round(float(np.median(direct)), 1),
         "clients": levels,
         "swap": swapped,
         "failed": sum(one["failed"] for one in every),

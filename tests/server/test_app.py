@@ -210,6 +210,8 @@ def test_errors_repeat_only_a_bounded_piece(client):
         {"history": [], "z" * 50_000: 1},
         {"history": [], **{f"field{i}": 1 for i in range(9000)}},
         {"history": [], "k": "z" * 50_000},
+        {"history": [], "k": 10**4000},
+        {"requests": [{"history": []}] * 10_000},
         {"history": [None] * 40_000},
         {"requests": [{"history": [], "unknown_items": "z" * 2000}] * 60},
         {"history": ["\x00\x1b[31m\u202e"]},

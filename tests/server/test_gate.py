@@ -163,6 +163,7 @@ def test_the_admin_may_send_more():
         ({"timeout_s": float("nan")}, "timeout_s=nan must be above 0"),
         ({"max_wait_ms": -1}, "max_wait_ms=-1 must be at least 0"),
         ({"max_queue": 10}, "max_requests=64 exceeds max_queue=10"),
+        ({"max_requests": 1025, "max_queue": 2000}, "max_requests=1025 exceeds 1024"),
         ({"beam_width": 50}, "beam_width=50 must be at least max_k=100"),
         ({"admin_token": "short"}, "the admin token has 5 characters; it needs at least 16"),
         ({"admin_token": "ä" * 20}, "printable ASCII"),
