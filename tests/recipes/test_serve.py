@@ -49,7 +49,8 @@ def server(run, recipe_command, tmp_path_factory) -> Iterator[Server]:
         port = probe.getsockname()[1]
     command, env = recipe_command(
         "serve", run, "--port", str(port), "--view_file", str(folder / "view.json"),
-        "--max_wait_ms", "1500", "--timeout_s", "60", "--runs_root", str(run.parent),
+        "--max_wait_ms", "5000", "--max_batch", "4", "--timeout_s", "60",
+        "--runs_root", str(run.parent),
     )  # fmt: skip
     log = folder / "log"
     with log.open("w") as stream:
@@ -79,9 +80,10 @@ def test_it_serves_the_run_and_its_view(server):
     health = httpx.get(f"{server.url}/health").json()
     assert health["status"] == "ready" and health["catalogue_items"] == 20
     assert (health["view"]["rule"], health["view"]["items"]) == ("deny", 18)
-    body = {"history": [], "k": 20}
+    body = {"requests": [{"history": [], "k": 20}] * 4}  # a full batch: it waits for no one
     made = httpx.post(f"{server.url}/recommend", json=body, timeout=60)
-    assert {i["item_id"] for i in made.json()["items"]} == set(range(102, 120))
+    for result in made.json()["results"]:
+        assert {i["item_id"] for i in result["items"]} == set(range(102, 120))
     assert "server" not in made.headers
     admin = {"authorization": f"Bearer {TOKEN}"}
     made = httpx.post(f"{server.url}/admin/view", json={"all": True}, headers=admin, timeout=60)
