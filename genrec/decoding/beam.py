@@ -90,7 +90,7 @@ class BeamResult:
             self.scores[:, :k],
             self.level_log_probs[:, :k],
             certified,
-            self.pruned,
+            pruned=self.pruned,
         )
 
 
@@ -323,7 +323,7 @@ def finish(tensors: TrieTensors, beams: Beams, k: int, prompt_rows: np.ndarray) 
             constant_values=-np.inf,
         ),
         certified.cpu().numpy(),
-        beams.pruned.cpu().numpy(),
+        pruned=beams.pruned.cpu().numpy(),
     )
 
 
@@ -390,4 +390,4 @@ def search_in_batches(
         pruned[rows] = result.pruned
         if progress is not None:
             progress(len(rows))
-    return BeamResult(items, scores, level_log_probs, certified, pruned)
+    return BeamResult(items, scores, level_log_probs, certified, pruned=pruned)
