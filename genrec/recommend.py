@@ -45,6 +45,8 @@ ENGINES = ("torch", "vllm")
 class Engine(Protocol):
     """What a decoding engine offers (see `genrec.decoding.torch_engine.TorchEngine.search`)."""
 
+    trie: SidTrie
+
     def search(
         self,
         prompts: Sequence[Sequence[int]],
@@ -153,7 +155,7 @@ class Recommender:
                 f"{parts.catalog} and the SID map in {parts.semantic_ids} hold other items; "
                 "restore both, or rerun quantize"
             )
-        trie = SidTrie.build(semantic_ids.codes)
+        trie = SidTrie.of_map(semantic_ids, parts.semantic_ids)
         if model_run is not None:
             _check_descent(run_dir, semantic_ids, model_run, parts.model)
         tokenizer, _ = load_tokenizer(parts.model, semantic_ids)
@@ -196,6 +198,11 @@ class Recommender:
             for h in histories
         ]
 
+    def known_rows(self, item_ids: Sequence[Any]) -> tuple[list[int], list[Any]]:
+        """Catalogue rows of the item ids that the catalogue has, and the ids that it lacks."""
+        rows = [(item, self._row_of.get(item)) for item in item_ids]
+        return [row for _, row in rows if row is not None], [i for i, row in rows if row is None]
+
     def rows_of(self, item_ids: Sequence[Any]) -> list[int]:
         """Catalogue rows of item ids.
 
@@ -228,12 +235,20 @@ class Recommender:
                 its own the bundle's.
         """
         k = self.k if k is None else k
-        width = beam_width or (self.beam_width if k <= self.k else None) or default_beam_width(k)
+        width = beam_width or self.width_of(k)
         rows = self.rows_of(history)
         prompt = self.prompts([rows])
         filter_seen = self.filter_seen if filter_seen is None else filter_seen
         seen = [np.array(rows, dtype=np.int64)] if filter_seen else None
         result = self.engine.search(encode_prompts(self.tokenizer, prompt), k, width, seen)
+        return self.recommendations(result, 0)
+
+    def width_of(self, k: int) -> int:
+        """Search width of a list of k items: the bundle's, else max(2k, 50)."""
+        return (self.beam_width if k <= self.k else None) or default_beam_width(k)
+
+    def recommendations(self, result: BeamResult, row: int) -> list[Recommendation]:
+        """One row of a search's result as items of the catalogue; padding is left out."""
         titles = self.catalog[TITLE]
         ids = self.catalog[ITEM_ID]
         return [
@@ -241,11 +256,11 @@ class Recommender:
                 rank + 1,
                 ids[int(item)],
                 titles[int(item)],
-                float(result.scores[0, rank]),
+                float(result.scores[row, rank]),
                 str(self.sids[item]),
-                tuple(float(x) for x in result.level_log_probs[0, rank]),
+                tuple(float(x) for x in result.level_log_probs[row, rank]),
             )
-            for rank, item in enumerate(result.items[0])
+            for rank, item in enumerate(result.items[row])
             if item >= 0
         ]
 

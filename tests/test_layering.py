@@ -10,7 +10,7 @@ ORDER = [
     "columns", "item_lists", "artifacts", "normalizers", "page", "svg", "metrics", "data",
     "embedding", "quantizers", "semantic_ids", "chains", "prompts", "tasks", "modeling",
     "training_data", "decoding", "rewards", "rollouts", "bundle", "list_shaping",
-    "recommend", "evaluation", "explain", "audit", "config", "cli",
+    "recommend", "server", "evaluation", "explain", "audit", "config", "cli",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -58,5 +58,7 @@ def test_heavy_packages_stay_where_they_belong(path):
         if not path.name.startswith("rqvae"):  # the one quantizer that is trained by gradients
             banned.add("torch")
         assert not roots & banned
+    if part(path) != "server":
+        assert not roots & {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"}
     if path.name == "trie.py":
         assert not roots & {"torch", "transformers"}

@@ -68,6 +68,8 @@ class BeamResult:
         certified: whether no pruned prefix could have led to a better item, (n,): the list then is
             the exact top k. Scores only fall along a path, which is the proof. False for a sampler.
         sample: what a sampler knows of its lists; None without one.
+        pruned: score of the best prefix that was ever cut off, (n,) float32, −inf if none was; None
+            for lists that are no search's own.
     """
 
     items: np.ndarray
@@ -75,6 +77,29 @@ class BeamResult:
     level_log_probs: np.ndarray
     certified: np.ndarray
     sample: Sample | None = None
+    pruned: np.ndarray | None = None
+
+    def cut(self, k: int) -> BeamResult:
+        """The lists that the same search gives for a smaller k, `certified` included.
+
+        Raises:
+            ValueError: k is not within 1 … the length of these lists, or they were drawn.
+        """
+        longest = self.items.shape[1]
+        if not 1 <= k <= longest:
+            raise ValueError(f"k={k} must lie between 1 and the {longest} items of these lists")
+        if self.sample is not None:
+            raise ValueError("lists that a sampler drew can't be cut; draw k items")
+        certified = self.certified  # what holds for a long list holds for its beginning
+        if self.pruned is not None:
+            certified = (self.pruned < self.scores[:, k - 1]) | (self.pruned == -np.inf)
+        return BeamResult(
+            self.items[:, :k],
+            self.scores[:, :k],
+            self.level_log_probs[:, :k],
+            certified,
+            pruned=self.pruned,
+        )
 
 
 @dataclass(frozen=True)
@@ -463,6 +488,7 @@ def finish(tensors: TrieTensors, beams: Beams, k: int, prompt_rows: np.ndarray) 
         ),
         certified.cpu().numpy(),
         None if beams.draws is None else beams.draws.sample(k),
+        beams.pruned.cpu().numpy(),
     )
 
 
@@ -528,6 +554,7 @@ def search_in_batches(
     scores = np.full((n, k), -np.inf, dtype=np.float32)
     level_log_probs = np.full((n, k, levels), -np.inf, dtype=np.float32)
     certified = np.zeros(n, dtype=bool)
+    pruned = np.full(n, -np.inf, dtype=np.float32)
     samples: list[Sample] = []
     for rows in batches:
         filters = tensors.exclusions(
@@ -537,9 +564,10 @@ def search_in_batches(
         result = search_batch(rows, filters)
         items[rows], scores[rows] = result.items, result.scores
         level_log_probs[rows], certified[rows] = result.level_log_probs, result.certified
+        pruned[rows] = result.pruned
         if result.sample is not None:
             samples.append(result.sample)
         if progress is not None:
             progress(len(rows))
     sample = gather_samples(samples, np.concatenate(batches)) if samples else None
-    return BeamResult(items, scores, level_log_probs, certified, sample)
+    return BeamResult(items, scores, level_log_probs, certified, sample, pruned)
