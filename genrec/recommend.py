@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,9 +20,11 @@ from genrec.artifacts import (
     stage_folder,
     write_parquet,
 )
+from genrec.chain_reader import ChainReader
 from genrec.columns import (
     CERTIFIED,
     HISTORY,
+    HISTORY_ITEMS,
     ITEM_ID,
     ITEM_INDEX,
     LEVEL_LOG_PROBS,
@@ -34,16 +37,29 @@ from genrec.columns import (
     USER_ID,
 )
 from genrec.decoding.beam import BeamResult, Normalizer, default_beam_width
+from genrec.decoding.free_text import TextSampling
+from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import CatalogueView, SidTrie
 from genrec.modeling import ABOUT, encode_prompts, load_model, load_tokenizer, sid_token_ids
-from genrec.prompts import PromptRenderer
+from genrec.prompts import PromptRenderer, escape_text
+from genrec.reasoning import (
+    REASONING,
+    ReasonedList,
+    decision_marker,
+    read_lists,
+    sample_chains,
+    search_with_chains,
+)
 from genrec.semantic_ids import SemanticIds
+from genrec.tasks.attributes import item_attributes
+from genrec.tasks.families import FAMILIES, SEQUENTIAL
 from genrec.tasks.sequential import history_prompt
 
 logger = logging.getLogger(__name__)
 
 ENGINES = ("torch", "vllm")
 MODEL_STAGES = ("sft", "grpo")
+QUERY_SEARCH, JOINT_SEARCH = "query_search", "intention_search"
 
 
 class Engine(Protocol):
@@ -87,6 +103,9 @@ class Recommender:
         max_history: items of a history that the prompt keeps (the newest).
         model_stage: which stage the model came from.
         filter_seen: the rule under which it was validated.
+        families: task families that the model was trained on.
+        trained_on_target: whether the reasoning chains that it learned from saw the answer, as the
+            run recorded it; None where it did not.
     """
 
     def __init__(
@@ -100,11 +119,14 @@ class Recommender:
         max_history: int,
         model_stage: str,
         filter_seen: bool = True,
+        families: Collection[str] = (SEQUENTIAL,),
+        trained_on_target: bool | None = None,
     ) -> None:
         self.catalog, self.semantic_ids = catalog, semantic_ids
         self.renderer, self.template, self.tokenizer = renderer, template, tokenizer
         self.engine, self.max_history, self.model_stage = engine, max_history, model_stage
         self.filter_seen = filter_seen
+        self.families, self.trained_on_target = frozenset(families), trained_on_target
         self.sids = np.array(semantic_ids.sids().to_list(), dtype=object)
         self._row_of = dict(zip(catalog[ITEM_ID].to_list(), range(len(catalog)), strict=True))
 
@@ -178,6 +200,8 @@ class Recommender:
             data.config["max_history"],
             stage,
             trained.config.get("filter_seen", True),
+            trained_families(source),
+            dataset.metrics.get("trained_on_target"),
         )
 
     def prompts(self, histories: Sequence[Sequence[int]]) -> list[str]:
@@ -228,6 +252,10 @@ class Recommender:
         result = self.engine.search(
             encode_prompts(self.tokenizer, prompt), k, beam_width or default_beam_width(k), seen
         )
+        return self._recommendations(result)
+
+    def _recommendations(self, result: BeamResult) -> list[Recommendation]:
+        """The list of a single prompt."""
         titles = self.catalog[TITLE]
         ids = self.catalog[ITEM_ID]
         return [
@@ -242,6 +270,159 @@ class Recommender:
             for rank, item in enumerate(result.items[0])
             if item >= 0
         ]
+
+    def search(
+        self,
+        query: str,
+        k: int = 10,
+        history: Sequence[Any] | None = None,
+        filter_seen: bool = False,
+        beam_width: int | None = None,
+    ) -> list[Recommendation]:
+        """The k best items for a query in words (joint search: with a history as well).
+
+        One model searches and recommends (Penha et al. 2025). Without a history the prompt is that
+        of the family `query_search`, with one that of `intention_search`. The query is untrusted
+        text: it is escaped and cut as in training, so no part of it can become a SID token.
+
+        Args:
+            query: what is looked for.
+            k: length of the list.
+            history: the user's item ids, oldest first, perhaps none yet; None: a search that knows
+                no user.
+            filter_seen: leave out items of the history. A searcher may look for what they have.
+            beam_width: prefixes kept per level; default max(2k, 50).
+
+        Raises:
+            ValueError: the model was not trained on that family, the query says nothing, or an item
+                is unknown.
+        """
+        family = QUERY_SEARCH if history is None else JOINT_SEARCH
+        self._require_family(family)
+        if not escape_text(query):
+            raise ValueError(f"query={query!r} says nothing; give some words")
+        rows = self.rows_of(history or [])
+        (prompt,) = self.family_prompts(family, [rows], [query])
+        seen = [np.array(rows, dtype=np.int64)] if filter_seen else None
+        result = self.engine.search(
+            encode_prompts(self.tokenizer, [prompt]), k, beam_width or default_beam_width(k), seen
+        )
+        return self._recommendations(result)
+
+    def recommend_with_chains(
+        self,
+        history: Sequence[Any],
+        k: int = 10,
+        n_chains: int = 4,
+        sampling: TextSampling | None = None,
+        filter_seen: bool | None = None,
+        beam_width: int | None = None,
+        exact: bool = False,
+    ) -> ReasonedList:
+        """The k best items after a history, each with the reasoning that led to it.
+
+        See `genrec.reasoning` for what is sampled, how lists are merged and what the scores are.
+
+        Args:
+            history: the user's item ids, oldest first.
+            k: length of the list, and of each chain's.
+            n_chains: chains that are sampled.
+            sampling: temperature, top_p, limit and seed; default: the model's own distribution.
+            filter_seen: leave out items of the history; default: the rule of the run.
+            beam_width: prefixes kept per level; default max(2k, 50).
+            exact: score each candidate under every chain.
+
+        Raises:
+            ValueError: the model was not trained to reason, runs on another engine than torch, the
+                history is shorter than any it was trained on, or holds an unknown item.
+        """
+        rows = self.rows_of(history)
+        filter_seen = self.filter_seen if filter_seen is None else filter_seen
+        seen = [np.array(rows, dtype=np.int64)] if filter_seen else None
+        return self.reason([rows], k, n_chains, sampling, seen, beam_width, exact)[0]
+
+    def reason(
+        self,
+        histories: Sequence[Sequence[int]],
+        k: int,
+        n_chains: int,
+        sampling: TextSampling | None = None,
+        seen: Sequence[np.ndarray] | None = None,
+        beam_width: int | None = None,
+        exact: bool = False,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[ReasonedList]:
+        """`recommend_with_chains` for many histories of catalogue rows, in one search.
+
+        Args:
+            histories: catalogue rows, oldest first.
+            k: as there, and so for the arguments that are left out here.
+            n_chains: as there.
+            sampling: as there.
+            seen: catalogue rows that each list must not hold, or None.
+            beam_width: as there.
+            exact: as there.
+            progress: called with the number of histories whose chains are finished.
+
+        Raises:
+            ValueError: as there.
+        """
+        self._require_family(REASONING)
+        engine = self.engine
+        if not isinstance(engine, TorchEngine):
+            raise ValueError(
+                f"chains are sampled in process, which {type(engine).__name__} doesn't offer; load "
+                "the run with engine='torch'"
+            )
+        least = FAMILIES[REASONING].least_history
+        if short := [i for i, history in enumerate(histories) if len(history) < least]:
+            raise ValueError(
+                f"history {short[0]} has {len(histories[short[0]])} items, and chains were learned "
+                f"from {least} or more: there is nothing to reason from; use `recommend`"
+            )
+        shown = [list(history)[-self.max_history :] for history in histories]
+        ids = encode_prompts(self.tokenizer, self.family_prompts(REASONING, shown))
+        marker = decision_marker(self.renderer)
+        sampling = sampling or TextSampling()
+        chains = sample_chains(engine, self.tokenizer, ids, n_chains, marker, sampling, progress)
+        merged = search_with_chains(engine, ids, chains, k, beam_width, seen, exact=exact)
+        return read_lists(chains, merged, shown, self._chain_reader, exact, self.trained_on_target)
+
+    def family_prompts(
+        self,
+        family: str,
+        histories: Sequence[Sequence[int]],
+        texts: Sequence[str] | None = None,
+    ) -> list[str]:
+        """Prompts of a family that shows a history of SIDs, a text, or both, as in training.
+
+        Args:
+            family: its first seen template is rendered, which every setting of `n_templates` keeps.
+            histories: catalogue rows, oldest first; the newest `max_history` are shown.
+            texts: untrusted text of each prompt, where the family shows one.
+        """
+        (template, *_) = self.renderer.names(family)
+        columns = {column: variable for variable, (column, _) in FAMILIES[family].prompt.items()}
+        told = columns.keys() - {HISTORY_ITEMS}
+        prompts = []
+        for i, history in enumerate(histories):
+            sids = "".join(self.sids[list(history)[-self.max_history :]].tolist())
+            own = {columns[HISTORY_ITEMS]: sids} if HISTORY_ITEMS in columns else {}
+            untrusted = {columns[c]: texts[i] for c in told} if texts is not None else {}
+            prompts.append(self.renderer.render(template, own, untrusted))
+        return prompts
+
+    @cached_property
+    def _chain_reader(self) -> ChainReader:
+        return ChainReader(self.semantic_ids, item_attributes(self.catalog))
+
+    def _require_family(self, family: str) -> None:
+        if family not in self.families:
+            raise ValueError(
+                f"the model was not trained on {family!r} (but on "
+                f"{', '.join(sorted(self.families)) or 'nothing that the run recorded'}); build "
+                f"the dataset with --tasks {SEQUENTIAL} {family} (or all), then run sft again"
+            )
 
     def table(self, rows: pl.DataFrame, prompts: Sequence[str], result: BeamResult) -> pl.DataFrame:
         """Long table of lists: one row per recommended item (see `genrec.columns`)."""
@@ -262,6 +443,17 @@ class Recommender:
                 PROMPT_SHA256: hashes[row],
             }
         )
+
+
+def trained_families(run_dir: Path | str) -> frozenset[str]:
+    """Task families that a run's sft stage has seen rows of, in any epoch.
+
+    Raises:
+        ValueError: the stage is missing, broken, or was built from other inputs.
+    """
+    # With weights an epoch may leave families out that the dataset has.
+    epochs = require(run_dir, "sft").metrics.get("rows_per_epoch", [])
+    return frozenset(name for epoch in epochs for name, rows in epoch.items() if rows)
 
 
 def _check_descent(
