@@ -9,7 +9,7 @@ looked up in the history and in the catalogue's attributes; a chain that fails i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,46 @@ CHECKS = ("steps_read", "citations_exist", "citations_in_history", "claims_true"
 _SID = r"(?:<[a-z]+_\d+>)+"
 _FIELDS = {
     "items": _SID, "kept": _SID, "set_aside": _SID, "count": r"\d{1,9}", "total": r"\d{1,9}",
-    "lift": r"\d{1,9}(?:\.\d{1,9})?", "attribute": ".+?", "query": ".+?", "value": ".+",
+    "lift": r"\d{1,9}(?:\.\d{1,9})?",
 }  # fmt: skip
+_OPEN_FIELDS = ("attribute", "query", "value")  # any text
+
+
+@dataclass(frozen=True)
+class _Sentence:
+    """What one template writes: `head`, the text of `open_field`, `tail`; or `head` alone.
+
+    Only the end of an open field is ambiguous: "the brand Dr. Bach." may end behind "Dr.".
+    """
+
+    head: re.Pattern[str]
+    open_field: str | None
+    tail: re.Pattern[str]
+
+    def found(self, text: str, at: int) -> Iterator[_Found]:
+        """The first place from `at` on where it stands, with each of its possible ends."""
+        for head in self.head.finditer(text, at):
+            ends = [self.tail.match(text, head.end())]
+            if self.open_field is not None:
+                ends = [*self.tail.finditer(text, head.end() + 1)]
+            for tail in ends:
+                if tail is not None:
+                    fields = {**head.groupdict(), **tail.groupdict()}
+                    if self.open_field is not None:
+                        fields[self.open_field] = text[head.end() : tail.start()]
+                    yield _Found(head.start(), tail.end(), text[head.start() : tail.end()], fields)
+            if any(ends):
+                return
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A step in a text: from where to where, and what its template's fields hold."""
+
+    start: int
+    end: int
+    text: str
+    fields: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -66,9 +104,9 @@ class ChainReader:
         self._attributes = attributes
         index = attributes[ITEM_INDEX].to_numpy()
         self._starts = np.searchsorted(index, np.arange(semantic_ids.n_items + 1))
-        self._patterns = {
+        self._sentences = {
             step: [
-                re.compile(_pattern(wording, name) + r"(?=\s|$)", re.DOTALL)
+                _sentence(wording, name)
                 for family in ((step, "rewriting_nothing") if step == STEPS[-1] else (step,))
                 for name in wording.names(f"step_{family}")
             ]
@@ -76,8 +114,7 @@ class ChainReader:
         }
         self._phrases = {
             kind: [
-                re.compile(_pattern(wording, name), re.DOTALL)
-                for name in wording.names(f"attribute_{kind}")
+                _sentence(wording, name) for name in wording.names(f"attribute_{kind}")
             ]
             for kind in KINDS
         }
@@ -101,37 +138,48 @@ class ChainReader:
             - counts_true: whether "… of … items" is right for this history, 0 or 1.
         """
         found, unread = self._matches(text)
-        steps = [self._step(step, match, found) for step, match in found.items()]
+        steps = [self._step(step, at, found) for step, at in found.items()]
         mentioned = [row for sid in re.findall(_SID, text) for row in self._rows(sid)]
         cited = {row for row in mentioned if row is not None}
+        own = set(history)
         checks = (
             Check("steps_read", len(steps) / len(STEPS), len(steps) == len(STEPS) and not unread),
             _share("citations_exist", [row is not None for row in mentioned]),
-            _share("citations_in_history", [row in set(history) for row in cited]),
+            _share("citations_in_history", [row in own for row in cited]),
             _share("claims_true", self._claims_true(found)),
             _share("counts_true", self._counts_true(found, history)),
         )
         return ReadChain(tuple(steps), tuple(unread), checks)
 
-    def _matches(self, text: str) -> tuple[dict[str, re.Match[str]], list[str]]:
+    def _matches(self, text: str) -> tuple[dict[str, _Found], list[str]]:
         """Where each step stands, and what lies between."""
-        found: dict[str, re.Match[str]] = {}
+        found: dict[str, _Found] = {}
         unread, at = [], 0
-        for step in STEPS:
-            matches = [m for p in self._patterns[step] if (m := p.search(text, at))]
-            if matches:
-                found[step] = min(matches, key=lambda m: (m.start(), -m.end()))
-                unread.append(text[at : found[step].start()])
-                at = found[step].end()
+        for number, step in enumerate(STEPS):
+            candidates = [f for s in self._sentences[step] for f in s.found(text, at)]
+            if candidates:
+                start = min(f.start for f in candidates)
+                candidates = [f for f in candidates if f.start == start]
+                # The end behind which the chain goes on as it should, else the first one.
+                fitting = [f for f in candidates if self._goes_on(text, f.end, number)]
+                found[step] = (fitting or candidates)[0]
+                unread.append(text[at:start])
+                at = found[step].end
         unread.append(text[at:])
         return found, [part.strip() for part in unread if part.strip()]
 
-    def _step(self, step: str, match: re.Match[str], found: Mapping[str, re.Match[str]]) -> Step:
-        fields = match.groupdict()
+    def _goes_on(self, text: str, at: int, number: int) -> bool:
+        """Whether a later step than that one begins at a place, or nothing but space is left."""
+        at += len(text) - at - len(text[at:].lstrip())
+        later = (s for step in STEPS[number + 1 :] for s in self._sentences[step])
+        return at == len(text) or any(s.head.match(text, at) for s in later)
+
+    def _step(self, step: str, own: _Found, found: Mapping[str, _Found]) -> Step:
+        fields = own.fields
         cited = self._ids(fields.get("items") or fields.get("kept"))
         measured: dict[str, Any] = {}
         if step == "preference":  # names no items: it speaks of the evidence's
-            cited = self._ids(found["evidence"]["items"]) if "evidence" in found else ()
+            cited = self._ids(found["evidence"].fields["items"]) if "evidence" in found else ()
             # What the text says; what is true is in the check.
             measured = {
                 "said_count": int(fields["count"]),
@@ -141,13 +189,15 @@ class ChainReader:
         elif step == "formulation":
             measured = {"query": fields["query"]}
         elif step == "rewriting":
-            measured = {"set_aside_item_ids": list(self._ids(fields.get("set_aside")))}
+            aside = self._rows(fields.get("set_aside") or "")
+            named = [self.item_ids[row] for row in aside if row is not None]
+            measured = {"set_aside_item_ids": named}
         claims: dict[ItemId, dict[str, str | list[str]]] = {}
-        if "attribute" in fields and (named := self._attribute(fields["attribute"])):
-            kind, value = named
+        if "attribute" in fields and (claim_made := self._attribute(fields["attribute"])):
+            kind, value = claim_made
             claim = [value] if kind == CATEGORY else value
             claims = {item: {CLAIM_NAMES.get(kind, kind): claim} for item in cited}
-        return Step(step, match.group(), cited, claims, measured)
+        return Step(step, own.text, cited, claims, measured)
 
     def _rows(self, sids: str) -> list[int | None]:
         """Catalogue rows of a run of SID tokens, None for what is no item."""
@@ -161,36 +211,37 @@ class ChainReader:
 
     def _attribute(self, phrase: str) -> tuple[str, str] | None:
         """Kind and value of "the brand Acme"."""
-        for kind, patterns in self._phrases.items():
-            for pattern in patterns:
-                if match := pattern.fullmatch(phrase):
-                    return kind, match["value"]
+        for kind, sentences in self._phrases.items():
+            for sentence in sentences:
+                for own in sentence.found(phrase, 0):
+                    if own.text == phrase:
+                        return kind, own.fields["value"]
         return None
 
     def _has(self, row: int, kind: str, value: str) -> bool:
         own = self._attributes[self._starts[row] : self._starts[row + 1]]
         return bool(((own[KIND] == kind) & (own[VALUE] == value)).any())
 
-    def _claims_true(self, found: Mapping[str, re.Match[str]]) -> list[bool]:
+    def _claims_true(self, found: Mapping[str, _Found]) -> list[bool]:
         """Of the preference and the intent, item by item; an unknown attribute is not true."""
         true = []
         for step, spoken_of in (("preference", "evidence"), ("intent", "intent")):
             if step in found and spoken_of in found:
-                named = self._attribute(found[step]["attribute"])
-                rows = [row for row in self._rows(found[spoken_of]["items"]) if row is not None]
+                named = self._attribute(found[step].fields["attribute"])
+                rows = [row for row in self._rows(found[spoken_of].fields["items"]) if row is not None]
                 true += [named is not None and self._has(row, *named) for row in rows]
         return true
 
     def _counts_true(
-        self, found: Mapping[str, re.Match[str]], history: Sequence[int]
+        self, found: Mapping[str, _Found], history: Sequence[int]
     ) -> list[bool]:
         if "preference" not in found:
             return []
-        match = found["preference"]
-        named = self._attribute(match["attribute"])
+        said = found["preference"].fields
+        named = self._attribute(said["attribute"])
         looked_at = set(list(history)[-MAX_ITEMS:])
         having = sum(named is not None and self._has(row, *named) for row in looked_at)
-        return [(int(match["count"]), int(match["total"])) == (having, len(looked_at))]
+        return [(int(said["count"]), int(said["total"])) == (having, len(looked_at))]
 
 
 def _share(name: str, outcomes: Sequence[bool]) -> Check:
@@ -200,20 +251,32 @@ def _share(name: str, outcomes: Sequence[bool]) -> Check:
     return Check(name, share, share == 1)
 
 
-def _pattern(wording: PromptRenderer, template: str) -> str:
-    """Regular expression of what a template writes, with a group per field."""
+def _sentence(wording: PromptRenderer, template: str) -> _Sentence:
+    """Regular expressions of what a template writes, with a group per field."""
     fields = wording.fields(template)
-    if fields is None or not fields <= _FIELDS.keys():
+    known = {*_FIELDS, *_OPEN_FIELDS}
+    if fields is None or not fields <= known:
         raise ValueError(
             f"template {template!r} can't be read back: a step's template only inserts "
-            f"{', '.join(_FIELDS)}, without logic"
+            f"{', '.join(sorted(known))}, without logic"
         )
     # Rendered with marks in the fields' places: what lies between two marks is the template's own.
     parts = wording.render(template, sids={f: f"\x00{f}\x00" for f in fields}).split("\x00")
-    pattern = re.escape(parts[0])
-    for i in range(1, len(parts), 2):
-        field = parts[i]
-        again = field in parts[1:i:2]
-        pattern += f"(?P={field})" if again else f"(?P<{field}>{_FIELDS[field]})"
-        pattern += re.escape(parts[i + 1])
-    return pattern
+    order = parts[1::2]
+    opened = [field for field in order if field in _OPEN_FIELDS]
+    if len(opened) > 1 or len(set(order)) < len(order):
+        raise ValueError(
+            f"template {template!r} can't be read back: it inserts {', '.join(order)}; each field "
+            f"may come once, and one of {', '.join(_OPEN_FIELDS)} at most"
+        )
+    halves, here = ["", ""], 0
+    for i, part in enumerate(parts):
+        if i % 2 == 0:
+            halves[here] += re.escape(part)
+        elif part in _OPEN_FIELDS:
+            here = 1
+        else:
+            halves[here] += f"(?P<{part}>{_FIELDS[part]})"
+    # A sentence ends where a word does.
+    tail = re.compile(halves[1] + r"(?=\s|$)", re.DOTALL)
+    return _Sentence(re.compile(halves[0], re.DOTALL), opened[0] if opened else None, tail)
