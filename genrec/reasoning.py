@@ -223,8 +223,11 @@ def sample_chains(
         where the finish reason is not "stop".
 
     Raises:
-        ValueError: as `sample_texts`, so where a prompt leaves no room for a chain and an item.
+        ValueError: `n_chains` below 1; and as `sample_texts`, so where a prompt leaves no room for
+            a chain and an item.
     """
+    if n_chains < 1:
+        raise ValueError(f"n_chains={n_chains} must be at least 1")
     end = tokenizer(marker, add_special_tokens=False)["input_ids"]
     # What the model writes is compared as text: sampled tokens may spell the marker otherwise.
     (stop_text,) = tokenizer.batch_decode([end], clean_up_tokenization_spaces=False)

@@ -380,6 +380,9 @@ class Recommender:
                 f"history {short[0]} has {len(histories[short[0]])} items, and chains were learned "
                 f"from {least} or more: there is nothing to reason from; use `recommend`"
             )
+        beam_width = beam_width or default_beam_width(k)
+        if not 1 <= k <= beam_width:  # before minutes of sampling
+            raise ValueError(f"k={k} must lie between 1 and beam_width={beam_width}")
         shown = [list(history)[-self.max_history :] for history in histories]
         ids = encode_prompts(self.tokenizer, self.family_prompts(REASONING, shown))
         marker = decision_marker(self.renderer)
