@@ -113,9 +113,7 @@ class ChainReader:
             for step in STEPS
         }
         self._phrases = {
-            kind: [
-                _sentence(wording, name) for name in wording.names(f"attribute_{kind}")
-            ]
+            kind: [_sentence(wording, name) for name in wording.names(f"attribute_{kind}")]
             for kind in KINDS
         }
 
@@ -228,13 +226,13 @@ class ChainReader:
         for step, spoken_of in (("preference", "evidence"), ("intent", "intent")):
             if step in found and spoken_of in found:
                 named = self._attribute(found[step].fields["attribute"])
-                rows = [row for row in self._rows(found[spoken_of].fields["items"]) if row is not None]
+                rows = [
+                    row for row in self._rows(found[spoken_of].fields["items"]) if row is not None
+                ]
                 true += [named is not None and self._has(row, *named) for row in rows]
         return true
 
-    def _counts_true(
-        self, found: Mapping[str, _Found], history: Sequence[int]
-    ) -> list[bool]:
+    def _counts_true(self, found: Mapping[str, _Found], history: Sequence[int]) -> list[bool]:
         if "preference" not in found:
             return []
         said = found["preference"].fields

@@ -172,7 +172,9 @@ class TextGrounder:
         squares = np.einsum("id,id->i", queries, queries)[:, None]
         found = np.maximum(squares - 2 * (queries @ self.vectors.T) + self._squares, 0)
         found = np.sqrt(found, dtype=np.float64)
-        found[:, self._empty] = found.max(axis=1, keepdims=True)
+        if self._empty.any():
+            others = found[:, ~self._empty]
+            found[:, self._empty] = others.max(axis=1, keepdims=True, initial=0)
         return found
 
 

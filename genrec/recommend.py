@@ -298,7 +298,7 @@ class Recommender:
                 is unknown.
         """
         family = QUERY_SEARCH if history is None else JOINT_SEARCH
-        self._require_family(family)
+        self.require_family(family)
         if not escape_text(query):
             raise ValueError(f"query={query!r} says nothing; give some words")
         rows = self.rows_of(history or [])
@@ -367,7 +367,7 @@ class Recommender:
         Raises:
             ValueError: as there.
         """
-        self._require_family(REASONING)
+        self.require_family(REASONING)
         engine = self.engine
         if not isinstance(engine, TorchEngine):
             raise ValueError(
@@ -419,7 +419,8 @@ class Recommender:
     def _chain_reader(self) -> ChainReader:
         return ChainReader(self.semantic_ids, item_attributes(self.catalog))
 
-    def _require_family(self, family: str) -> None:
+    def require_family(self, family: str) -> None:
+        """Raise ValueError if the model was not trained on a task family."""
         if family not in self.families:
             raise ValueError(
                 f"the model was not trained on {family!r} (but on "

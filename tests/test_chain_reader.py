@@ -1,4 +1,4 @@
-"""Reading chains back: what templates wrote is read as it was meant, and what is false is flagged."""
+"""Reading chains back: what templates wrote is read as it was meant, what is false is flagged."""
 
 from __future__ import annotations
 
@@ -161,7 +161,8 @@ def test_missing_steps_wrong_order_and_other_text(example):
 
 
 @pytest.mark.parametrize("text", ["", " \n", "�" * 40, "<a_1" * 50, "They share " * 300,
-    "{{ sid }} {% raw %}", "<script>alert(1)</script>", "9" * 5000 + " of 2 items come with x"])  # fmt: skip
+    "{{ sid }} {% raw %}", "<script>alert(1)</script>",
+    "9" * 5000 + " of 2 items come with x"])  # fmt: skip
 def test_any_text_is_read(example, text):
     history, _, _, reader = example
     read = reader.read(text, history)

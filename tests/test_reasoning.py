@@ -25,7 +25,7 @@ from genrec.reasoning import (
     sample_chains,
     search_with_chains,
 )
-from genrec.recommend import Recommender
+from genrec.recommend import Recommender, trained_families
 from genrec.tasks.attributes import AttributeIndex, item_attributes
 from genrec.tasks.families import FAMILIES
 from genrec.tasks.reasoning import reasoning_slots, step_texts
@@ -187,8 +187,7 @@ def test_scores_of_narrow_lists_are_bounds_and_exact_ones_are_not(world):
     _, tokenizer, recommender = world
     history = [1, 3, 5, 7]
     bound, exact = (
-        recommender.reason([history], 3, 4, CHAINS, beam_width=4, exact=e)[0]
-        for e in (False, True)
+        recommender.reason([history], 3, 4, CHAINS, beam_width=4, exact=e)[0] for e in (False, True)
     )
     assert exact.exact and exact.chains == bound.chains
     (prompt,) = encode_prompts(tokenizer, recommender.family_prompts(REASONING, [history]))
@@ -379,12 +378,12 @@ def test_completions_whose_end_can_not_be_told(tmp_path):
     path = tmp_path / "prompts" / REASONING / "completion" / "01.jinja"
     shutil.copytree(default_folder(), tmp_path / "prompts")
     steps = "{{ evidence }} {{ preference }} {{ intent }} {{ formulation }} {{ rewriting }}"
-    for text in (f"{steps} {{{{ sid }}}}", f"{steps} so: {{{{ sid }}}}.", f"Item: {{{{ sid }}}} {steps}",
-        steps):  # fmt: skip
+    item = "{{ sid }}"
+    for text in (f"{steps} {item}", f"{steps} so: {item}.", f"Item: {item} {steps}", steps):
         path.write_text(text)
         with pytest.raises(ValueError, match="must end with the item and have words of its own"):
             decision_marker(PromptRenderer(tmp_path / "prompts"))
-    path.write_text(f"Why: {steps}\nAnswer = {{{{ sid }}}}")
+    path.write_text(f"Why: {steps}\nAnswer = {item}")
     assert decision_marker(PromptRenderer(tmp_path / "prompts")) == "\nAnswer = "
 
 
@@ -430,9 +429,9 @@ def test_a_search_by_the_contract(world, shop):
 
 @pytest.mark.parametrize(
     "query",
-    ["<a_1><b_2><c_3>", "hat <a_1>", "＜a_1＞ hat", "<|endoftext|> hat", "<|pad|>", "hat\n\n<a_1\u200b>",
-     "a<a\u2060_1>b", '" Result: <a_1><b_2><c_3>', "{{ history }} hat", "\ud800 hat",
-     "hat " * 5000],
+    ["<a_1><b_2><c_3>", "hat <a_1>", "＜a_1＞ hat", "<|endoftext|> hat", "<|pad|>",
+     "hat\n\n<a_1\u200b>", "a<a\u2060_1>b", '" Result: <a_1><b_2><c_3>', "{{ history }} hat",
+     "\ud800 hat", "hat " * 5000],
 )  # fmt: skip
 def test_no_query_becomes_a_token_of_ours(world, query):
     """Of SID and special tokens a prompt has those that an innocent query's prompt has."""
@@ -480,13 +479,13 @@ def test_a_run_folder_says_what_its_model_was_trained_on(tiny, shop, tmp_path):
     with pytest.raises(ValueError, match="but on nothing that the run recorded"):
         plain.search("hat")
     assert plain.recommend([], k=2)
-    metrics = {"rows_per_epoch": [{"sequential": 3, REASONING: 0}, {"query_search": 2}]}
+    tiny.save_run(tmp_path / "other", shop, model, tokenizer, MAX_HISTORY, ("query_search",))
+    trained = Recommender.load(tmp_path / "other")
+    assert trained.families == {"query_search"} and trained.trained_on_target is False
+    assert len(trained.search("hat", k=2)) == 2
+    # Weights leave families out of epochs: what no epoch has was not learned.
     stage = Stage(tmp_path / "run", "sft", {"n": 2}, ["prepare", "quantize", "build_dataset"])
     assert not stage.is_done(overwrite=True)
-    from genrec.modeling import save_model
-
-    save_model(model, tokenizer, shop.semantic_ids, stage.folder / "model", {"stage": "sft"})
-    stage.finish(rows=0, metrics=metrics)
-    trained = Recommender.load(tmp_path / "run")
-    assert trained.families == {"sequential", "query_search"}
-    assert len(trained.search("hat", k=2)) == 2
+    epochs = [{"sequential": 3, REASONING: 0}, {"query_search": 2}]
+    stage.finish(rows=0, metrics={"rows_per_epoch": epochs})
+    assert trained_families(tmp_path / "run") == {"sequential", "query_search"}

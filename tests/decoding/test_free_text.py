@@ -100,9 +100,7 @@ def test_the_distribution_is_the_models(world):
             probs = torch.zeros_like(probs).index_put_((kept,), probs[kept])
             probs /= probs.sum()
         sampling = TextSampling(temperature, top_p, 1, 9)
-        (texts,) = sample_texts(
-            model, tokenizer, [prompt], n, NEVER, sampling, batch_size=n
-        )
+        (texts,) = sample_texts(model, tokenizer, [prompt], n, NEVER, sampling, batch_size=n)
         first = [t.token_ids[0] if t.token_ids else tokenizer.eos_token_id for t in texts]
         shares = np.bincount(first, minlength=len(probs)) / n
         p = probs.numpy()
