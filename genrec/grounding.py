@@ -85,20 +85,28 @@ class TextGrounder:
         self._popularity = (counts - counts.min()) / (spread or 1.0)  # the sum cancels
 
     @classmethod
-    def load(cls, run_dir: Path | str, prompt: str | None = None) -> TextGrounder:
+    def load(
+        cls,
+        run_dir: Path | str,
+        prompt: str | None = None,
+        model_name_or_path: str | None = None,
+    ) -> TextGrounder:
         """With the text encoder and the item vectors of a run.
 
         Args:
             run_dir: the run; prepare and embed must be complete.
             prompt: put before each text, for encoders that tell queries from passages ("query: ");
                 None: the one that items were embedded with.
+            model_name_or_path: folder of the model that embedded the items. A run remembers the
+                name of one on the Hub; of a local one it remembers the files' hashes, and they are
+                compared.
 
         Raises:
-            ValueError: the items were embedded without a text encoder, or its files are not the
-                ones that made the vectors.
+            ValueError: the items were embedded without a text encoder, it is not known where it
+                lies, or its files are not the ones that made the vectors.
         """
         manifest = require(run_dir, "embed")
-        encode = _encoder(run_dir, manifest, prompt)
+        encode = _encoder(run_dir, manifest, prompt, model_name_or_path)
         vectors = content_vectors(run_dir)
         assert vectors is not None, "there is a text encoder"
         catalog = stage_folder(run_dir, "prepare") / "catalog.parquet"
@@ -203,24 +211,29 @@ def _rows(rows: npt.NDArray[np.integer], n_items: int) -> IntArray:
     return found
 
 
-def _encoder(run_dir: Path | str, manifest: Manifest, prompt: str | None) -> Encoder:
+def _encoder(
+    run_dir: Path | str, manifest: Manifest, prompt: str | None, model_name_or_path: str | None
+) -> Encoder:
     """The run's text encoder, set as for its items."""
     config, method = manifest.config, manifest.config["method"]
-    if method == "lsa":
-        from genrec.embedding.lsa import LSA
-
-        if prompt is not None:
-            raise ValueError(f"prompt={prompt!r}: LSA counts words and takes no prompt")
-        return LSA.load(stage_folder(run_dir, "embed")).encode
-    if method not in ("sentence-transformers", "lm"):
+    if method not in ("lsa", "sentence-transformers", "lm"):
         raise ValueError(
             f"the items of {run_dir} were embedded by method={method}, which can't encode a text; "
             "embed them by lsa, sentence-transformers or lm to ground texts"
         )
-    _check_model(config["model_name_or_path"], manifest)
-    names = ("model_name_or_path", "max_length", "normalize", "dtype", "device", "batch_size")
+    if method == "lsa":
+        from genrec.embedding.lsa import LSA
+
+        if prompt is not None or model_name_or_path is not None:
+            raise ValueError(
+                f"prompt={prompt!r} and model_name_or_path={model_name_or_path!r} don't go with "
+                "LSA, which counts words; leave them out"
+            )
+        return LSA.load(stage_folder(run_dir, "embed")).encode
+    names = ("max_length", "normalize", "dtype")
     settings = {name: config[name] for name in names}
     settings["prompt"] = config["prompt"] if prompt is None else prompt
+    settings["model_name_or_path"] = _model(manifest, model_name_or_path)
     if method == "lm":
         from genrec.embedding.lm_pooling import lm_vectors
 
@@ -230,14 +243,25 @@ def _encoder(run_dir: Path | str, manifest: Manifest, prompt: str | None) -> Enc
     return partial(encode_texts, **settings)
 
 
-def _check_model(name_or_path: str, manifest: Manifest) -> None:
-    """Refuse a local model whose files are not those that embedded the items."""
-    folder = Path(name_or_path)
-    for name, recorded in manifest.inputs.items():
-        if name.startswith("model/"):
-            path = folder / name.removeprefix("model/")
+def _model(manifest: Manifest, given: str | None) -> str:
+    """Name or folder of the model that embedded the items."""
+    known = manifest.config.get("model_name_or_path")
+    if known is not None and given not in (None, known):
+        raise ValueError(
+            f"model_name_or_path={given!r} did not embed the items, {known!r} did; leave it out"
+        )
+    name = known or given
+    if name is None:
+        raise ValueError(
+            "the items were embedded by a local model, whose folder a run does not record; give "
+            "model_name_or_path"
+        )
+    for file, recorded in manifest.inputs.items():
+        if file.startswith("model/"):
+            path = Path(name) / file.removeprefix("model/")
             if not path.is_file() or sha256_file(path) != recorded:
                 raise ValueError(
                     f"{path} is missing or is not the file that embedded the items; restore it, or "
                     "rerun embed and what follows"
                 )
+    return name

@@ -33,7 +33,7 @@ of an item; `genrec.explain` measures causes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -305,26 +305,33 @@ def search_with_chains(
     shape = (len(prompts), n_chains, per_chain)
     items, scores = result.items.reshape(shape), result.scores.reshape(shape)
     levels = result.level_log_probs.reshape(*shape, -1)
+    proposed = items
     if exact:
-        # The union of the beams, scored under every chain; padding repeats the first item.
-        union = [np.unique(own[own >= 0]) for own in items]
-        widest = max(map(len, union))
-        padded = np.stack([np.pad(own, (0, widest - len(own)), mode="edge") for own in union])
-        every = np.repeat(padded, n_chains, axis=0)  # (U * C, widest)
-        scored = engine.score(whole, every).reshape(len(prompts), n_chains, widest, -1)
-        proposed = items
-        items = every.reshape(len(prompts), n_chains, widest)
-        levels, scores = scored, scored.astype(np.float64).sum(-1)
+        items = _candidates(items)
+        scored = engine.score(whole, items.reshape(len(whole), -1))
+        levels = scored.reshape(*items.shape, -1)
+        scores = levels.astype(np.float64).sum(-1)
     merged = []
     for row in range(len(prompts)):
         found = merge(items[row], scores[row], levels[row], engine.trie, k)
-        if exact:
-            held = (found.items[:, None, None] == proposed[row]).any(-1).sum(-1)
-            found = Merged(
-                found.items, found.scores, found.level_log_probs, found.chain, held.astype(np.int64)
-            )
-        merged.append(found)
+        holds = (found.items[:, None, None] == proposed[row]).any(-1)  # (items, chains)
+        merged.append(replace(found, n_proposed=holds.sum(-1).astype(np.int64)))
     return merged
+
+
+def _candidates(items: IntArray) -> IntArray:
+    """The items that any chain's beam holds, the same for all chains of a prompt.
+
+    Args:
+        items: of the beams, (U, C, n); −1 pads.
+
+    Returns:
+        (U, C, m); short ones repeat their last item, which `merge` counts once.
+    """
+    union = [np.unique(own[own >= 0]) for own in items]
+    widest = max(map(len, union))
+    padded = [np.pad(own, (0, widest - len(own)), mode="edge") for own in union]
+    return np.repeat(np.stack(padded)[:, None], items.shape[1], axis=1)
 
 
 def merge(

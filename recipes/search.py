@@ -39,6 +39,7 @@ class SearchArgs:
     ground: bool = False  # nearest items by text vectors, without the model
     popularity: float = 0.0  # ground: exponent by which popular items come nearer; 0: none
     text_prompt: str | None = None  # ground: put before the query, such as "query: " for E5
+    model_name_or_path: str | None = None  # ground: the local model that embedded the items
     model_stage: str | None = None  # sft or grpo; default: grpo where it is complete
     beam_width: int | None = None  # default: max(2k, 50)
 
@@ -50,8 +51,11 @@ class SearchArgs:
             raise ValueError(f"k={self.k} must be at least 1")
         if self.model_stage is not None:
             check_choice("model_stage", self.model_stage, ("sft", "grpo"))
-        if not self.ground and (self.popularity or self.text_prompt is not None):
-            raise ValueError("popularity and text_prompt belong to --ground true")
+        of_text = (self.text_prompt, self.model_name_or_path)
+        if not self.ground and (self.popularity or any(x is not None for x in of_text)):
+            raise ValueError(
+                "popularity, text_prompt and model_name_or_path belong to --ground true"
+            )
 
 
 def item_ids(catalog: pl.DataFrame, given: list[str]) -> list[Any]:
@@ -75,7 +79,7 @@ def grounded(args: SearchArgs, catalog: pl.DataFrame, history: list[Any]) -> Tab
 
     places = [catalog[ITEM_ID].index_of(item) for item in history] if args.filter_seen else []
     seen = [np.array(places, dtype=np.int64)]
-    grounder = TextGrounder.load(args.run_dir, args.text_prompt)
+    grounder = TextGrounder.load(args.run_dir, args.text_prompt, args.model_name_or_path)
     found = grounder.ground([args.query], args.k, args.popularity, seen)
     if not found.known[0]:
         raise ValueError(

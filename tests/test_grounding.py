@@ -144,7 +144,8 @@ def save_embedded(
     assert not stage.is_done()
     write_parquet(stage.folder / "catalog.parquet", catalog)
     stage.finish(rows=len(catalog))
-    stage = Stage(run, "embed", config, ["prepare"], files=inputs or {})
+    local = ["device", "batch_size", *(["model_name_or_path"] if inputs else [])]  # as embed does
+    stage = Stage(run, "embed", config, ["prepare"], files=inputs or {}, ignore=local)
     assert not stage.is_done()
     lsa, vectors = fit_lsa(item_texts(catalog), 8)
     lsa.save(stage.folder)
@@ -165,7 +166,7 @@ def test_a_run_with_lsa(tiny, tmp_path):
     titles = catalog["title"].to_list()
     assert all("tea" in titles[i] for i in made.items[1, :4])
     assert (made.items[2:] == -1).all()
-    with pytest.raises(ValueError, match="LSA counts words and takes no prompt"):
+    with pytest.raises(ValueError, match="prompt=.query: . and .* don't go with LSA"):
         TextGrounder.load(tmp_path / "run", prompt="query: ")
 
 
@@ -196,11 +197,17 @@ def test_a_run_with_a_language_model(tiny, tmp_path):
         f"model/{p.name}": p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")
     }
     run = save_embedded(tmp_path / "run", catalog, {"method": "lm", **settings_}, files)
-    encode = TextGrounder.load(run).encode
+    with pytest.raises(ValueError, match="a local model, whose folder a run does not record; give"):
+        TextGrounder.load(run)
+    encode = TextGrounder.load(run, model_name_or_path=str(folder)).encode
     assert np.array_equal(encode(["tea pot"]), lm_vectors(["tea pot"], **settings_))
-    asked = TextGrounder.load(run, prompt="query: ").encode(["tea pot"])
+    asked = TextGrounder.load(run, "query: ", str(folder)).encode(["tea pot"])
     assert np.array_equal(asked, lm_vectors(["tea pot"], **{**settings_, "prompt": "query: "}))
     assert not np.allclose(asked, encode(["tea pot"]))
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
     with pytest.raises(ValueError, match="config.json is missing or is not the file that embedded"):
-        TextGrounder.load(run)
+        TextGrounder.load(run, model_name_or_path=str(folder))
+    named = save_embedded(tmp_path / "named", catalog, {"method": "lm", **settings_})
+    with pytest.raises(ValueError, match="model_name_or_path='other' did not embed the items"):
+        TextGrounder.load(named, model_name_or_path="other")
+    assert TextGrounder.load(named).encode(["tea"]).shape == (1, 32)

@@ -113,7 +113,7 @@ def test_what_search_and_reason_refuse(trained, untrained, in_process):
     said = refused("search", trained, "--query", "zzz qqq", "--ground", "true")
     assert "knows no word of 'zzz qqq'" in said
     said = refused("search", trained, "--query", "hat", "--popularity", "2")
-    assert "belong to --ground true" in said
+    assert "model_name_or_path belong to --ground true" in said
     assert "k=0 must be at least 1" in refused("search", trained, "--query", "hat", "--k", "0")
     assert "'prepare' has not finished" in refused("search", trained / "no", "--query", "hat")
     said = refused("reason", trained, "--user", "nobody")
