@@ -26,6 +26,7 @@ from genrec.tasks.texts import written_renderer
 
 CHECKS = ("steps_read", "citations_exist", "citations_in_history", "claims_true", "counts_true")
 _SID = r"(?:<[a-z]+_\d+>)+"
+_SPACED = re.compile(r"(?<=>)\s+(?=[.,:;])")  # some tokenizers decode a space behind added tokens
 _FIELDS = {
     "items": _SID, "kept": _SID, "set_aside": _SID, "count": r"\d{1,9}", "total": r"\d{1,9}",
     "lift": r"\d{1,9}(?:\.\d{1,9})?",
@@ -135,6 +136,7 @@ class ChainReader:
             - claims_true: share of the claimed attributes that the catalogue supports;
             - counts_true: whether "… of … items" is right for this history, 0 or 1.
         """
+        text = _SPACED.sub("", text)
         found, unread = self._matches(text)
         steps = [self._step(step, at, found) for step, at in found.items()]
         mentioned = [row for sid in re.findall(_SID, text) for row in self._rows(sid)]

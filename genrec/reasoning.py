@@ -223,12 +223,12 @@ def sample_chains(
         where the finish reason is not "stop".
 
     Raises:
-        ValueError: `n_chains` below 1; and as `sample_texts`, so where a prompt leaves no room for
-            a chain and an item.
+        ValueError: `n_chains` below 1, a marker that the tokenizer joins with what is before it;
+            and as `sample_texts`, so where a prompt leaves no room for a chain and an item.
     """
     if n_chains < 1:
         raise ValueError(f"n_chains={n_chains} must be at least 1")
-    end = tokenizer(marker, add_special_tokens=False)["input_ids"]
+    end = _marker_ids(tokenizer, marker)
     # What the model writes is compared as text: sampled tokens may spell the marker otherwise.
     (stop_text,) = tokenizer.batch_decode([end], clean_up_tokenization_spaces=False)
     found = sample_texts(
@@ -251,6 +251,20 @@ def sample_chains(
         ]
         for chains in found
     ]
+
+
+def _marker_ids(tokenizer: PreTrainedTokenizerBase, marker: str) -> list[int]:
+    """Tokens of the marker behind a full stop, as in a training row.
+
+    Alone it may be encoded otherwise: some tokenizers put a space before every text.
+    """
+    stop, both = tokenizer([".", "." + marker], add_special_tokens=False)["input_ids"]
+    if both[: len(stop)] != stop:
+        raise ValueError(
+            f"the tokenizer joins {marker!r} with a full stop before it, so nothing says where a "
+            "chain ends; begin these words of the completion template with a space"
+        )
+    return both[len(stop) :]
 
 
 def search_with_chains(

@@ -103,6 +103,12 @@ def test_a_true_chain_passes(example):
     assert all(check.passed for check in read.checks)
 
 
+def test_a_space_that_decoding_put_behind_a_sid_does_not_count(example):
+    history, text, _, reader = example
+    spaced = text.replace(">.", "> .").replace(">:", "> :").replace(">,", "> ,")
+    assert spaced != text and reader.read(spaced, history) == reader.read(text, history)
+
+
 def test_a_citation_outside_the_history_is_kept_and_flagged(example):
     history, text, sids, reader = example
     read = reader.read(text.replace(sids[0], sids[2]), history)

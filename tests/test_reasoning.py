@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,15 +12,17 @@ import pytest
 import torch
 
 from genrec.artifacts import Stage
+from genrec.chain_reader import ChainReader
 from genrec.chains import Chain
 from genrec.decoding.free_text import SampledText, TextSampling
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
-from genrec.modeling import encode_prompts, encode_rows
+from genrec.modeling import add_sid_tokens, encode_prompts, encode_rows, resize_embeddings
 from genrec.prompts import PromptRenderer, default_folder
 from genrec.reasoning import (
     REASONING,
     Merged,
+    _marker_ids,
     decision_marker,
     merge,
     sample_chains,
@@ -105,9 +108,35 @@ class Writes(torch.nn.Module):
         return SimpleNamespace(logits=logits[:, keep] if torch.is_tensor(keep) else logits)
 
 
-def test_prompt_and_chain_are_a_token_prefix_of_the_training_row(shop, world):
+def sentencepiece_like():
+    """A tokenizer that puts "▁" before words and before the text, as Llama 2's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    words = [path.read_text() for path in default_folder().rglob("*.jinja")]
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=list("0123456789“”"),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(words, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece-like"])
+def test_prompt_and_chain_are_a_token_prefix_of_the_training_row(shop, world, kind):
     """What the search sees is what the row has before its item, if the model writes the row."""
-    _, tokenizer, recommender = world
+    model, tokenizer, recommender = world
+    if kind == "sentencepiece-like":
+        tokenizer = sentencepiece_like()
+        token_ids = add_sid_tokens(tokenizer, shop.semantic_ids)
+        resized = copy.deepcopy(model)
+        resize_embeddings(resized, tokenizer)
+        recommender = recommender_of(shop, resized, tokenizer, token_ids)
     histories = [[0, 2, 4, 6], [1, 3, 5, 2], [4, 6, 8, 10, 12, 14]]
     rows = taught_rows(shop, histories, recommender.renderer.names(REASONING)[0])
     assert len(rows) == 3
@@ -118,8 +147,9 @@ def test_prompt_and_chain_are_a_token_prefix_of_the_training_row(shop, world):
     assert prompts == rows["prompt"].to_list()
     marker = decision_marker(recommender.renderer)
     assert marker == " Recommended item: "
-    for prompt, row, completion in zip(
-        encode_prompts(tokenizer, prompts), trained, columns[1], strict=True
+    reader = ChainReader(shop.semantic_ids, item_attributes(shop.catalog))
+    for prompt, row, completion, history in zip(
+        encode_prompts(tokenizer, prompts), trained, columns[1], histories, strict=True
     ):
         model = Writes(row[len(prompt) :], len(prompt), len(tokenizer))
         engine = SimpleNamespace(model=model, trie=recommender.engine.trie, batch_size=4)
@@ -127,12 +157,17 @@ def test_prompt_and_chain_are_a_token_prefix_of_the_training_row(shop, world):
         ((chain,),) = sample_chains(engine, tokenizer, [prompt], 1, marker, sampling)
         assert chain.finish_reason == "stop"
         assert [*prompt, *chain.token_ids] == row[:-3]  # all but the item's three tokens
-        assert chain.text == completion.partition(marker)[0]
+        # The second kind decodes a space behind each SID.
+        written = completion.partition(marker)[0]
+        assert chain.text.replace(" ", "") == written.replace(" ", "")
+        read = reader.read(chain.text, history)
+        assert all(check.passed for check in read.checks)
         # Where the limit comes just before the marker it is appended, and the search sees the same.
-        n_marker = len(tokenizer(marker)["input_ids"])
+        n_marker = len(_marker_ids(tokenizer, marker))
         sampling = TextSampling(max_tokens=len(chain.token_ids) - n_marker)
         ((cut,),) = sample_chains(engine, tokenizer, [prompt], 1, marker, sampling)
-        assert cut == SampledText(chain.token_ids, chain.text, "length")
+        assert cut.token_ids == chain.token_ids and cut.text.strip() == chain.text.strip()
+        assert cut.finish_reason == "length"
 
 
 def merged_by_hand() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -246,7 +281,8 @@ def test_what_a_list_holds(world, shop):
     assert len(set(made.item_ids)) == 5 and not set(made.item_ids) & set(history)
     assert [ids[i] for i in made.merged.items] == list(made.item_ids)
     assert made.rationale_origin == "before" and made.trained_on_target is False
-    marker = tokenizer(decision_marker(recommender.renderer))["input_ids"]
+    marker = _marker_ids(tokenizer, decision_marker(recommender.renderer))
+    assert tokenizer.decode(marker) == " Recommended item: "
     for chain in made.chains:
         assert chain.finish_reason == "length"  # a random model never finds the words
         assert len(chain.token_ids) == CHAINS.max_tokens + len(marker)
@@ -284,7 +320,6 @@ def test_records_are_chains_that_can_be_stored(world, shop):
 
 def test_true_and_false_chains_of_a_list_are_told_apart(world, shop):
     """Chains that cite items outside the history stay, flagged."""
-    from genrec.chain_reader import ChainReader
     from genrec.reasoning import read_lists
 
     history = [0, 2, 4, 6]
@@ -370,6 +405,14 @@ def test_a_view_holds_for_every_chain(world):
         )  # fmt: skip
         assert sorted(made[0].items) == [3, 9] and sorted(made[1].items) == [3, 8, 9]
         assert (made[0].n_proposed == 2).all()
+
+
+def test_a_marker_that_is_joined_with_the_text_before_it(world):
+    _, tokenizer, _ = world
+    assert _marker_ids(tokenizer, " Item: ") == tokenizer(" Item: ")["input_ids"]
+    joining = lambda texts, **_: {"input_ids": [[1], [2, 3]]}  # noqa: E731
+    with pytest.raises(ValueError, match="joins '…: ' with a full stop before it"):
+        _marker_ids(joining, "…: ")
 
 
 def test_completions_whose_end_can_not_be_told(tmp_path):
