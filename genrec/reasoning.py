@@ -296,6 +296,8 @@ def search_with_chains(
         ValueError: no chains or unequally many, `k` or `items_per_chain` out of range, or a prompt
             has no allowed item left.
     """
+    if not len(prompts) and not len(chains):
+        return []
     n_chains = len(chains[0]) if chains else 0
     if len(chains) != len(prompts) or any(len(own) != n_chains for own in chains) or not n_chains:
         raise ValueError(

@@ -103,7 +103,8 @@ class Recommender:
         max_history: items of a history that the prompt keeps (the newest).
         model_stage: which stage the model came from.
         filter_seen: the rule under which it was validated.
-        families: task families that the model was trained on.
+        families: task families that the model was trained on by sft. (grpo goes on with the
+            sequential family alone and may wear the others down.)
         trained_on_target: whether the reasoning chains that it learned from saw the answer, as the
             run recorded it; None where it did not.
     """

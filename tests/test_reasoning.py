@@ -267,6 +267,7 @@ def test_seeds_and_numbers_of_chains(world, shop):
     other = recommender.recommend_with_chains(history, 5, 3, replace(CHAINS, seed=2))
     assert other.chains != first.chains
     assert len({c.token_ids for c in first.chains}) == 3
+    assert recommender.reason([], 5, 3, CHAINS) == []
     single = recommender.recommend_with_chains(history, 5, 1, CHAINS)
     assert single.chains == first.chains[:1] and set(single.merged.n_proposed.tolist()) == {1}
     sums = single.merged.level_log_probs.sum(1)
