@@ -384,6 +384,8 @@ class Recommender:
         beam_width = beam_width or default_beam_width(k)
         if not 1 <= k <= beam_width:  # before minutes of sampling
             raise ValueError(f"k={k} must lie between 1 and beam_width={beam_width}")
+        if not len(histories):
+            return []
         shown = [list(history)[-self.max_history :] for history in histories]
         ids = encode_prompts(self.tokenizer, self.family_prompts(REASONING, shown))
         marker = decision_marker(self.renderer)

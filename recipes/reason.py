@@ -41,7 +41,7 @@ class ReasonArgs:
     k: int = 10
     chains: int = 4
     temperature: float = 1.0
-    top_p: float = 1.0
+    top_p: float = 0.9  # 1 (and temperature 1): the model's own distribution
     max_tokens: int = 256  # of a chain
     exact: bool = False  # score every item of the list under every chain
     filter_seen: bool = True
