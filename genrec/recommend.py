@@ -54,6 +54,7 @@ from genrec.semantic_ids import SemanticIds
 from genrec.tasks.attributes import item_attributes
 from genrec.tasks.families import FAMILIES, SEQUENTIAL
 from genrec.tasks.sequential import history_prompt
+from genrec.tasks.texts import written_renderer
 
 logger = logging.getLogger(__name__)
 
@@ -420,7 +421,10 @@ class Recommender:
 
     @cached_property
     def _chain_reader(self) -> ChainReader:
-        return ChainReader(self.semantic_ids, item_attributes(self.catalog))
+        # The run's own copy of the wording, where it has one: genrec's may be another by now.
+        own = self.renderer.folder / "written"
+        wording = written_renderer(str(own)) if own.is_dir() else None
+        return ChainReader(self.semantic_ids, item_attributes(self.catalog), wording)
 
     def require_family(self, family: str) -> None:
         """Raise ValueError if the model was not trained on a task family."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -342,6 +343,19 @@ def test_true_and_false_chains_of_a_list_are_told_apart(world, shop):
     assert not all(check.passed for check in second.checks)
 
 
+def test_chains_are_read_by_the_wording_of_the_run(world, shop, tmp_path):
+    """A later genrec may word its steps in another way than the run that is loaded."""
+    model, tokenizer, recommender = world
+    shutil.copytree(default_folder(), tmp_path / "prompts")
+    (tmp_path / "prompts/written/step_formulation/seen/01.jinja").write_text("Find {{ query }}!")
+    token_ids = [i.tolist() for i in recommender.engine.sid_ids]
+    other = recommender_of(shop, model, tokenizer, token_ids)
+    other.renderer = PromptRenderer(tmp_path / "prompts")
+    (step,) = other._chain_reader.read("Find red hat!", [0]).steps
+    assert (step.type, step.measured) == ("formulation", {"query": "red hat"})
+    assert recommender._chain_reader.read("Find red hat!", [0]).steps == ()
+
+
 def test_adapter_models_reason(tiny, shop):
     from peft import LoraConfig, get_peft_model
 
@@ -417,8 +431,6 @@ def test_a_marker_that_is_joined_with_the_text_before_it(world):
 
 
 def test_completions_whose_end_can_not_be_told(tmp_path):
-    import shutil
-
     path = tmp_path / "prompts" / REASONING / "completion" / "01.jinja"
     shutil.copytree(default_folder(), tmp_path / "prompts")
     steps = "{{ evidence }} {{ preference }} {{ intent }} {{ formulation }} {{ rewriting }}"
