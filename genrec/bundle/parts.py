@@ -27,6 +27,8 @@ class ServedParts:
         filter_seen: the rule under which the model was validated.
         k: length of lists that are asked for without one.
         beam_width: the search width of such lists; None: by their length.
+        families: task families that sft trained the model on.
+        trained_on_target: whether its reasoning chains saw the answer; None: not recorded.
     """
 
     catalog: Path
@@ -39,6 +41,8 @@ class ServedParts:
     filter_seen: bool
     k: int = DEFAULT_K
     beam_width: int | None = None
+    families: tuple[str, ...] = ()
+    trained_on_target: bool | None = None
 
     @classmethod
     def of_run(
@@ -80,6 +84,8 @@ class ServedParts:
             max_history=data.config["max_history"],
             model_stage=stage,
             filter_seen=trained.config.get("filter_seen", True),
+            families=tuple(sorted(trained_families(source))),
+            trained_on_target=dataset.metrics.get("trained_on_target"),
         )
 
     @classmethod
@@ -113,4 +119,17 @@ class ServedParts:
             filter_seen=decoding["filter_seen"],
             k=decoding["k"],
             beam_width=decoding["beam_width"],
+            families=tuple(decoding["families"]),
+            trained_on_target=decoding["trained_on_target"],
         )
+
+
+def trained_families(run_dir: Path | str) -> frozenset[str]:
+    """Task families that a run's sft stage has seen rows of, in any epoch.
+
+    Raises:
+        ValueError: the stage is missing, broken, or was built from other inputs.
+    """
+    # With weights an epoch may leave families out that the dataset has.
+    epochs = require(run_dir, "sft").metrics.get("rows_per_epoch", [])
+    return frozenset(name for epoch in epochs for name, rows in epoch.items() if rows)

@@ -185,6 +185,8 @@ def _decoding(run_dir: Path | str, parts: ServedParts, settings: ExportSettings)
         "max_history": parts.max_history,
         "serving_template": parts.template,
         "model_stage": parts.model_stage,
+        "families": list(parts.families),
+        "trained_on_target": parts.trained_on_target,
     }
 
 

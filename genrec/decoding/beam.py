@@ -278,17 +278,19 @@ class Beams:
 
     def users(self, rows: slice) -> Beams:
         """The beams of some users."""
-        tensors = (getattr(self, name)[rows] for name in _TENSORS)
-        return Beams(*tensors, None if self.draws is None else self.draws.users(rows))
+        tensors = {name: getattr(self, name)[rows] for name in _TENSORS}
+        return Beams(**tensors, draws=None if self.draws is None else self.draws.users(rows))
 
     @classmethod
     def together(cls, parts: Sequence[Beams]) -> Beams:
         """Beams of several groups of users, one after another."""
         if len(parts) == 1:
             return parts[0]
-        tensors = (torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS)
+        tensors: dict[str, Any] = {
+            name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS
+        }
         draws = [part.draws for part in parts if part.draws is not None]
-        return cls(*tensors, Draws.together(draws) if draws else None)
+        return cls(**tensors, draws=Draws.together(draws) if draws else None)
 
 
 _TENSORS = tuple(item.name for item in fields(Beams) if item.name != "draws")

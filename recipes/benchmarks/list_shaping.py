@@ -220,7 +220,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     def search(name: str, k: int, sampler: Sampler | None = None) -> BeamResult:
         with tqdm(total=len(prompts), desc=name, unit="user", leave=False) as bar:
             started = time.perf_counter()
-            result = engine.search(prompts, k, width, seen, None, bar.update, sampler)
+            result = engine.search(prompts, k, width, seen, progress=bar.update, sampler=sampler)
             seconds[name] = round(time.perf_counter() - started, 2)
         return result
 
