@@ -90,10 +90,10 @@ class Candidates:
         place = np.where(self.places == EMPTY, self.places.shape[1], self.places)
         order = np.lexsort((place, -self.keys), axis=1)
         return Candidates(
-            *(
-                np.take_along_axis(column, order, axis=1)
-                for column in (self.items, self.scores, self.keys, self.places)
-            )
+            np.take_along_axis(self.items, order, axis=1),
+            np.take_along_axis(self.scores, order, axis=1),
+            np.take_along_axis(self.keys, order, axis=1),
+            np.take_along_axis(self.places, order, axis=1),
         )
 
     def keep(self, kept: BoolArray) -> Candidates:
@@ -296,7 +296,8 @@ def category_at(categories: pl.Series, depth: int) -> pl.Series:
     """
     found = categories.list.get(depth, null_on_oob=True)
     if found.null_count() == len(found):
-        longest = categories.list.len().max() or 0
+        lengths = categories.list.len().drop_nulls()
+        longest = int(lengths.to_numpy().max(initial=0))
         raise ValueError(f"depth={depth} is beyond every category path (the longest has {longest})")
     return found
 

@@ -68,7 +68,7 @@ QUICK: dict[str, list[str]] = {
     "quantize": "--n_levels 3 --codebook_size 16 --report_map pca".split(),
     "build_dataset": "--tasks sequential --sequential_mode whole_history --n_templates 1".split(),
     "sft": "--size tiny --vocab_size 500 --eval_rows 0 --max_steps 40 --learning_rate 3e-3 "
-    "--filter_seen false --per_device_train_batch_size 16 --use_cpu true --bf16 false "
+    "--filter_seen false --per_device_train_batch_size 8 --use_cpu true --bf16 false "
     "--gradient_checkpointing false --report_to none --save_strategy no --seed 0".split(),
 }
 
