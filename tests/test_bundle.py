@@ -117,7 +117,8 @@ def test_decoding_settings_are_the_defaults_of_who_loads_it(run: Path, tmp_path:
     assert decoding == {
         "normalizer": "trie", "k": 3, "beam_width": 12, "filter_seen": True,
         "filter_rule": "items of the history are left out", "max_history": 6,
-        "serving_template": "sequential/seen/01", "model_stage": "sft",
+        "serving_template": "sequential/seen/01", "model_stage": "sft", "families": [],
+        "trained_on_target": None,
     }  # fmt: skip
     assert loaded.recommend([]) == Recommender.load(run).recommend([], 3, beam_width=12)
     assert len(loaded.recommend([], 15)) == 15  # longer than its own lists: the width grows
