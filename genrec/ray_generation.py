@@ -26,11 +26,13 @@ from genrec.recommend import Recommender
 logger = logging.getLogger(__name__)
 
 MAX_TASKS = 4096  # of Ray Data; with more shards than that a task makes several
-MAX_RESTARTS = 20  # of one actor
+STORE_BYTES = 100 << 20  # of the object store of a cluster started here: it carries row numbers
 
 
 class ShardActor:
     """What runs in a Ray actor: an engine, and calls with the first rows of shards.
+
+    Bad input comes back as a value: Ray restarts and retries what raises, and wraps the error.
 
     Args:
         load: makes the recommender; picklable, for example a `functools.partial`.
@@ -38,19 +40,35 @@ class ShardActor:
     """
 
     def __init__(self, load: Callable[[], Recommender], job: GenerationJob) -> None:
-        self._maker = ShardMaker(load(), job)
+        self._fault, self._maker = "", None
+        try:
+            self._maker = ShardMaker(load(), job)
+        except ValueError as error:
+            self._fault = str(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """Make the shards of a batch.
+        """Make the shards of a batch; after bad input no more are made.
 
         Args:
             batch: ``start``, the first rows.
 
         Returns:
-            ``info``, what each shard says about itself, as JSON.
+            ``info``, what each shard says about itself, as JSON, and ``fault``, the message of a
+            ValueError (else empty).
         """
-        infos = [self._maker.make(int(start)) for start in batch["start"]]
-        return {"info": [json.dumps(asdict(info)) for info in infos]}
+        infos: list[str] = []
+        for start in batch["start"]:
+            if self._maker is None or self._fault:
+                break
+            try:
+                info = self._maker.make(int(start))
+            except ValueError as error:
+                self._fault = str(error)
+            else:
+                infos.append(json.dumps(asdict(info), sort_keys=True))
+        if self._fault:
+            infos.append("")
+        return {"info": infos, "fault": [self._fault if not info else "" for info in infos]}
 
 
 def generate_with_ray(
@@ -64,8 +82,9 @@ def generate_with_ray(
 ) -> int:
     """Make shards on a Ray cluster.
 
-    A cluster that this process is connected to is used as it is; else one is joined (`address`) or
-    started on this machine.
+    Ray Data starts an actor that dies again, however often, and retries its shards. A cluster that
+    this process is connected to is used as it is; else one is joined (`address`) or started on this
+    machine.
 
     Args:
         load: makes a recommender in each actor.
@@ -88,6 +107,7 @@ def generate_with_ray(
     if not starts:
         return 0
     with _cluster(address, n_actors, gpus_per_actor) as ray:
+        ray.data.DataContext.get_current().enable_progress_bars = False  # `finished` tells
         rows = ray.data.from_items(
             [{"start": start} for start in starts],
             override_num_blocks=min(len(starts), MAX_TASKS),
@@ -99,17 +119,12 @@ def generate_with_ray(
             compute=ray.data.ActorPoolStrategy(size=min(n_actors, len(starts))),
             num_gpus=gpus_per_actor,
             num_cpus=0 if gpus_per_actor else 1,
-            max_restarts=MAX_RESTARTS,
-            max_task_retries=-1,
         )
-        try:
-            for row in made.iter_rows():
-                if finished is not None:
-                    finished(ShardInfo(**json.loads(row["info"])))
-        except (ray.exceptions.RayError, ValueError) as error:
-            if (cause := _bad_input(error)) is None:
-                raise
-            raise ValueError(str(cause)) from error
+        for row in made.iter_rows():
+            if row["fault"]:
+                raise ValueError(row["fault"])
+            if finished is not None:
+                finished(ShardInfo(**json.loads(row["info"])))
     return job.n_users(starts)
 
 
@@ -131,6 +146,7 @@ def _cluster(address: str | None, n_actors: int, gpus_per_actor: float) -> Itera
             if not gpus_per_actor:  # a core per actor, even where that is more than there are
                 cores = max(cores, n_actors)
             place = {"num_cpus": cores, "include_dashboard": False}
+            place["object_store_memory"] = STORE_BYTES
         # Workers import genrec from where this process did, installed or not.
         root = str(Path(genrec.__file__).resolve().parent.parent)
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -147,15 +163,3 @@ def _cluster(address: str | None, n_actors: int, gpus_per_actor: float) -> Itera
     finally:
         if own:
             ray.shutdown()
-
-
-def _bad_input(error: BaseException | None) -> ValueError | None:
-    """The ValueError of our own code among the causes of what Ray raised, if there is one."""
-    while error is not None:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, ValueError):
-            return cause
-        if isinstance(error, ValueError) and not hasattr(error, "cause"):
-            return error
-        error = cause if isinstance(cause, BaseException) else error.__cause__
-    return None
