@@ -5,7 +5,7 @@ unfinished one leaves nothing behind, so whatever interrupts the work, the same 
 ends with the same files. Shards depend on their rows alone: several processes can each take a part.
 
 Everything of a shard but the search is done for its users at once: prompts in Polars, item ids by
-joins, the table from arrays. Only the hash of a prompt and its tokens are made one by one, in C.
+joins, the table from arrays. Only the hashes of prompts are made one by one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from genrec.list_shards import (
     shard_name,
     write_shard,
 )
-from genrec.modeling import encode_prompts
+from genrec.modeling import encode_prompts, sid_token_ids
 from genrec.recommend import Recommender
 from genrec.user_rows import UNKNOWN, UserRows, count_allowed
 
@@ -185,6 +185,14 @@ def check_users(job: GenerationJob, n_items: int) -> dict[str, int]:
     return counts
 
 
+def newest(lists: ItemLists, n: int) -> ItemLists:
+    """The last `n` entries of each list."""
+    kept = np.minimum(lists.lengths, n)
+    offsets = np.concatenate([[0], np.cumsum(kept)])
+    at = np.arange(offsets[-1]) + np.repeat(lists.offsets[1:] - offsets[1:], kept)
+    return ItemLists(lists.values[at], offsets)
+
+
 def prompts_of(recommender: Recommender, histories: ItemLists) -> pl.Series:
     """Prompts of many histories at once: the same texts as `Recommender.prompts` gives.
 
@@ -195,12 +203,9 @@ def prompts_of(recommender: Recommender, histories: ItemLists) -> pl.Series:
     Raises:
         ValueError: the template doesn't end with the history.
     """
-    kept = np.minimum(histories.lengths, recommender.max_history)
-    offsets = np.concatenate([[0], np.cumsum(kept)])
-    # The newest of each list: shifted to its end.
-    at = np.arange(offsets[-1]) + np.repeat(histories.offsets[1:] - offsets[1:], kept)
-    sids = pl.Series("sid", recommender.sids[histories.values[at]].tolist(), dtype=pl.String)
-    history = list_series(sids, offsets).list.join("")
+    kept = newest(histories, recommender.max_history)
+    sids = pl.Series("sid", recommender.sids[kept.values].tolist(), dtype=pl.String)
+    history = list_series(sids, kept.offsets).list.join("")
     prompts = recommender.renderer.render_many(recommender.template, sids={"history": history})
     (start,) = recommender.prompts([[]])
     if not (prompts == start + history).all():
@@ -209,6 +214,53 @@ def prompts_of(recommender: Recommender, histories: ItemLists) -> pl.Series:
             "always the same"
         )
     return prompts
+
+
+class PromptEncoder:
+    """Token ids of the prompts of many histories, without a tokenizer's work for each.
+
+    SID tokens are split off before a tokenizer sees any other text, so a prompt's ids are those of
+    its beginning and then one id per SID token. Whether this holds for a tokenizer is tried on
+    histories of all lengths first; where it doesn't, each prompt is tokenised.
+
+    Args:
+        recommender: the run.
+    """
+
+    def __init__(self, recommender: Recommender) -> None:
+        self._recommender = recommender
+        codes = recommender.semantic_ids.codes
+        levels = sid_token_ids(recommender.tokenizer, recommender.semantic_ids)
+        each = [np.asarray(ids)[codes[:, level]] for level, ids in enumerate(levels)]
+        self._tokens = np.stack(each, axis=1)  # (n_items, n_levels)
+        (self._start,) = encode_prompts(recommender.tokenizer, recommender.prompts([[]]))
+        rng = np.random.default_rng(0)
+        tried = [
+            rng.integers(0, len(codes), n).tolist() for n in range(recommender.max_history + 1)
+        ]
+        column = pl.Series(tried, dtype=pl.List(pl.Int64))
+        self._plain = self._join(ItemLists.from_column(column)) == encode_prompts(
+            recommender.tokenizer, recommender.prompts(tried)
+        )
+        if not self._plain:
+            logger.info("the tokenizer joins SID tokens with other text: prompts take it in full")
+
+    def encode(self, histories: ItemLists, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt.
+
+        Args:
+            histories: catalogue rows, oldest first.
+            prompts: the same, rendered.
+        """
+        if not self._plain:
+            return encode_prompts(self._recommender.tokenizer, prompts)
+        return self._join(histories)
+
+    def _join(self, histories: ItemLists) -> list[list[int]]:
+        kept = newest(histories, self._recommender.max_history)
+        ends = kept.offsets * self._tokens.shape[1]
+        flat = self._tokens[kept.values].ravel().tolist()
+        return [self._start + flat[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
 
 class ShardMaker:
@@ -224,6 +276,7 @@ class ShardMaker:
 
     def __init__(self, recommender: Recommender, job: GenerationJob) -> None:
         self.recommender, self.job = recommender, job
+        self._encoder = PromptEncoder(recommender)
         self.view: CatalogueView | None = None
         if job.allowed is not None:
             self.view = recommender.engine.trie.allow(job.allowed)
@@ -245,7 +298,7 @@ class ShardMaker:
         histories = ItemLists.from_column(part[HISTORY])
         prompts = prompts_of(self.recommender, histories).to_list()
         try:
-            result = self._search(part, prompts, progress)
+            result = self._search(part, self._encoder.encode(histories, prompts), progress)
         except ValueError as error:
             raise ValueError(f"users of rows {start + 1} to {job.stop(start)}: {error}") from error
         found = (result.items >= 0).sum(1)
@@ -262,13 +315,16 @@ class ShardMaker:
         return write_shard(job.path(start), table, info)
 
     def _search(
-        self, part: pl.DataFrame, prompts: list[str], progress: Callable[[int], object] | None
+        self,
+        part: pl.DataFrame,
+        prompts: list[list[int]],
+        progress: Callable[[int], object] | None,
     ) -> BeamResult:
         options: dict[str, Any] = {}
         if CANDIDATES in part.columns:
             options["candidates"] = _arrays(part[CANDIDATES])
         return self.recommender.engine.search(
-            encode_prompts(self.recommender.tokenizer, prompts),
+            prompts,
             self.job.k,
             self.job.beam_width,
             seen=_arrays(part[SEEN]) if SEEN in part.columns else None,

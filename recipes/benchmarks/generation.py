@@ -1,9 +1,9 @@
-"""Benchmark: batch generation for a million users: input and output, memory, kills.
+r"""Benchmark: batch generation for a million users: input and output, memory, kills.
 
     python recipes/benchmarks/generation.py            # 1,000,000 users, an engine that pretends
     python recipes/benchmarks/generation.py --quick    # 20,000 users, one kill, under a minute
-    python recipes/benchmarks/generation.py --run_dir runs/mine --users 100000 \\
-        --folder results/generation --seconds 1800     # with a run's model, half an hour at a time
+    python recipes/benchmarks/generation.py --run_dir runs/mine --users 100000 --folder results/g \
+        --seconds 1800  # with a run's model, half an hour at a time
 
 Everything but the search is the real thing: users are read from a Parquet file in windows and
 checked, their prompts rendered and tokenised, the lists written in shards. Without a run the search
