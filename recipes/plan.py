@@ -125,7 +125,7 @@ def make_hardware(args: PlanArgs) -> Hardware:
 
 def make_workload(args: PlanArgs, facts: dict[str, Any]) -> Workload:
     """What is asked of the model, from the settings and else from the run."""
-    found = {
+    found: dict[str, Any] = {
         "codebook_sizes": args.codebook_sizes or facts.get("codebook_sizes") or (256, 256, 256),
         "prompt_tokens": args.prompt_tokens or facts.get("prompt_tokens"),
         "n_items": args.n_items or facts.get("n_items"),

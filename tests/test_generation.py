@@ -14,18 +14,14 @@ from genrec.artifacts import sha256_bytes
 from genrec.generation import (
     GenerationJob,
     ProgressFile,
-    PromptEncoder,
     ShardMaker,
     check_users,
     generate,
     list_facts,
     locked,
     parse_part,
-    prompts_of,
 )
-from genrec.item_lists import ItemLists
 from genrec.list_shards import ShardInfo
-from genrec.modeling import add_sid_tokens, encode_prompts
 from genrec.prompts import PromptRenderer
 from genrec.recommend import Recommender
 from genrec.user_rows import SplitRows, UserColumns, UserTable
@@ -162,85 +158,6 @@ def test_short_lists_where_little_is_left(world, tmp_path: Path):
     facts = list_facts(job)
     assert facts["short_lists"] == 1 and facts["items"] == 6 and facts["users"] == 2
     assert facts["certified_share"] == facts["certified"] / 2
-
-
-def test_prompts_of_many_are_those_of_each(world):
-    shop, recommender = world
-    rng = np.random.default_rng(1)
-    histories = [rng.integers(0, 20, n).tolist() for n in (0, 1, 5, 6, 7, 30, 0, 6)]
-    column = pl.Series(histories, dtype=pl.List(pl.Int64))
-    assert prompts_of(recommender, ItemLists.from_column(column)).to_list() == recommender.prompts(
-        histories
-    )
-    nobody = pl.Series([[], []], dtype=pl.List(pl.Int64))
-    assert prompts_of(recommender, ItemLists.from_column(nobody)).to_list() == recommender.prompts(
-        [[], []]
-    )
-
-
-@pytest.mark.parametrize("bos", [False, True])
-def test_token_ids_of_many_are_those_of_the_tokenizer(tiny, shop_of_integers, bos: bool):
-    shop = shop_of_integers
-    tokenizer = tiny.tokenizer(bos)
-    add_sid_tokens(tokenizer, shop.semantic_ids)
-    recommender = Recommender(
-        shop.catalog, shop.semantic_ids, PromptRenderer(), "sequential/seen/01", tokenizer, None,
-        MAX_HISTORY, "sft",
-    )  # fmt: skip
-    rng = np.random.default_rng(1)
-    histories = [rng.integers(0, 20, n).tolist() for n in (0, 1, 5, 6, 7, 30, 0, 6)]
-    lists = ItemLists.from_column(pl.Series(histories, dtype=pl.List(pl.Int64)))
-    prompts = recommender.prompts(histories)
-    wanted = encode_prompts(tokenizer, prompts)
-    encoder = PromptEncoder(recommender)
-    assert encoder.encode(lists, ["not read"] * 8) == wanted  # without the tokenizer
-    assert all(type(i) is int for row in wanted for i in row)
-    assert bos == (wanted[0][0] == tokenizer.bos_token_id)
-
-
-def test_a_tokenizer_that_joins_sid_tokens_is_asked_each_time(tiny, shop_of_integers):
-    shop = shop_of_integers
-    _, tokenizer, _ = tiny.sid_lm(shop.semantic_ids)
-
-    class Joining:
-        """Puts a token before the first SID token of a prompt."""
-
-        bos_token_id = None
-
-        def __call__(self, texts, **options):
-            ids = tokenizer(texts, **options)["input_ids"]
-            longest = max(map(len, ids))
-            single = longest == 1
-            return {
-                "input_ids": ids
-                if single
-                else [[7, *row] if ">" in t else row for t, row in zip(texts, ids, strict=True)]
-            }
-
-    recommender = Recommender(
-        shop.catalog, shop.semantic_ids, PromptRenderer(), "sequential/seen/01", Joining(), None,
-        MAX_HISTORY, "sft",
-    )  # fmt: skip
-    encoder = PromptEncoder(recommender)
-    lists = ItemLists.from_column(pl.Series([[1, 2]]))
-    prompts = recommender.prompts([[1, 2]])
-    assert encoder.encode(lists, prompts) == encode_prompts(recommender.tokenizer, prompts)
-    assert encoder.encode(lists, prompts)[0][0] == 7
-
-
-@pytest.mark.parametrize("text", ["{{ history }}, and then", "{{ history|length }}{{ history }}"])
-def test_a_template_that_does_not_end_with_the_history(world, tmp_path: Path, text: str):
-    _, recommender = world
-    folder = tmp_path / "prompts" / "sequential" / "seen"
-    folder.mkdir(parents=True)
-    (folder / "a.jinja").write_text(text)
-    other = Recommender(
-        recommender.catalog, recommender.semantic_ids, PromptRenderer(tmp_path / "prompts"),
-        "sequential/seen/a", recommender.tokenizer, recommender.engine, 3, "sft",
-    )  # fmt: skip
-    lists = ItemLists.from_column(pl.Series([[1, 2]]))
-    with pytest.raises(ValueError, match="must end with the history"):
-        prompts_of(other, lists)
 
 
 def test_a_view_holds_for_all_and_a_beam_may_be_wider(world, tmp_path: Path):

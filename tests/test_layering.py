@@ -10,8 +10,8 @@ ORDER = [
     "columns", "item_lists", "artifacts", "page", "svg", "metrics", "data", "embedding",
     "quantizers", "semantic_ids", "chains", "prompts", "tasks", "modeling", "training_data",
     "decoding", "rewards", "rollouts",
-    "recommend", "allow_lists", "user_rows", "list_shards", "generation", "ray_generation",
-    "planning", "evaluation", "explain", "audit", "config", "cli",
+    "recommend", "history_prompts", "allow_lists", "user_rows", "list_shards", "generation",
+    "ray_generation", "planning", "evaluation", "explain", "audit", "config", "cli",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

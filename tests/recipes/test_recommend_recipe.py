@@ -214,6 +214,19 @@ def test_a_full_disk(in_process, run_dir, users, tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_ray_executor_makes_the_same_files(in_process, recipe, run_dir, users, tmp_path: Path):
+    flags = [*FLAGS, "--users", str(users), "--output_dir"]
+    in_process("recommend", run_dir, *flags, str(tmp_path / "local"))
+    ray = ["--executor", "ray", "--num_actors", "2"]
+    done = recipe("recommend", run_dir, *flags, str(tmp_path / "ray"), *ray)
+    assert "22 lists of 4" in done.stdout
+    assert shards(tmp_path / "ray") == shards(tmp_path / "local")
+    manifests = [require(tmp_path / name, "recommend") for name in ("ray", "local")]
+    assert manifests[0].content_hash == manifests[1].content_hash
+    assert manifests[0].fingerprint == manifests[1].fingerprint
+
+
+@pytest.mark.slow
 def test_killed_three_times(in_process, recipe_command, run_dir, users, tmp_path: Path):
     """kill -9 at three moments of a run: the files are those of a run that nothing disturbed."""
     table = pl.read_parquet(users)
