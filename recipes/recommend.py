@@ -104,7 +104,7 @@ class RecommendArgs:
     candidates_column: str | None = None  # the only items that the user may get
     list_separator: str = " "  # between the ids of a list that is text
     unknown_items: str = "error"  # items that the catalogue lacks: error, or drop (counted)
-    output_dir: str | None = None  # lists go there instead of run_dir, which stays as it is
+    output_dir: str | None = None  # where lists for `users` go; run_dir stays as it is
     # How the work is done; the result doesn't depend on it.
     shard: str = "1/1"  # i/n: make every n-th shard from the i-th on
     executor: str = "local"  # local, or ray (genrec[ray])
@@ -126,6 +126,10 @@ class RecommendArgs:
             raise ValueError(f"k={self.k} must lie between 1 and beam_width={self.beam_width}")
         if self.shard_size < 1:
             raise ValueError(f"shard_size={self.shard_size} must be at least 1")
+        if (self.users is None) != (self.output_dir is None):
+            raise ValueError(
+                "--users and --output_dir belong together: a run folder holds the lists of a split"
+            )
         if self.users is not None and self.max_rows is not None:
             raise ValueError("max_rows samples a split; give --users a table of fewer users")
         if not self.list_separator:

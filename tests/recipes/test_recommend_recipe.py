@@ -174,7 +174,10 @@ def test_damage_and_strangers(in_process, run_dir, users, tmp_path: Path):
 
 
 def test_other_bad_settings(in_process, run_dir, users, tmp_path: Path):
-    out = ["--output_dir", str(tmp_path / "out")]
+    out = ["--users", str(users), "--output_dir", str(tmp_path / "out")]
+    for flags in (["--users", str(users)], ["--output_dir", str(tmp_path / "out")]):
+        said = in_process("recommend", run_dir, *FLAGS, *flags, fails=True)
+        assert "--users and --output_dir belong together" in said
     for flags, message in (
         (["--users", str(tmp_path / "no.parquet")], "no.parquet does not exist"),
         (["--users", str(users), "--max_rows", "3"], "max_rows samples a split"),
