@@ -2,34 +2,35 @@
 
 A shard's name holds its rows, ``recommendations-<first>-<last>.parquet``. Its Parquet metadata
 (key ``genrec``) hold the fingerprint of the settings and inputs it was made from, its row range,
-some counts, and a hash of the table. Written whole under its final name, it is found again after
-a kill and made only once; a cut or damaged one is noticed, and one of another run is refused.
+some counts, and a hash of all its bytes. Written whole under its final name, it is found again
+after a kill and made only once; a cut or damaged one is noticed, one of another run is refused.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import json
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from genrec.artifacts import write_bytes
+from genrec.artifacts import sha256_bytes, write_bytes
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "recommendations"
 DAMAGED = "damaged"  # beginning of the names of shards that were set aside
 _KEY = b"genrec"
+_NAMED = b'"sha256": "'  # what stands before the hash
+_ZEROS = "0" * 64
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -42,7 +43,7 @@ class ShardInfo:
         start: first row.
         stop: the row behind its last.
         counts: users, lists' items and what else was counted; see `genrec.generation`.
-        sha256: of the table's content; see `table_sha256`.
+        sha256: of the file's bytes, with zeros in the place of this hash.
     """
 
     fingerprint: str
@@ -55,26 +56,6 @@ class ShardInfo:
 def shard_name(start: int, stop: int) -> str:
     """File name of the shard of rows ``start`` to ``stop - 1``."""
     return f"{PREFIX}-{start:010d}-{stop - 1:010d}.parquet"
-
-
-def table_sha256(table: pl.DataFrame) -> str:
-    """Hex SHA-256 of a table's column names, types and values, however it lies in memory.
-
-    Covers what such tables hold: numbers, booleans, strings, and lists of numbers; no nulls.
-    """
-    digest = hashlib.sha256()
-    for column in table.get_columns():
-        assert not column.null_count(), f"{column.name} has nulls"
-        digest.update(f"{column.name}\0{column.dtype}\0{len(column)}\0".encode())
-        if column.dtype == pl.String:
-            digest.update(column.str.len_bytes().to_numpy().tobytes())
-            digest.update(column.str.join("").item().encode())
-            continue
-        if isinstance(column.dtype, pl.List):
-            digest.update(column.list.len().to_numpy().tobytes())
-            column = column.explode()
-        digest.update(column.to_numpy().tobytes())
-    return digest.hexdigest()
 
 
 def write_shard(path: Path | str, table: pl.DataFrame, info: ShardInfo) -> ShardInfo:
@@ -91,16 +72,19 @@ def write_shard(path: Path | str, table: pl.DataFrame, info: ShardInfo) -> Shard
     Raises:
         ValueError: the disk is full (finished shards stay as they are).
     """
-    info = ShardInfo(info.fingerprint, info.start, info.stop, info.counts, table_sha256(table))
+    text = json.dumps(asdict(replace(info, sha256=_ZEROS)), sort_keys=True)
     arrow = table.to_arrow(compat_level=pl.CompatLevel.oldest())
-    text = json.dumps(asdict(info), sort_keys=True)
-    arrow = arrow.replace_schema_metadata({_KEY: text.encode()})
     buffer = io.BytesIO()
-    pq.write_table(arrow, buffer, compression="zstd")
+    with pq.ParquetWriter(buffer, arrow.schema, compression="zstd") as writer:
+        writer.write_table(arrow)
+        writer.add_key_value_metadata({_KEY: text.encode()})
+    data = buffer.getvalue()
+    digest, place = sha256_bytes(data), _place_of_hash(data)
+    data = data[:place] + digest.encode() + data[place + len(digest) :]
     with enough_space(path):
-        write_bytes(path, buffer.getvalue())
+        write_bytes(path, data)
         _sync_folder(Path(path).parent)
-    return info
+    return replace(info, sha256=digest)
 
 
 def find_shard(path: Path | str, fingerprint: str, start: int, stop: int) -> ShardInfo | None:
@@ -121,18 +105,16 @@ def find_shard(path: Path | str, fingerprint: str, start: int, stop: int) -> Sha
     path = Path(path)
     if not path.exists():
         return None
-    fault = None
-    try:
-        table = pq.ParquetFile(path).read()
-        text = (table.schema.metadata or {}).get(_KEY)
-        info = None if text is None else ShardInfo(**json.loads(text))
-        frame = pl.from_arrow(table)
-        assert isinstance(frame, pl.DataFrame)
-        if info is not None and table_sha256(frame) != info.sha256:
-            fault = "its content does not have the hash that it names"
-    except (pa.ArrowException, pl.exceptions.PolarsError, OSError, TypeError, ValueError) as error:
-        fault = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if fault is not None:
+    data = path.read_bytes()
+    info, place = None, _place_of_hash(data)
+    if place >= 0:
+        named = data[place : place + len(_ZEROS)]
+        blank = data[:place] + _ZEROS.encode() + data[place + len(_ZEROS) :]
+        if sha256_bytes(blank).encode() != named:
+            _set_aside(path, "its bytes don't have the hash that it names")
+            return None
+        info = read_info(path)
+    elif fault := _fault_of_stranger(path, data):
         _set_aside(path, fault)
         return None
     if info is None or (info.fingerprint, info.start, info.stop) != (fingerprint, start, stop):
@@ -148,7 +130,24 @@ def find_shard(path: Path | str, fingerprint: str, start: int, stop: int) -> Sha
 
 def read_info(path: Path | str) -> ShardInfo:
     """The info of a shard that is known to be whole; reads its metadata alone."""
-    return ShardInfo(**json.loads(pq.read_schema(path).metadata[_KEY]))
+    return ShardInfo(**json.loads(pq.read_metadata(path).metadata[_KEY]))
+
+
+def _fault_of_stranger(path: Path, data: bytes) -> str:
+    """What is wrong with a file without a hash; empty for a whole one that somebody else made."""
+    if b'"fingerprint": "' in data:
+        return "its metadata are damaged"
+    try:
+        pq.read_metadata(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        return str(error).strip().splitlines()[0]
+    return ""
+
+
+def _place_of_hash(data: bytes) -> int:
+    """Where the hash stands in a shard's bytes, -1 if nowhere: in the metadata, behind all data."""
+    found = data.rfind(_NAMED)
+    return found if found < 0 else found + len(_NAMED)
 
 
 @contextmanager

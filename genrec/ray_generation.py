@@ -37,9 +37,14 @@ class ShardActor:
     Args:
         load: makes the recommender; picklable, for example a `functools.partial`.
         job: what is to be made.
+        folder: that relative paths start from, the driver's own; None leaves it as it is.
     """
 
-    def __init__(self, load: Callable[[], Recommender], job: GenerationJob) -> None:
+    def __init__(
+        self, load: Callable[[], Recommender], job: GenerationJob, folder: str | None = None
+    ) -> None:
+        if folder is not None:
+            os.chdir(folder)
         self._fault, self._maker = "", None
         try:
             self._maker = ShardMaker(load(), job)
@@ -114,7 +119,7 @@ def generate_with_ray(
         )
         made = rows.map_batches(
             ShardActor,
-            fn_constructor_args=(load, job),
+            fn_constructor_args=(load, job, os.getcwd()),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(n_actors, len(starts))),
             num_gpus=gpus_per_actor,

@@ -20,7 +20,6 @@ from genrec.artifacts import sha256_bytes, sha256_file
 from genrec.columns import CANDIDATES, HISTORY, ITEM_ID, ROW_ID, SEEN, USER_ID
 from genrec.data.readers.files import (
     ENDINGS,
-    is_plain_text,
     parquet_files,
     reading,
     require_columns,
@@ -36,7 +35,6 @@ UNKNOWN = "unknown_items"  # items of a row that are not in the catalogue
 UNKNOWN_RULES = ("error", "drop")
 WINDOW = 1 << 15  # rows of a table that are held at once
 _COPY = ".users.parquet"
-_ROW_ID = "users-{:010d}"
 
 
 class UserRows(Protocol):
@@ -138,7 +136,6 @@ class UserTable:
                 f"unknown_items={unknown_items!r} is not known; choose one of "
                 f"{', '.join(UNKNOWN_RULES)}"
             )
-        self._text = is_plain_text(source)
         self._index = pl.DataFrame([catalog_ids.alias(ITEM_ID)]).with_row_index("_row")
         self._text_index = self._index.with_columns(pl.col(ITEM_ID).cast(pl.String))
         self._files: list[Path] = []
@@ -209,7 +206,8 @@ class UserTable:
         c = self.columns
         # Text stays text: whether all of a column is numbers shows only at its end.
         users = native_ids(raw[c.user], self.source, first_row=first + 1).alias(USER_ID)
-        row_ids = pl.Series(ROW_ID, map(_ROW_ID.format, range(first, first + raw.height)))
+        number = pl.int_range(first, first + raw.height).cast(pl.String).str.zfill(10)
+        row_ids = pl.select(("users-" + number).alias(ROW_ID))[ROW_ID]
         history, unknown = self._rows_of(raw[c.history], users, first)
         columns = [row_ids, users, history.alias(HISTORY)]
         seen = [history.alias("history")] if self.filter_seen else []
