@@ -1,36 +1,80 @@
-"""Model + trie -> a ranked list of catalogue items for every row of a split.
+"""Model + trie -> a ranked list of catalogue items for every row of a split, or for anybody.
 
     genrec recommend --config recipes/configs/quickstart/recommend.yaml --run_dir runs/quickstart
     genrec recommend --run_dir runs/next --model_run runs/mine  # a later catalogue, an old model
+    genrec recommend --run_dir runs/mine --users users.parquet --output_dir lists/today
+    genrec recommend … --shard 1/8                    # one of eight jobs of a cluster, any order
+    genrec recommend … --executor ray --num_actors 4  # needs genrec[ray]
 
 With `model_run` the model, its tokenizer, templates and length of histories are that run's;
 `run_dir` needs prepare, embed and quantize alone, extended from that run (see embed.py). A new
 item's SID is made of tokens that the model knows, in prompts as in lists. Scores are normalised
 over what the model declares; another `normalizer` is noted in the manifest.
 
-Writes ``recommendations/recommendations-00000.parquet``, … (one row per recommended item) and
-``rows.parquet`` (the rows that were asked for). Killed and started again, it goes on at the next
-shard.
+`users` names a table with a user and a list of item ids in each row, oldest first: a Parquet file
+or folder, CSV, TSV, JSON Lines, or a Hugging Face dataset. It is read in parts, so its size doesn't
+matter. A user without history gets the list that the model gives to nobody known. `allow` and
+`deny` name files of item ids, one a line (or a table's item_id column).
+
+Writes ``recommendations/recommendations-<first row>-<last row>.parquet``, … (one row per
+recommended item), ``progress.json`` while it works, and for a split ``rows.parquet`` (the rows that
+were asked for). Killed and started again, it goes on at the next shard, and the files are the same
+as without the kill. With `shard` the last part that finishes writes the manifest.
 """
 
-import time
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import cast
 
 import polars as pl
 from tqdm import tqdm
 
+from genrec.allow_lists import allowed_rows
 from genrec.artifacts import (
+    MANIFEST,
     Stage,
     load_manifest,
-    read_shards,
     require,
     stage_folder,
     write_parquet,
 )
-from genrec.columns import CERTIFIED, RANK, ROW_ID, SEEN, USER_ID
+from genrec.columns import ITEM_ID, ROW_ID, USER_ID
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
-from genrec.normalizers import NORMALIZERS, declared_normalizer, mismatch
+from genrec.generation import (
+    PROGRESS,
+    WHOLE,
+    GenerationJob,
+    ProgressFile,
+    check_users,
+    generate,
+    list_facts,
+    locked,
+    parse_part,
+)
+from genrec.list_shards import DAMAGED, ShardInfo
+from genrec.normalizers import NORMALIZERS, Normalizer, declared_normalizer, mismatch
+from genrec.recommend import Recommender
+from genrec.user_rows import (
+    UNKNOWN,
+    SplitRows,
+    UserColumns,
+    UserRows,
+    UserTable,
+    remove_copy,
+    source_sha256,
+)
+
+logger = logging.getLogger("genrec.recommend")
+
+# Settings that matter only with `users`, and those that can't change a list.
+OF_USERS = ("users_split", "users_subset", "user_column", "history_column", "exclude_column",
+    "candidates_column", "list_separator", "unknown_items")  # fmt: skip
+HOW = ("batch_size", "output_dir", "shard", "executor", "ray_address", "num_actors",
+    "gpus_per_actor")  # fmt: skip
 
 
 @dataclass
@@ -52,6 +96,25 @@ class RecommendArgs:
     shard_size: int = 2048  # rows per output file; the unit of resuming
     max_rows: int | None = None  # a deterministic sample of the split's rows; default all
     seed: int = 0
+    allow: str | None = None  # file of item ids: nothing else is recommended
+    deny: str | None = None  # file of item ids that nobody gets
+    # Anybody's users in place of a split.
+    users: str | None = None  # table file, folder of Parquet files, or Hugging Face dataset
+    users_split: str = "train"  # of a Hugging Face dataset
+    users_subset: str | None = None
+    user_column: str = "user_id"
+    history_column: str = "history"  # item ids, oldest first: a list, or text
+    exclude_column: str | None = None  # further items that the user must not get
+    candidates_column: str | None = None  # the only items that the user may get
+    list_separator: str = " "  # between the ids of a list that is text
+    unknown_items: str = "error"  # items that the catalogue lacks: error, or drop (counted)
+    output_dir: str | None = None  # where lists for `users` go; run_dir stays as it is
+    # How the work is done; the result doesn't depend on it.
+    shard: str = "1/1"  # i/n: make every n-th shard from the i-th on
+    executor: str = "local"  # local, or ray (genrec[ray])
+    ray_address: str | None = None  # of a running cluster; default: one on this machine
+    num_actors: int = 1  # engines at once under ray
+    gpus_per_actor: float = 0
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""
@@ -60,75 +123,194 @@ class RecommendArgs:
         if self.normalizer is not None:
             check_choice("normalizer", self.normalizer, NORMALIZERS)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_choice("executor", self.executor, ("local", "ray"))
+        check_choice("unknown_items", self.unknown_items, ("error", "drop"))
         if self.model_stage is not None:
             check_choice("model_stage", self.model_stage, ("sft", "grpo"))
         if not 1 <= self.k <= self.beam_width:
             raise ValueError(f"k={self.k} must lie between 1 and beam_width={self.beam_width}")
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size={self.shard_size} must be at least 1")
+        if (self.users is None) != (self.output_dir is None):
+            raise ValueError(
+                "--users and --output_dir belong together: a run folder holds the lists of a split"
+            )
+        if self.users is not None and self.max_rows is not None:
+            raise ValueError("max_rows samples a split; give --users a table of fewer users")
+        if not self.list_separator:
+            raise ValueError("list_separator is empty; name what stands between two item ids")
+        if self.num_actors < 1 or self.gpus_per_actor < 0:
+            raise ValueError(
+                f"num_actors={self.num_actors} must be at least 1, "
+                f"gpus_per_actor={self.gpus_per_actor} at least 0"
+            )
 
 
-def main() -> None:
-    """Run the stage."""
-    args = parse(RecommendArgs)
+def make_stage(args: RecommendArgs, model_stage: str) -> Stage:
+    """The stage with all that decides its result."""
     source = args.model_run or args.run_dir
-    model_stage = args.model_stage or ("grpo" if load_manifest(source, "grpo") else "sft")
-    require(source, model_stage)
-    declared = declared_normalizer(stage_folder(source, model_stage) / "model")
-    normalizer = next((known for known in NORMALIZERS if known == args.normalizer), declared)
-    config = {**asdict(args), "model_stage": model_stage, "normalizer": normalizer}
     inputs, of_model = ["prepare", "quantize"], ["build_dataset", model_stage]
-    ignore, hashes = ["batch_size"], {}
+    ignore, hashes = [*HOW], {}
     if args.model_run is None:
         inputs += of_model
         ignore.append("model_run")
     else:
         hashes = {f"model_run/{s}": require(source, s).content_hash for s in of_model}
-    stage = Stage(args.run_dir, "recommend", config, inputs, ignore=ignore, hashes=hashes)
-    if stage.is_done(args.overwrite):
-        return
-    from genrec.recommend import Recommender, generate
+    # What isn't in effect is no setting of this run.
+    ignore += [name for name in ("allow", "deny", "users") if getattr(args, name) is None]
+    ignore += OF_USERS if args.users is None else ["split", "max_rows", "seed"]
+    files: dict[str, Path | str] = {}
+    for name in ("allow", "deny"):
+        if (path := getattr(args, name)) is not None:
+            if not Path(path).is_file():
+                raise ValueError(f"--{name} {path} is not a file; name a list of item ids")
+            files[name] = path
+    if args.users is not None:
+        hashes["users"] = source_sha256(args.users, args.users_split, args.users_subset)
+    if args.output_dir is not None:
+        hashes |= {f"run_dir/{s}": require(args.run_dir, s).content_hash for s in inputs}
+        inputs = []
+    config = {**asdict(args), "model_stage": model_stage}
+    root = args.output_dir or args.run_dir
+    return Stage(root, "recommend", config, inputs, files, ignore, hashes)
 
-    rule = require(source, model_stage).config.get("filter_seen")
-    if rule not in (None, args.filter_seen):
-        print(f"warning: {model_stage} was validated with filter_seen={rule}, this differs")
-    rows = read_split(args.run_dir, args.split, "recommend", model_stage=model_stage)
-    if args.max_rows is not None and args.max_rows < len(rows):
-        rows = rows.sample(args.max_rows, seed=args.seed).sort(ROW_ID)
-    write_parquet(stage.folder / "rows.parquet", rows.select(ROW_ID, USER_ID))
-    recommender = Recommender.load(
+
+def make_users(args: RecommendArgs, stage: Stage, catalog: pl.DataFrame) -> UserRows:
+    """The rows that lists are made for."""
+    if args.users is None:
+        rows = read_split(
+            args.run_dir, args.split, "recommend", model_stage=stage.config["model_stage"]
+        )
+        if args.max_rows is not None and args.max_rows < len(rows):
+            rows = rows.sample(args.max_rows, seed=args.seed).sort(ROW_ID)
+        if rows.is_empty():
+            raise ValueError(f"the {args.split} split of {args.run_dir} has no rows")
+        write_parquet(stage.folder / "rows.parquet", rows.select(ROW_ID, USER_ID))
+        return SplitRows(rows, args.filter_seen)
+    columns = UserColumns(
+        args.user_column,
+        args.history_column,
+        args.exclude_column,
+        args.candidates_column,
+        args.list_separator,
+    )
+    return UserTable(
+        args.users,
+        catalog[ITEM_ID],
+        columns,
+        args.unknown_items,
+        args.filter_seen,
+        stage.folder,
+        args.users_split,
+        args.users_subset,
+    )
+
+
+def make_lists(
+    args: RecommendArgs, job: GenerationJob, part: tuple[int, int], model_stage: str
+) -> ProgressFile:
+    """Make the shards of a part that are missing."""
+    todo = job.missing(part)
+    progress = ProgressFile(job, part, job.n_users(todo))
+    load = partial(
+        Recommender.load,
         args.run_dir,
         model_stage,
         args.engine,
-        normalizer,
+        cast(Normalizer, args.normalizer),
         args.dtype,
         args.batch_size,
         args.model_run,
     )
-    seen = rows[SEEN] if args.filter_seen else None
-    started = time.perf_counter()
-    with tqdm(total=len(rows), unit="user", desc=f"recommend ({args.engine})") as bar:
-        done = generate(
-            recommender,
-            rows,
+    label = f"recommend ({args.engine}{'' if part == WHOLE else f', part {args.shard}'})"
+    done = progress.total - job.n_users(todo)
+    with tqdm(total=progress.total, initial=done, unit="user", desc=label) as bar:
+        if not todo:
+            logger.info("all %d users of part %s are done", done, args.shard)
+        elif args.executor == "ray":
+            from genrec.ray_generation import generate_with_ray
+
+            def finished(info: ShardInfo) -> None:
+                bar.update(info.stop - info.start)
+                progress.finished(info)
+
+            actors, gpus, address = args.num_actors, args.gpus_per_actor, args.ray_address
+            generate_with_ray(load, job, todo, actors, gpus, address, finished)
+        else:
+            generate(load(), job, todo, bar.update, progress.finished)
+    return progress
+
+
+def finish(
+    args: RecommendArgs,
+    stage: Stage,
+    job: GenerationJob,
+    progress: ProgressFile,
+    notes: Sequence[str],
+) -> None:
+    """Write the manifest if every shard of every part is there, else say what is missing."""
+    progress.write()
+    # The files first: checking their content reads all of them.
+    if missing := job.absent() or job.missing():
+        print(
+            f"part {args.shard} is done; the stage is not: {len(missing):,} of "
+            f"{len(job.starts()):,} shards are missing, the first is {job.path(missing[0]).name}; "
+            "start the other parts, or this command without --shard"
+        )
+        return
+    if (stage.folder / MANIFEST).exists():
+        return  # another part was the last
+    remove_copy(stage.folder)
+    speed = progress.users_per_s
+    metrics = {"users_per_s": None if speed is None else round(speed, 1), **list_facts(job)}
+    stage.finish(metrics["items"], args.seed, metrics, notes, skip=(PROGRESS, DAMAGED))
+    print(
+        f"{job.users.n_rows:,} lists of {args.k} by the {stage.config['model_stage']} model on "
+        f"{args.engine} ({metrics['users_per_s']} users/s); {metrics['certified_share']:.1%} "
+        f"provably exact; {metrics['short_lists']:,} shorter than {args.k}"
+    )
+
+
+def main() -> None:
+    """Run the stage."""
+    args = parse(RecommendArgs)
+    part = parse_part(args.shard)
+    if args.overwrite and part != WHOLE:
+        raise ValueError("--overwrite with --shard would set other parts' lists aside; drop one")
+    source = args.model_run or args.run_dir
+    model_stage = args.model_stage or ("grpo" if load_manifest(source, "grpo") else "sft")
+    require(source, model_stage)
+    declared = declared_normalizer(stage_folder(source, model_stage) / "model")
+    args = replace(args, normalizer=args.normalizer or declared)
+    stage = make_stage(args, model_stage)
+    catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet")
+    allowed = allowed_rows(catalog[ITEM_ID], args.allow, args.deny)
+    # One process at a time begins or ends: parts may be started at the same moment.
+    with locked(stage.run_dir):
+        if stage.is_done(args.overwrite):
+            return
+        rule = require(source, model_stage).config.get("filter_seen")
+        if rule not in (None, args.filter_seen):
+            print(f"warning: {model_stage} was validated with filter_seen={rule}, this differs")
+        job = GenerationJob(
+            make_users(args, stage, catalog),
             stage.folder,
             args.k,
             args.beam_width,
-            seen,
+            stage.fingerprint,
             args.shard_size,
-            bar.update,
+            allowed,
         )
-    seconds = time.perf_counter() - started
-    table = read_shards(stage.folder, "recommendations")
-    first = table.filter(pl.col(RANK) == 1)
-    metrics = {
-        "users_per_s": round(done / seconds, 1) if done else None,
-        "certified_share": first.select(pl.col(CERTIFIED).mean()).item(),
-    }
-    note = mismatch(normalizer, declared)
-    stage.finish(rows=len(table), seed=args.seed, metrics=metrics, notes=[note] if note else [])
-    print(
-        f"{len(rows):,} lists of {args.k} by the {model_stage} model on {args.engine} "
-        f"({metrics['users_per_s']} users/s); {metrics['certified_share']:.1%} provably exact"
-    )
+        checked = check_users(job, len(catalog))
+    if checked[UNKNOWN]:
+        print(
+            f"warning: {checked[UNKNOWN]:,} items that the catalogue lacks are left out of the "
+            f"rows of {checked['rows_with_unknown']:,} users"
+        )
+    progress = make_lists(args, job, part, model_stage)
+    note = mismatch(cast(Normalizer, args.normalizer), declared)
+    with locked(stage.run_dir):
+        finish(args, stage, job, progress, [note] if note else [])
 
 
 if __name__ == "__main__":

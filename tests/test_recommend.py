@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from polars.testing import assert_frame_equal
 
 from genrec.artifacts import Stage, write_parquet
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 from genrec.modeling import encode_prompts
-from genrec.recommend import Recommender, generate
+from genrec.recommend import Recommender
 
 MAX_HISTORY = 6
 
@@ -196,80 +195,6 @@ def test_a_model_of_another_run_must_know_the_map(world, later: Path, tiny, tmp_
     items.write_bytes(items.read_bytes()[:-1])
     with pytest.raises(ValueError, match="items.parquet has .* bytes, its manifest says"):
         Recommender.load(later, model_run=run)
-
-
-def tables(folder: Path) -> pl.DataFrame:
-    return pl.read_parquet(folder / "recommendations-*.parquet")
-
-
-def test_shards_resume_and_nothing_is_doubled(world, tmp_path: Path):
-    _, shop, recommender = world
-    rows = shop.splits.test
-    seen = rows["seen_item_index"]
-    ticks: list[int] = []
-    whole, cut, one = tmp_path / "whole", tmp_path / "cut", tmp_path / "one"
-    assert generate(recommender, rows, whole, 4, 10, seen, 7, ticks.append) == len(rows) == 30
-    assert sum(ticks) == 30
-    names = sorted(p.name for p in whole.iterdir())
-    assert names == [f"recommendations-{i:05}.parquet" for i in range(5)]
-    generate(recommender, rows, cut, 4, 10, seen, 7)
-    (cut / names[2]).unlink()
-    kept = {n: (cut / n).stat().st_mtime_ns for n in names if n != names[2]}
-    assert generate(recommender, rows, cut, 4, 10, seen, 7) == 7
-    assert {n: (cut / n).stat().st_mtime_ns for n in kept} == kept
-    assert generate(recommender, rows, cut, 4, 10, seen, 7) == 0
-    for name in names:
-        assert (cut / name).read_bytes() == (whole / name).read_bytes()
-    table = tables(whole)
-    assert len(table) == 30 * 4 and table.select("row_id", "rank").is_duplicated().sum() == 0
-    generate(recommender, rows, one, 4, 10, seen)  # one shard: the same table
-    assert_frame_equal(tables(one), table, abs_tol=1e-5)
-
-
-def test_the_table_says_what_was_recommended(world, tmp_path: Path):
-    from genrec.artifacts import sha256_bytes
-
-    _, shop, recommender = world
-    rows = shop.splits.test
-    generate(recommender, rows, tmp_path, 4, 20, rows["seen_item_index"], 16)
-    table = tables(tmp_path)
-    assert table.columns == [
-        "row_id", "user_id", "rank", "item_id", "item_index", "sid", "score", "level_log_probs",
-        "certified", "prompt_sha256",
-    ]  # fmt: skip
-    assert table.schema["rank"] == pl.Int32 and table.schema["score"] == pl.Float32
-    assert table.schema["level_log_probs"] == pl.List(pl.Float32)
-    assert table.schema["item_id"] == shop.catalog.schema["item_id"]
-    joined = table.join(shop.catalog, on="item_index", suffix="_true")
-    assert (joined["item_id"] == joined["item_id_true"]).all()
-    sids = shop.semantic_ids.sids()
-    for row_id, user_id, history, seen in rows.select(
-        "row_id", "user_id", "history_item_index", "seen_item_index"
-    ).iter_rows():
-        mine = table.filter(pl.col("row_id") == row_id)
-        assert mine["rank"].to_list() == [1, 2, 3, 4] and set(mine["user_id"]) == {user_id}
-        assert not set(mine["item_index"]) & set(seen)
-        assert mine["sid"].to_list() == [sids[i] for i in mine["item_index"]]
-        sums = [sum(x) for x in mine["level_log_probs"].to_list()]
-        assert mine["score"].to_list() == pytest.approx(sums, abs=1e-4)
-        (prompt,) = recommender.prompts([history])
-        assert set(mine["prompt_sha256"]) == {sha256_bytes(prompt.encode())}
-    # One by one, as the API serves it, gives the same lists.
-    ids = shop.catalog["item_id"]
-    history = rows["history_item_index"][0].to_list()
-    served = recommender.recommend([ids[i] for i in history], 4, filter_seen=False, beam_width=20)
-    unfiltered = tmp_path / "unfiltered"
-    generate(recommender, rows[:1], unfiltered, 4, 20, None)
-    assert [r.item_id for r in served] == tables(unfiltered)["item_id"].to_list()
-
-
-def test_short_lists_where_little_is_left(world, tmp_path: Path):
-    _, shop, recommender = world
-    rows = shop.splits.test[:2]
-    seen = pl.Series([list(range(18)), []], dtype=pl.List(pl.Int32))
-    generate(recommender, rows, tmp_path, 4, 20, seen)
-    counts = dict(tables(tmp_path).group_by("row_id").len().iter_rows())
-    assert [counts[r] for r in rows["row_id"]] == [2, 4]
 
 
 def test_prompt_of_serving_is_that_of_evaluation(world):

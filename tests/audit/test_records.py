@@ -80,7 +80,7 @@ def test_artefacts_are_the_files_that_decide(audited_run, records):
     assert {
         "data/catalog.parquet", "data/test.parquet", "semantic_ids/items.parquet",
         "dataset/prompts/sequential/seen/01.jinja", "sft/model/model.safetensors",
-        "sft/model/tokenizer.json", "recommendations/recommendations-00000.parquet",
+        "sft/model/tokenizer.json", "recommendations/recommendations-0000000000-0000000013.parquet",
         "explanations/chains.jsonl",
     } <= set(files)  # fmt: skip
     for name, sha256 in files.items():

@@ -16,7 +16,9 @@ import polars as pl
 import pytest
 
 from genrec.artifacts import Stage, stage_folder, write_json, write_parquet
-from genrec.recommend import Recommender, generate
+from genrec.generation import GenerationJob, generate
+from genrec.recommend import Recommender
+from genrec.user_rows import SplitRows
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 MAX_HISTORY, K, BEAM = 5, 6, 12
@@ -53,7 +55,8 @@ def make_listed_run(
     assert not stage.is_done()
     rows = pl.read_parquet(stage_folder(run, "prepare") / f"{split}.parquet")
     write_parquet(stage.folder / "rows.parquet", rows.select("row_id", "user_id"))
-    made = generate(Recommender.load(run), rows, stage.folder, K, BEAM, rows["seen_item_index"])
+    job = GenerationJob(SplitRows(rows, True), stage.folder, K, BEAM, stage.fingerprint)
+    made = generate(Recommender.load(run), job)
     stage.finish(rows=made * K, metrics={"certified_share": 0.5})
     return run
 

@@ -212,7 +212,7 @@ def test_trace_of_the_first_explained_user(capsys, finished):
 
 
 def test_trace_says_when_the_stored_list_is_another(capsys, copied):
-    path = copied / "recommendations" / "recommendations-00000.parquet"
+    (path,) = (copied / "recommendations").glob("recommendations-*.parquet")
     table = pl.read_parquet(path)
     table.with_columns(pl.col("item_index").reverse().over("row_id")).write_parquet(path)
     manifest = copied / "recommendations" / "manifest.json"

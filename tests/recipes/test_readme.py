@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 import yaml
 
+from genrec.artifacts import read_shards
 from genrec.columns import (
     BRAND,
     CATEGORIES,
@@ -139,7 +140,7 @@ def test_doctor(run_dir):
 
 def test_evaluation_commands(run_dir, tmp_path):
     """Somebody's lists, all baselines, and a comparison, in the README's words."""
-    lists = pl.read_parquet(run_dir / "recommendations" / "recommendations-00000.parquet")
+    lists = read_shards(run_dir / "recommendations", "recommendations")
     lists.select("row_id", "item_id", "rank").write_csv(tmp_path / "lists.csv")
     rule = str(json.loads((run_dir / "recommendations" / "manifest.json").read_text())
                ["config"]["filter_seen"]).lower()  # fmt: skip
@@ -190,7 +191,7 @@ def test_lora_on_a_pretrained_model(run_dir, own_csv, tiny, tmp_path):
     ):  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert (run / "sft" / "adapter" / "adapter_config.json").is_file()
-    lists = pl.read_parquet(run / "recommendations" / "recommendations-00000.parquet")
+    lists = read_shards(run / "recommendations", "recommendations")
     assert lists["rank"].max() == 10
 
 
@@ -244,7 +245,7 @@ def test_a_later_catalogue(run_dir, own_csv, tmp_path):
     kept = old.join(now, "item_id", suffix="_now")
     assert len(kept) == len(old) - 1 and (kept["sid"] == kept["sid_now"]).all()
     assert now.filter(pl.col("item_id") == "BRAND-NEW")["sid"][0] not in set(old["sid"])
-    lists = pl.read_parquet(run / "recommendations" / "recommendations-00000.parquet")
+    lists = read_shards(run / "recommendations", "recommendations")
     assert gone not in set(lists["item_id"])
 
 

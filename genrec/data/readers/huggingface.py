@@ -74,7 +74,7 @@ def _columns(
     if path.is_file() and any(path.name.endswith((e, f"{e}.gz")) for e in ENDINGS):
         scanned = scan_file(path)
         return collect(scanned, path) if wanted is None else read_columns(scanned, path, wanted)
-    dataset = _dataset(source, split, subset)
+    dataset = open_dataset(source, split, subset)
     if wanted is not None:
         require_columns(dataset.column_names, source, wanted)
         names = dict.fromkeys(name for name in wanted.values() if name is not None)
@@ -85,15 +85,23 @@ def _columns(
     return table
 
 
-def _dataset(source: Path | str, split: str, subset: str | None) -> Any:
-    """A `datasets.Dataset`."""
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return path.is_dir() and any(
+        (path / name).is_file() for name in ("dataset_dict.json", "state.json")
+    )
+
+
+def open_dataset(source: Path | str, split: str, subset: str | None) -> Any:
+    """A `datasets.Dataset`: saved in a folder, or by `datasets.load_dataset`.
+
+    Raises:
+        ValueError: it can't be had.
+    """
     import datasets
 
     path = Path(source)
-    saved = path.is_dir() and any(
-        (path / name).is_file() for name in ("dataset_dict.json", "state.json")
-    )
-    if not saved:
+    if not is_saved_dataset(path):
         try:
             return datasets.load_dataset(str(source), subset, split=split)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

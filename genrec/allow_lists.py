@@ -1,0 +1,100 @@
+"""Allow- and deny-lists: files of item ids -> the catalogue rows that may be recommended.
+
+They fail closed: an unknown id or an empty list is an error, never a list that filters nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from genrec.columns import ITEM_ID
+from genrec.data.readers.files import collect, require_columns, scan_file
+
+
+def read_item_ids(path: Path | str, column: str = ITEM_ID) -> pl.Series:
+    """Item ids of an allow- or deny-list: a text file with one a line, or a table's column.
+
+    Args:
+        path: .parquet, .csv, .tsv, .jsonl or .ndjson with the column `column`; any other file is
+            read as lines.
+        column: of a table.
+
+    Raises:
+        ValueError: no such file, or it names no item.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; name a list of item ids")
+    if path.is_dir() or path.suffix.lower() in (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson"):
+        frame = scan_file(path)
+        require_columns(frame.collect_schema().names(), path, {"item column": column})
+        ids = collect(frame, path, [column])[column].drop_nulls()
+    else:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        ids = pl.Series(column, [line.strip() for line in lines if line.strip()], dtype=pl.String)
+    if ids.is_empty():
+        raise ValueError(f"{path} names no item; an empty list would allow or deny nothing")
+    return ids
+
+
+def catalogue_rows(ids: pl.Series, catalog_ids: pl.Series, path: Path | str) -> np.ndarray:
+    """Catalogue rows of item ids.
+
+    Text is compared with the ids as they are written, so that lists in text files work for integer
+    ids, too.
+
+    Args:
+        ids: the ids. ``# (n,)``
+        catalog_ids: ids of the catalogue, row for row. ``# (n_items,)``
+        path: the file they come from, for messages.
+
+    Returns:
+        Rows, distinct and ascending.
+
+    Raises:
+        ValueError: an id is not in the catalogue.
+    """
+    known = catalog_ids
+    if ids.dtype == pl.String and known.dtype != pl.String:
+        known = known.cast(pl.String)
+    elif ids.dtype.is_integer() and known.dtype.is_integer():
+        ids = ids.cast(known.dtype)
+    example = f"ids look like {catalog_ids[0]!r}"
+    if ids.dtype != known.dtype:
+        raise ValueError(
+            f"{path} holds ids of type {ids.dtype}, the catalogue {known.dtype} ({example})"
+        )
+    index = pl.DataFrame([known.alias(ITEM_ID)]).with_row_index("_row")
+    found = pl.DataFrame([ids.alias(ITEM_ID)]).join(
+        index, on=ITEM_ID, how="left", maintain_order="left"
+    )
+    unknown = found.filter(pl.col("_row").is_null())
+    if len(unknown):
+        raise ValueError(
+            f"{path}: {len(unknown)} items are not in the catalogue, the first is "
+            f"{unknown[ITEM_ID][0]!r} ({example}); remove them"
+        )
+    return np.unique(found["_row"].to_numpy().astype(np.int64))
+
+
+def allowed_rows(
+    catalog_ids: pl.Series, allow: Path | str | None, deny: Path | str | None
+) -> np.ndarray | None:
+    """Catalogue rows that an allow-list names and a deny-list doesn't; None without lists.
+
+    Raises:
+        ValueError: an unknown id, or nothing is left.
+    """
+    if allow is None and deny is None:
+        return None
+    rows = np.arange(len(catalog_ids))
+    if allow is not None:
+        rows = catalogue_rows(read_item_ids(allow), catalog_ids, allow)
+    if deny is not None:
+        rows = np.setdiff1d(rows, catalogue_rows(read_item_ids(deny), catalog_ids, deny))
+    if not len(rows):
+        raise ValueError(f"{deny} denies every item that may be recommended; no list could be made")
+    return rows

@@ -1,0 +1,356 @@
+"""Batch generation: lists for many users in shards that survive a kill at any moment.
+
+A job is cut into shards of a fixed number of rows. A finished shard is never made again, an
+unfinished one leaves nothing behind, so whatever interrupts the work, the same command goes on and
+ends with the same files. Shards depend on their rows alone: several processes can each take a part.
+
+Everything of a shard but the search is done for its users at once: prompts in Polars, item ids by
+joins, the table from arrays. Only the hashes of prompts are made one by one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from genrec.artifacts import read_json, write_json
+from genrec.columns import CANDIDATES, HISTORY, SEEN, USER_ID
+from genrec.decoding.beam import BeamResult
+from genrec.decoding.trie import CatalogueView
+from genrec.history_prompts import PromptEncoder, prompts_of
+from genrec.item_lists import ItemLists
+from genrec.list_shards import (
+    PREFIX,
+    ShardInfo,
+    enough_space,
+    find_shard,
+    read_info,
+    shard_name,
+    write_shard,
+)
+from genrec.recommend import Recommender
+from genrec.user_rows import UNKNOWN, UserRows, count_allowed
+
+logger = logging.getLogger(__name__)
+
+CHECKED = "input_check.json"
+PROGRESS = "progress"  # beginning of the names of the files that say how far the work is
+WHOLE = (1, 1)
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """What is to be generated, for whom and where.
+
+    Attributes:
+        users: the rows; each gets one list.
+        folder: where the shards go.
+        k: items per list.
+        beam_width: prefixes kept per level.
+        fingerprint: of all settings and inputs that decide the result; a shard carries it.
+        shard_size: rows per shard, the unit of resuming.
+        allowed: catalogue rows that may be recommended at all, or None for all.
+    """
+
+    users: UserRows
+    folder: Path
+    k: int
+    beam_width: int
+    fingerprint: str
+    shard_size: int = 2048
+    allowed: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        """Reject sizes that can't work."""
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size={self.shard_size} must be at least 1")
+        if not 1 <= self.k <= self.beam_width:
+            raise ValueError(f"k={self.k} must lie between 1 and beam_width={self.beam_width}")
+
+    def starts(self, part: tuple[int, int] = WHOLE) -> range:
+        """First rows of the shards of part ``(i, n)``, every n-th shard from the i-th on."""
+        number, parts = part
+        return range((number - 1) * self.shard_size, self.users.n_rows, parts * self.shard_size)
+
+    def stop(self, start: int) -> int:
+        """The row behind the last of the shard that begins at `start`."""
+        return min(start + self.shard_size, self.users.n_rows)
+
+    def path(self, start: int) -> Path:
+        """File of the shard that begins at `start`."""
+        return self.folder / shard_name(start, self.stop(start))
+
+    def n_users(self, starts: Sequence[int] | range) -> int:
+        """Rows of some shards."""
+        return sum(self.stop(start) - start for start in starts)
+
+    def find(self, start: int) -> ShardInfo | None:
+        """See `genrec.list_shards.find_shard`."""
+        return find_shard(self.path(start), self.fingerprint, start, self.stop(start))
+
+    def missing(self, part: tuple[int, int] = WHOLE) -> list[int]:
+        """First rows of the shards of a part that are still to be made; the others are checked.
+
+        Raises:
+            ValueError: the folder holds a shard of another run, or of other rows.
+        """
+        own = {self.path(start).name for start in self.starts()}
+        others = sorted(
+            p.name for p in self.folder.glob(f"{PREFIX}-*.parquet") if p.name not in own
+        )
+        if others:
+            raise ValueError(
+                f"{self.folder} holds {others[0]}, which is no shard of this run "
+                f"({len(others)} such files); move them away, or use another folder"
+            )
+        return [start for start in self.starts(part) if self.find(start) is None]
+
+    def absent(self) -> list[int]:
+        """First rows of all shards that have no file, whole or not."""
+        return [start for start in self.starts() if not self.path(start).exists()]
+
+    def totals(self) -> dict[str, int]:
+        """The counts of all shards, summed from their metadata."""
+        total: dict[str, int] = {}
+        for start in self.starts():
+            for name, count in read_info(self.path(start)).counts.items():
+                total[name] = total.get(name, 0) + count
+        return total
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """``"2/8"`` -> (2, 8).
+
+    Raises:
+        ValueError: another form, or a part that isn't one of the parts.
+    """
+    if not re.fullmatch(r"[0-9]+/[0-9]+", text):
+        raise ValueError(f"shard={text!r} must have the form i/n, such as 1/4")
+    number, parts = map(int, text.split("/"))
+    if not 1 <= number <= parts:
+        raise ValueError(f"shard={text!r}: the part must lie between 1 and {parts}")
+    return number, parts
+
+
+def check_users(job: GenerationJob, n_items: int) -> dict[str, int]:
+    """Read all rows once, before anything is decoded.
+
+    The result is kept in the folder, so that resuming and other parts needn't do it again.
+
+    Args:
+        job: the job.
+        n_items: size of the catalogue.
+
+    Returns:
+        Rows, rows without history, unknown items (dropped), and rows with them.
+
+    Raises:
+        ValueError: a row can't be read (see `UserRows`), or has no item that it may get.
+    """
+    kept = job.folder / CHECKED
+    if kept.exists():
+        found = read_json(kept)
+        if found.get("fingerprint") == job.fingerprint:
+            return dict(found["counts"])
+    allowed = np.zeros(n_items, dtype=bool)
+    allowed[slice(None) if job.allowed is None else job.allowed] = True
+    counts = {"rows": job.users.n_rows, "without_history": 0, UNKNOWN: 0, "rows_with_unknown": 0}
+    for start in job.starts():
+        part = job.users.read(start, job.shard_size)
+        exhausted = np.flatnonzero(count_allowed(part, allowed) == 0)
+        if len(exhausted):
+            at = int(exhausted[0])
+            raise ValueError(
+                f"user {part[USER_ID][at]!r} (row {start + at + 1}) has no allowed item left "
+                f"({len(exhausted)} such users from there to row {job.stop(start)}): what is "
+                "excluded for them is all that may be recommended; leave them out, exclude less, "
+                "or allow more"
+            )
+        counts["without_history"] += int((part[HISTORY].list.len() == 0).sum())
+        counts[UNKNOWN] += int(part[UNKNOWN].sum())
+        counts["rows_with_unknown"] += int((part[UNKNOWN] > 0).sum())
+    with enough_space(kept):
+        write_json(kept, {"fingerprint": job.fingerprint, "counts": counts})
+    return counts
+
+
+class ShardMaker:
+    """Makes the shards of a job with one engine.
+
+    Args:
+        recommender: the run.
+        job: what is to be made.
+
+    Raises:
+        ValueError: the allow-list is empty.
+    """
+
+    def __init__(self, recommender: Recommender, job: GenerationJob) -> None:
+        self.recommender, self.job = recommender, job
+        self._encoder = PromptEncoder(recommender)
+        self.view: CatalogueView | None = None
+        if job.allowed is not None:
+            self.view = recommender.engine.trie.allow(job.allowed)
+
+    def make(self, start: int, progress: Callable[[int], object] | None = None) -> ShardInfo:
+        """Make the shard that begins at `start`; one that is there and whole is left alone.
+
+        Args:
+            start: its first row.
+            progress: called with the number of users of each finished batch.
+
+        Raises:
+            ValueError: a user's prompt is too long or nothing is left for one, or the disk is full.
+        """
+        job = self.job
+        if (info := job.find(start)) is not None:
+            return info
+        part = job.users.read(start, job.shard_size)
+        histories = ItemLists.from_column(part[HISTORY])
+        prompts = prompts_of(self.recommender, histories).to_list()
+        try:
+            result = self._search(part, self._encoder.encode(histories, prompts), progress)
+        except ValueError as error:
+            raise ValueError(f"users of rows {start + 1} to {job.stop(start)}: {error}") from error
+        found = (result.items >= 0).sum(1)
+        counts = {
+            "users": part.height,
+            "items": int(found.sum()),
+            "certified": int(result.certified.sum()),
+            "short_lists": int((found < job.k).sum()),
+            "without_history": int((histories.lengths == 0).sum()),
+            UNKNOWN: int(part[UNKNOWN].sum()),
+        }
+        table = self.recommender.table(part, prompts, result)
+        info = ShardInfo(job.fingerprint, start, job.stop(start), counts)
+        return write_shard(job.path(start), table, info)
+
+    def _search(
+        self,
+        part: pl.DataFrame,
+        prompts: list[list[int]],
+        progress: Callable[[int], object] | None,
+    ) -> BeamResult:
+        options: dict[str, Any] = {}
+        if CANDIDATES in part.columns:
+            options["candidates"] = _arrays(part[CANDIDATES])
+        return self.recommender.engine.search(
+            prompts,
+            self.job.k,
+            self.job.beam_width,
+            seen=_arrays(part[SEEN]) if SEEN in part.columns else None,
+            view=self.view,
+            progress=progress,
+            **options,
+        )
+
+
+def _arrays(column: pl.Series) -> list[np.ndarray]:
+    """Lists of catalogue rows as the engines take them: views of one array."""
+    lists = ItemLists.from_column(column)
+    return np.split(lists.values, lists.offsets[1:-1])
+
+
+def generate(
+    recommender: Recommender,
+    job: GenerationJob,
+    starts: Sequence[int] | None = None,
+    progress: Callable[[int], object] | None = None,
+    finished: Callable[[ShardInfo], object] | None = None,
+) -> int:
+    """Make shards one after another in this process.
+
+    Args:
+        recommender: the run.
+        job: what is to be made.
+        starts: first rows of the shards; default: all that are missing.
+        progress: called with the number of users of each finished batch.
+        finished: called with each finished shard.
+
+    Returns:
+        Number of users whose lists were made.
+    """
+    maker = ShardMaker(recommender, job)
+    starts = job.missing() if starts is None else starts
+    for start in starts:
+        info = maker.make(start, progress)
+        if finished is not None:
+            finished(info)
+    return job.n_users(starts)
+
+
+class ProgressFile:
+    """Says in ``progress.json`` (of a part: ``progress-<i>of<n>.json``) how far the work is.
+
+    Args:
+        job: the job.
+        part: the part of it.
+        n_users: users of the part that are still to be done.
+    """
+
+    def __init__(self, job: GenerationJob, part: tuple[int, int], n_users: int) -> None:
+        name = PROGRESS if part == WHOLE else f"{PROGRESS}-{part[0]}of{part[1]}"
+        self.path = job.folder / f"{name}.json"
+        self._facts = {"fingerprint": job.fingerprint, "part": f"{part[0]}/{part[1]}"}
+        self.total = job.n_users(job.starts(part))
+        self._to_do, self.made = n_users, 0
+        self._started = time.perf_counter()
+
+    @property
+    def users_per_s(self) -> float | None:
+        """Users whose lists this call has made, per second; None before the first."""
+        seconds = time.perf_counter() - self._started
+        return self.made / seconds if self.made else None
+
+    def finished(self, info: ShardInfo) -> None:
+        """Count a shard; the file is written while there is more to do."""
+        self.made += info.stop - info.start
+        if self.made < self._to_do:
+            self.write()
+
+    def write(self) -> None:
+        """Write the file: users in all, done, made by this call, users/s and seconds to go."""
+        speed, left = self.users_per_s, self._to_do - self.made
+        value = {
+            **self._facts,
+            "users": self.total,
+            "done": self.total - left,
+            "made_by_this_call": self.made,
+            "users_per_s": None if speed is None else round(speed, 1),
+            "eta_s": 0 if not left else None if speed is None else round(left / speed),
+            "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        with enough_space(self.path):
+            write_json(self.path, value)
+
+
+@contextmanager
+def locked(folder: Path | str) -> Iterator[None]:
+    """Hold the lock of a run folder: only one process at a time begins or ends a job there."""
+    path = Path(folder) / ".recommend.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:  # a file system without locks
+            logger.warning(
+                "%s can't be locked (%s): start parts of one job a few seconds apart", path, error
+            )
+        yield
+
+
+def list_facts(job: GenerationJob) -> dict[str, Any]:
+    """Counts of a finished job and the share of lists that are provably exact, for a manifest."""
+    totals = job.totals()
+    return {**totals, "certified_share": totals["certified"] / totals["users"]}

@@ -1,0 +1,350 @@
+"""Users to make lists for: rows of a split, or anybody's table, read in parts.
+
+A table of millions of users is never held whole: Parquet and Hugging Face datasets are read a
+window of rows at a time, text files are turned into Parquet first. Item ids become catalogue rows
+by joins, so there is no work per row in Python.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import polars as pl
+
+from genrec.artifacts import sha256_bytes, sha256_file
+from genrec.columns import CANDIDATES, HISTORY, ITEM_ID, ROW_ID, SEEN, USER_ID
+from genrec.data.readers.files import (
+    ENDINGS,
+    parquet_files,
+    reading,
+    require_columns,
+    scan_file,
+)
+from genrec.data.readers.huggingface import is_saved_dataset, open_dataset
+from genrec.data.readers.values import native_ids
+from genrec.item_lists import ItemLists, list_series
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN = "unknown_items"  # items of a row that are not in the catalogue
+UNKNOWN_RULES = ("error", "drop")
+WINDOW = 1 << 15  # rows of a table that are held at once
+_COPY = ".users.parquet"
+
+
+class UserRows(Protocol):
+    """Rows of users, each of which gets one list."""
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        ...
+
+    def read(self, start: int, size: int) -> pl.DataFrame:
+        """Rows ``start`` to ``start + size``, or fewer at the end.
+
+        Returns:
+            row_id, user_id, history_item_index (oldest first) and `unknown_items`; where they are
+            to be followed also seen_item_index (rows not to be recommended) and candidates (the
+            only rows that may be). All lists hold catalogue rows.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """Rows of a split, as `genrec.data.splits.read_split` gives them.
+
+    Attributes:
+        rows: the split rows.
+        filter_seen: leave out what the user had before the target.
+    """
+
+    rows: pl.DataFrame
+    filter_seen: bool
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return self.rows.height
+
+    def read(self, start: int, size: int) -> pl.DataFrame:
+        """See `UserRows.read`."""
+        columns = [ROW_ID, USER_ID, HISTORY, *([SEEN] if self.filter_seen else [])]
+        part = self.rows.slice(start, size).select(columns)
+        return part.with_columns(pl.lit(0, pl.Int64).alias(UNKNOWN))
+
+
+@dataclass(frozen=True)
+class UserColumns:
+    """What a table of users holds.
+
+    Attributes:
+        user: user id, a string or an integer; a user may have several rows.
+        history: item ids, oldest first: a list, or text with `separator` between them. Null and
+            empty: a user without history.
+        exclude: further items that the user must not get, likewise; None: there is no such column.
+        candidates: the only items that the user may get, likewise; None: all of the catalogue.
+        separator: between the ids of a list that is text.
+    """
+
+    user: str = USER_ID
+    history: str = "history"
+    exclude: str | None = None
+    candidates: str | None = None
+    separator: str = " "
+
+
+class UserTable:
+    """A table of users and the items that they had.
+
+    Args:
+        source: Parquet file, folder of them, CSV, TSV or JSON Lines (also gzipped), a folder that
+            `Dataset.save_to_disk` wrote, or what `datasets.load_dataset` takes.
+        catalog_ids: item ids of the catalogue, row for row.
+        columns: which column is what.
+        unknown_items: "error", or "drop" items that the catalogue lacks (counted per row).
+        filter_seen: leave out the items of the history.
+        scratch: folder for the Parquet copy of a text file; needed for text files only.
+        split: of a Hugging Face dataset.
+        subset: configuration of one.
+
+    Raises:
+        ValueError: no such source, no rows, a missing column, or one of another type.
+    """
+
+    def __init__(
+        self,
+        source: Path | str,
+        catalog_ids: pl.Series,
+        columns: UserColumns | None = None,
+        unknown_items: str = "error",
+        filter_seen: bool = True,
+        scratch: Path | str | None = None,
+        split: str = "train",
+        subset: str | None = None,
+    ) -> None:
+        self.source, self.columns = Path(source), columns or UserColumns()
+        self.unknown_items, self.filter_seen = unknown_items, filter_seen
+        if unknown_items not in UNKNOWN_RULES:
+            raise ValueError(
+                f"unknown_items={unknown_items!r} is not known; choose one of "
+                f"{', '.join(UNKNOWN_RULES)}"
+            )
+        self._index = pl.DataFrame([catalog_ids.alias(ITEM_ID)]).with_row_index("_row")
+        self._text_index = self._index.with_columns(pl.col(ITEM_ID).cast(pl.String))
+        self._files: list[Path] = []
+        self._dataset: Any = None
+        if is_table(source):
+            self._files = _as_parquet(self.source, scratch)
+            frame = pl.scan_parquet(self._files, glob=False, hive_partitioning=False)
+            with reading(self._files[0]):
+                self._n_rows = int(frame.select(pl.len()).collect().item())
+                names = frame.collect_schema().names()
+        else:
+            self._dataset = open_dataset(str(source), split, subset).with_format("arrow")
+            self._n_rows, names = len(self._dataset), self._dataset.column_names
+        c = self.columns
+        self._wanted = {
+            "user_column": c.user,
+            "history_column": c.history,
+            "exclude_column": c.exclude,
+            "candidates_column": c.candidates,
+        }
+        require_columns(names, source, self._wanted)
+        if not self._n_rows:
+            raise ValueError(f"{source} is empty: it has no rows")
+        self._window_start, self._window = -1, pl.DataFrame()
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return self._n_rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: not the window."""
+        return {**self.__dict__, "_window_start": -1, "_window": pl.DataFrame()}
+
+    def read(self, start: int, size: int) -> pl.DataFrame:
+        """See `UserRows.read`.
+
+        Raises:
+            ValueError: null ids, ids of another type than the catalogue's, or under "error" an
+                item that the catalogue lacks; the message names the row.
+        """
+        stop = min(start + size, self.n_rows)
+        parts = []
+        while start < stop:
+            first = start // WINDOW * WINDOW
+            if first != self._window_start:
+                self._window = self._resolve(self._raw(first), first)
+                self._window_start = first
+            end = min(stop, first + WINDOW)
+            parts.append(self._window.slice(start - first, end - start))
+            start = end
+        return pl.concat(parts)
+
+    def _raw(self, first: int) -> pl.DataFrame:
+        """The named columns of a window of rows, as they lie in the source."""
+        names = list(dict.fromkeys(name for name in self._wanted.values() if name is not None))
+        if self._dataset is not None:
+            table = self._dataset[first : min(first + WINDOW, self.n_rows)]
+            frame = pl.from_arrow(table.select(names))
+            assert isinstance(frame, pl.DataFrame)
+            return frame
+        scanned = pl.scan_parquet(self._files, glob=False, hive_partitioning=False)
+        with reading(self._files[0]):
+            return scanned.select(names).slice(first, WINDOW).collect()
+
+    def _resolve(self, raw: pl.DataFrame, first: int) -> pl.DataFrame:
+        """Item ids -> catalogue rows."""
+        c = self.columns
+        # Text stays text: whether all of a column is numbers shows only at its end.
+        users = native_ids(raw[c.user], self.source, first_row=first + 1).alias(USER_ID)
+        number = pl.int_range(first, first + raw.height).cast(pl.String).str.zfill(10)
+        row_ids = pl.select(("users-" + number).alias(ROW_ID))[ROW_ID]
+        history, unknown = self._rows_of(raw[c.history], users, first)
+        columns = [row_ids, users, history.alias(HISTORY)]
+        seen = [history.alias("history")] if self.filter_seen else []
+        if c.exclude is not None:
+            excluded, more = self._rows_of(raw[c.exclude], users, first)
+            seen, unknown = [*seen, excluded.alias("exclude")], unknown + more
+        if seen:
+            columns.append(pl.DataFrame(seen).select(pl.concat_list(pl.all()).alias(SEEN))[SEEN])
+        if c.candidates is not None:
+            candidates, more = self._rows_of(raw[c.candidates], users, first)
+            columns, unknown = [*columns, candidates.alias(CANDIDATES)], unknown + more
+        return pl.DataFrame([*columns, pl.Series(UNKNOWN, unknown)])
+
+    def _rows_of(
+        self, lists: pl.Series, users: pl.Series, first: int
+    ) -> tuple[pl.Series, np.ndarray]:
+        """Lists of catalogue rows, and how many items of each list the catalogue lacks."""
+        lists = self._item_lists(lists)
+        index = self._index
+        if getattr(lists.dtype, "inner", None) != index[ITEM_ID].dtype:
+            index = self._text_index
+        lengths = lists.list.len().fill_null(0).to_numpy().astype(np.int64)
+        owner = np.repeat(np.arange(len(lists)), lengths)
+        # Not `explode` alone: an empty list would become a null.
+        items = lists.filter(pl.Series(lengths > 0)).explode().alias(ITEM_ID)
+        if items.null_count():
+            at = owner[int(items.is_null().arg_true()[0])]
+            raise ValueError(
+                f"{self.source} row {first + at + 1}: {lists.name!r} of user {users[int(at)]!r} "
+                "holds a null item; remove it"
+            )
+        found = pl.DataFrame([items]).join(index, on=ITEM_ID, how="left", maintain_order="left")
+        known = found["_row"].is_not_null().to_numpy()
+        unknown = np.bincount(owner[~known], minlength=len(lists))
+        if not known.all() and self.unknown_items == "error":
+            at = int(np.flatnonzero(~known)[0])
+            raise ValueError(
+                f"{self.source} row {first + owner[at] + 1}: {lists.name!r} of user "
+                f"{users[int(owner[at])]!r} holds {items[at]!r}, which is not in the catalogue "
+                f"({int(unknown.sum())} such items in {int((unknown > 0).sum())} of the rows "
+                f"{first + 1} to {first + len(lists)}; ids look like "
+                f"{self._index[ITEM_ID][0]!r}); leave them out, or set unknown_items: drop"
+            )
+        offsets = np.concatenate([[0], np.cumsum(lengths - unknown)])
+        rows = found["_row"].drop_nulls().cast(pl.Int64)
+        return list_series(rows.alias(lists.name), offsets), unknown
+
+    def _item_lists(self, column: pl.Series) -> pl.Series:
+        """A column as lists of ids, of the catalogue's type or (split from text) of strings."""
+        kind = self._index[ITEM_ID].dtype
+        inner = getattr(column.dtype, "inner", None)
+        if column.dtype == pl.Null or inner == pl.Null:
+            return column.cast(pl.List(kind))
+        if column.dtype == pl.String:
+            # Spaces at an end or twice in a row make no item.
+            part = pl.element().str.strip_chars()
+            return column.str.split(self.columns.separator).list.eval(part.filter(part != ""))
+        if isinstance(column.dtype, pl.Array):
+            column = column.arr.to_list()
+        if inner is not None and inner.is_integer() and kind == pl.Int64:
+            return column.cast(pl.List(pl.Int64))
+        if inner == pl.String and kind == pl.String:
+            return column
+        raise ValueError(
+            f"{self.source}: {column.name!r} holds {column.dtype}; needed are lists of the "
+            f"catalogue's item ids ({kind}, such as {self._index[ITEM_ID][0]!r}), or text with "
+            f"{self.columns.separator!r} between them"
+        )
+
+
+def is_table(source: Path | str) -> bool:
+    """Whether a source of users is a table file or a folder of Parquet, not a dataset."""
+    path = Path(source)
+    if path.is_dir():
+        return not is_saved_dataset(path) and any(path.rglob("*.parquet"))
+    return any(path.name.lower().endswith((e, f"{e}.gz")) for e in ENDINGS)
+
+
+def source_sha256(source: Path | str, split: str = "train", subset: str | None = None) -> str:
+    """Hash of the content of a source of users (of a dataset: its fingerprint)."""
+    if not is_table(source):
+        dataset = open_dataset(str(source), split, subset)
+        return sha256_bytes(f"{dataset._fingerprint} {len(dataset)}".encode())
+    path = Path(source)
+    if path.is_dir():
+        return sha256_bytes("".join(map(sha256_file, parquet_files(path))).encode())
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; name a table of users or a dataset")
+    return sha256_file(path)
+
+
+def _as_parquet(source: Path, scratch: Path | str | None) -> list[Path]:
+    """The Parquet files of a source; text is turned into one below `scratch`, once."""
+    if source.is_dir():
+        return parquet_files(source)
+    if source.suffix.lower() == ".parquet":
+        scan_file(source)
+        return [source]
+    if scratch is None:
+        raise ValueError(f"{source} is text: name a folder for its Parquet copy")
+    copy = Path(scratch) / _COPY
+    if not copy.exists():
+        partial = copy.with_name(f"{copy.name}.{os.getpid()}.partial")
+        with reading(source):
+            scan_file(source).sink_parquet(partial, row_group_size=WINDOW)
+        os.replace(partial, copy)
+        logger.info("%s: read into %s", source, copy.name)
+    return [copy]
+
+
+def remove_copy(scratch: Path | str) -> None:
+    """Remove the Parquet copy of a text file, when no process reads it any more."""
+    (Path(scratch) / _COPY).unlink(missing_ok=True)
+
+
+def count_allowed(part: pl.DataFrame, allowed: np.ndarray) -> np.ndarray:
+    """How many items each row may get.
+
+    Args:
+        part: rows as `UserRows.read` gives them.
+        allowed: whether the catalogue view allows each item. ``# (n_items,)``
+
+    Returns:
+        Number of items. ``# (rows,)``
+    """
+    n_items, n_rows = len(allowed), part.height
+    counts = np.full(n_rows, int(allowed.sum()))
+    candidates = np.zeros(0, dtype=np.int64)
+    if CANDIDATES in part.columns:
+        lists = ItemLists.from_column(part[CANDIDATES])
+        candidates = np.unique(lists.keys(n_items))
+        candidates = candidates[allowed[candidates % n_items]]
+        counts = np.bincount(candidates // n_items, minlength=n_rows)
+    if SEEN in part.columns:
+        gone = np.unique(ItemLists.from_column(part[SEEN]).keys(n_items))
+        gone = gone[allowed[gone % n_items]]
+        if CANDIDATES in part.columns:
+            gone = np.intersect1d(gone, candidates, assume_unique=True)
+        counts = counts - np.bincount(gone // n_items, minlength=n_rows)
+    return counts

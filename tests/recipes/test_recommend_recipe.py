@@ -1,0 +1,267 @@
+"""Lists for anybody's users: tables, parts, filters, kills, damage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from genrec.artifacts import load_manifest, read_json, require
+from genrec.recommend import Recommender
+
+FLAGS = "--k 4 --beam_width 10 --shard_size 4".split()
+MAX_HISTORY = 6
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny, tmp_path_factory) -> Path:
+    """A run with a random model, made by library calls; read only."""
+    run = tmp_path_factory.mktemp("tiny") / "run"
+    shop = tiny.shop(strings=True, max_history=MAX_HISTORY)
+    model, tokenizer, _ = tiny.sid_lm(shop.semantic_ids)
+    tiny.save_run(run, shop, model, tokenizer, MAX_HISTORY)
+    return run
+
+
+@pytest.fixture(scope="module")
+def users(run_dir, tmp_path_factory) -> Path:
+    """22 users with histories of 0 to 9 items."""
+    ids = pl.read_parquet(run_dir / "data" / "catalog.parquet")["item_id"]
+    lists = [[ids[(3 * u + i) % 20] for i in range(u % 10)] for u in range(22)]
+    path = tmp_path_factory.mktemp("users") / "users.parquet"
+    pl.DataFrame({"user_id": [f"u{u}" for u in range(22)], "history": lists}).write_parquet(path)
+    return path
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (folder / "recommendations").glob("recomm*.parquet")}
+
+
+def lists_of(folder: Path) -> pl.DataFrame:
+    return pl.read_parquet(folder / "recommendations" / "recommendations-*.parquet")
+
+
+def test_users_of_a_table(in_process, run_dir, users, tmp_path: Path):
+    before = sorted(run_dir.rglob("*"))
+    flags = [*FLAGS, "--users", str(users), "--output_dir", str(tmp_path / "out")]
+    said = in_process("recommend", run_dir, *flags)
+    assert "22 lists of 4 by the sft model on torch" in said
+    assert sorted(run_dir.rglob("*")) == before  # nor was the test split read
+    manifest = require(tmp_path / "out", "recommend")
+    assert manifest.rows == 88 and manifest.metrics["users"] == 22
+    assert manifest.metrics["without_history"] == 3 and manifest.metrics["unknown_items"] == 0
+    assert {"users", "run_dir/sft", "run_dir/prepare"} <= set(manifest.inputs)
+    assert len(shards(tmp_path / "out")) == 6
+    table = lists_of(tmp_path / "out")
+    recommender = Recommender.load(run_dir)
+    for row in pl.read_parquet(users)[[0, 7, 21]].iter_rows(named=True):
+        mine = table.filter(pl.col("user_id") == row["user_id"])
+        served = recommender.recommend(row["history"], 4, beam_width=10)
+        assert mine["item_id"].to_list() == [r.item_id for r in served]
+        assert mine["score"].to_list() == pytest.approx([r.score for r in served], abs=1e-5)
+    assert "lists of 4" not in in_process("recommend", run_dir, *flags)  # skipped
+    assert require(tmp_path / "out", "recommend") == manifest
+    more = pl.read_parquet(users)[:21]
+    more.write_parquet(tmp_path / "users.parquet")
+    flags[flags.index(str(users))] = str(tmp_path / "users.parquet")
+    said = in_process("recommend", run_dir, *flags, fails=True)
+    assert "was made with other" in said and "input 'users'" in said
+
+
+def test_text_files_and_unknown_items(in_process, run_dir, users, tmp_path: Path):
+    table = pl.read_parquet(users).with_columns(pl.col("history").list.join("|"))
+    changed = table.with_columns(
+        pl.when(pl.col("user_id") == "u5").then(pl.col("history") + "|gone")
+        .otherwise(pl.col("history")).alias("history")
+    )  # fmt: skip
+    changed.write_csv(tmp_path / "users.csv")
+    out = tmp_path / "out"
+    flags = [*FLAGS, "--users", str(tmp_path / "users.csv"), "--output_dir", str(out)]
+    flags += ["--list_separator", "|"]
+    said = in_process("recommend", run_dir, *flags, fails=True)
+    assert "row 6: 'history' of user 'u5' holds 'gone', which is not in the catalogue" in said
+    assert not shards(out)
+    said = in_process("recommend", run_dir, *flags, "--unknown_items", "drop")
+    assert "1 items that the catalogue lacks are left out of the rows of 1 users" in said
+    assert require(out, "recommend").metrics["unknown_items"] == 1
+    assert not list((out / "recommendations").glob(".*"))  # the Parquet copy is gone
+    in_process(
+        "recommend", run_dir, *FLAGS, "--users", str(users), "--output_dir", str(tmp_path / "b")
+    )
+    assert_frame_equal(lists_of(out), lists_of(tmp_path / "b"))
+
+
+def test_parts_in_any_order(in_process, run_dir, users, tmp_path: Path):
+    flags = [*FLAGS, "--users", str(users), "--output_dir"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    in_process("recommend", run_dir, *flags, str(whole))
+    said = in_process("recommend", run_dir, *flags, str(parts), "--shard", "3/3")
+    assert "part 3/3 is done; the stage is not: 4 of 6 shards are missing, the first is " in said
+    assert "recommendations-0000000000-0000000003.parquet" in said
+    assert load_manifest(parts, "recommend") is None
+    progress = read_json(parts / "recommendations" / "progress-3of3.json")
+    assert (progress["users"], progress["done"], progress["eta_s"]) == (6, 6, 0)
+    said = in_process("recommend", run_dir, *flags, str(parts), "--shard", "1/3")
+    assert "2 of 6 shards are missing" in said
+    said = in_process("recommend", run_dir, *flags, str(parts), "--shard", "2/3")
+    assert "22 lists of 4" in said
+    assert shards(parts) == shards(whole)
+    made = require(parts, "recommend")
+    assert made.metrics["users"] == 22
+    assert not [name for name in made.outputs if name.startswith("progress")]
+    said = in_process("recommend", run_dir, *flags, str(parts), "--shard", "4/3", fails=True)
+    assert "the part must lie between 1 and 3" in said
+    again = [*flags, str(parts), "--shard", "1/3", "--overwrite", "true"]
+    assert "--overwrite with --shard" in in_process("recommend", run_dir, *again, fails=True)
+
+
+def test_allow_and_deny_lists(in_process, run_dir, users, tmp_path: Path):
+    ids = pl.read_parquet(run_dir / "data" / "catalog.parquet")["item_id"].to_list()
+    allow, deny = tmp_path / "allow.txt", tmp_path / "deny.txt"
+    allow.write_text("\n".join(ids[:14]))
+    deny.write_text(f"{ids[0]}\n{ids[1]}\n")
+    out = ["--output_dir", str(tmp_path / "out")]
+    flags = [*FLAGS, "--users", str(users), "--allow", str(allow), "--deny", str(deny)]
+    in_process("recommend", run_dir, *flags, *out)
+    made = require(tmp_path / "out", "recommend")
+    assert set(lists_of(tmp_path / "out")["item_id"]) <= set(ids[2:14])
+    assert {"allow", "deny"} <= set(made.inputs)
+    allow.write_text("\n".join(ids[:15]))
+    said = in_process("recommend", run_dir, *flags, *out, fails=True)
+    assert "input 'allow'" in said
+    for content, message in (
+        ("", "names no item"),
+        (ids[0], "denies every item"),
+        ("zzz", "1 items are not in the catalogue, the first is 'zzz'"),
+    ):
+        allow.write_text(content)
+        said = in_process(
+            "recommend", run_dir, *flags, "--output_dir", str(tmp_path / "n"), fails=True
+        )
+        assert message in said
+    assert not (tmp_path / "n").exists()
+    flags[flags.index(str(allow))] = str(tmp_path / "absent")
+    said = in_process("recommend", run_dir, *flags, *out, fails=True)
+    assert "absent is not a file; name a list of item ids" in said
+
+
+def test_damage_and_strangers(in_process, run_dir, users, tmp_path: Path):
+    out = tmp_path / "out"
+    flags = [*FLAGS, "--users", str(users), "--output_dir", str(out)]
+    in_process("recommend", run_dir, *flags, "--shard", "1/2")
+    whole = shards(out)
+    first, second, _ = sorted(out.glob("recommendations/recommendations-*"))
+    first.write_bytes(first.read_bytes()[:100])
+    said = in_process("recommend", run_dir, *flags)
+    assert f"{first.name} is damaged" in said and "22 lists of 4" in said
+    assert whole.items() <= shards(out).items()
+    made = require(out, "recommend")
+    assert not [name for name in made.outputs if name.startswith("damaged")]
+    (out / "recommendations" / "manifest.json").unlink()
+    in_progress = {"fingerprint": made.fingerprint, "config": made.config}
+    (out / "recommendations" / "in_progress.json").write_text(json.dumps(in_progress))
+    second.write_bytes(first.read_bytes())
+    said = in_process("recommend", run_dir, *flags, fails=True)
+    assert f"{second.name} is of another run: it has rows 0 to 3" in said
+    assert second.read_bytes() == first.read_bytes()
+
+
+def test_other_bad_settings(in_process, run_dir, users, tmp_path: Path):
+    out = ["--users", str(users), "--output_dir", str(tmp_path / "out")]
+    for flags in (["--users", str(users)], ["--output_dir", str(tmp_path / "out")]):
+        said = in_process("recommend", run_dir, *FLAGS, *flags, fails=True)
+        assert "--users and --output_dir belong together" in said
+    for flags, message in (
+        (["--users", str(tmp_path / "no.parquet")], "no.parquet does not exist"),
+        (["--users", str(users), "--max_rows", "3"], "max_rows samples a split"),
+        (["--users", str(users), "--history_column", "h"], "no column 'h' (history_column)"),
+        (["--executor", "spark"], "executor='spark' is not known; choose one of local, ray"),
+        (["--unknown_items", "skip"], "unknown_items='skip' is not known"),
+        (["--num_actors", "0"], "num_actors=0 must be at least 1"),
+        (["--shard_size", "0"], "shard_size=0 must be at least 1"),
+        (["--shard", "x"], "shard='x' must have the form i/n"),
+    ):
+        said = in_process("recommend", run_dir, *FLAGS, *out, *flags, fails=True)
+        assert message in said
+    assert not shards(tmp_path / "out")
+
+
+def test_a_full_disk(in_process, run_dir, users, tmp_path: Path, monkeypatch):
+    """The third shard finds no space; what was finished stays, and the same command goes on."""
+    import genrec.list_shards
+
+    out, real = tmp_path / "out", genrec.list_shards.write_bytes
+    flags = [*FLAGS, "--users", str(users), "--output_dir", str(out)]
+
+    def full(path: Path, data: bytes) -> None:
+        if len(shards(out)) == 2:
+            raise OSError(28, "No space left on device")
+        real(path, data)
+
+    monkeypatch.setattr(genrec.list_shards, "write_bytes", full)
+    said = in_process("recommend", run_dir, *flags, fails=True)
+    assert "can't be written (No space left on device): the disk is full" in said
+    kept = shards(out)
+    assert len(kept) == 2
+    assert read_json(out / "recommendations" / "progress.json")["done"] == 8
+    monkeypatch.setattr(genrec.list_shards, "write_bytes", real)
+    assert "22 lists of 4" in in_process("recommend", run_dir, *flags)
+    assert kept.items() <= shards(out).items() and len(shards(out)) == 6
+
+
+@pytest.mark.slow
+def test_the_ray_executor_makes_the_same_files(in_process, recipe, run_dir, users, tmp_path: Path):
+    flags = [*FLAGS, "--users", str(users), "--output_dir"]
+    in_process("recommend", run_dir, *flags, str(tmp_path / "local"))
+    ray = ["--executor", "ray", "--num_actors", "2"]
+    done = recipe("recommend", run_dir, *flags, str(tmp_path / "ray"), *ray)
+    assert "22 lists of 4" in done.stdout
+    assert shards(tmp_path / "ray") == shards(tmp_path / "local")
+    manifests = [require(tmp_path / name, "recommend") for name in ("ray", "local")]
+    assert manifests[0].content_hash == manifests[1].content_hash
+    assert manifests[0].fingerprint == manifests[1].fingerprint
+
+
+@pytest.mark.slow
+def test_killed_three_times(in_process, recipe_command, run_dir, users, tmp_path: Path):
+    """kill -9 at three moments of a run: the files are those of a run that nothing disturbed."""
+    table = pl.read_parquet(users)
+    many = pl.concat([table.with_columns(pl.col("user_id") + f"-{i}") for i in range(40)])
+    many.write_parquet(tmp_path / "many.parquet")
+    flags = [*FLAGS, "--users", str(tmp_path / "many.parquet"), "--batch_size", "4"]
+    in_process("recommend", run_dir, *flags, "--output_dir", str(tmp_path / "whole"))
+    killed = tmp_path / "killed"
+    command, env = recipe_command("recommend", run_dir, *flags, "--output_dir", str(killed))
+    done = [0]
+    for _ in range(3):
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 300
+        while len(shards_named(killed)) < done[-1] + 5:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        done.append(len(shards_named(killed)))
+    assert 0 < done[1] < done[2] < done[3] < 220
+    assert load_manifest(killed, "recommend") is None
+    kept = shards(killed)
+    in_process("recommend", run_dir, *flags, "--output_dir", str(killed))
+    assert kept.items() <= shards(killed).items()
+    assert shards(killed) == shards(tmp_path / "whole")
+    assert_frame_equal(lists_of(killed), lists_of(tmp_path / "whole"))
+    manifests = [require(folder, "recommend") for folder in (killed, tmp_path / "whole")]
+    assert manifests[0].content_hash == manifests[1].content_hash
+
+
+def shards_named(folder: Path) -> list[Path]:
+    return list((folder / "recommendations").glob("recommendations-*.parquet"))

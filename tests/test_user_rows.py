@@ -1,0 +1,259 @@
+"""Users from tables of every kind, in parts."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from polars.testing import assert_frame_equal
+
+import genrec.user_rows
+from genrec.user_rows import (
+    SplitRows,
+    UserColumns,
+    UserTable,
+    count_allowed,
+    remove_copy,
+    source_sha256,
+)
+
+NUMBERS = pl.Series("item_id", [30, 10, 20, 40])
+NAMES = pl.Series("item_id", ["c", "a", "b", "d"])
+USERS = pl.DataFrame(
+    {
+        "user_id": ["u1", "u2", "u3", "u1"],
+        "history": [[10, 20, 10], [], None, [40]],
+        "stop": [None, [30], [], [10, 10]],
+        "pool": [[20, 30], [10], [40], [30]],
+    }
+)
+ROWS = [[1, 2, 1], [], [], [3]]
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    USERS.write_parquet(tmp_path / "users.parquet")
+    return tmp_path / "users.parquet"
+
+
+def histories(users: UserTable) -> list[list[int]]:
+    return users.read(0, users.n_rows)["history_item_index"].to_list()
+
+
+def test_a_parquet_file(parquet: Path):
+    users = UserTable(parquet, NUMBERS, UserColumns(exclude="stop", candidates="pool"))
+    assert users.n_rows == 4
+    part = users.read(0, 10)
+    assert part["row_id"].to_list() == [f"users-{i:010d}" for i in range(4)]
+    assert part["user_id"].to_list() == USERS["user_id"].to_list()
+    assert part["history_item_index"].to_list() == ROWS
+    assert part["seen_item_index"].to_list() == [[1, 2, 1], [0], [], [3, 1, 1]]
+    assert part["candidates"].to_list() == [[2, 0], [1], [3], [0]]
+    assert part["unknown_items"].to_list() == [0] * 4
+    assert_frame_equal(users.read(1, 2), part[1:3])
+    plain = UserTable(parquet, NUMBERS, filter_seen=False).read(0, 4)
+    assert plain.columns == ["row_id", "user_id", "history_item_index", "unknown_items"]
+    seen = UserTable(parquet, NUMBERS).read(0, 4)["seen_item_index"]
+    assert seen.to_list() == ROWS
+
+
+def test_every_source_gives_the_same_rows(parquet: Path, tmp_path: Path):
+    wanted = UserTable(parquet, NUMBERS).read(0, 4)
+    plain = USERS.select("user_id", "history")
+    joined = plain.with_columns(pl.col("history").cast(pl.List(pl.String)).list.join(" "))
+    joined.write_csv(tmp_path / "users.csv")
+    joined.write_csv(tmp_path / "users.tsv", separator="\t")
+    plain.write_ndjson(tmp_path / "users.jsonl")
+    (tmp_path / "zipped.csv.gz").write_bytes(gzip.compress((tmp_path / "users.csv").read_bytes()))
+    joined.write_parquet(tmp_path / "joined.parquet")
+    (tmp_path / "folder").mkdir()
+    plain[:3].write_parquet(tmp_path / "folder" / "a.parquet")
+    plain[3:].write_parquet(tmp_path / "folder" / "b.parquet")
+    names = "users.csv users.tsv users.jsonl zipped.csv.gz joined.parquet folder".split()
+    for name in names:
+        scratch = tmp_path / f"scratch {name}"
+        scratch.mkdir()
+        users = UserTable(tmp_path / name, NUMBERS, scratch=scratch)
+        assert_frame_equal(users.read(0, 4), wanted)
+        copies = list(scratch.iterdir())
+        assert len(copies) == (name not in ("joined.parquet", "folder"))
+        again = UserTable(tmp_path / name, NUMBERS, scratch=scratch)
+        assert_frame_equal(again.read(2, 1), wanted[2:3])
+        remove_copy(scratch)
+        remove_copy(scratch)
+        assert not list(scratch.iterdir())
+    with pytest.raises(ValueError, match="is text: name a folder for its Parquet copy"):
+        UserTable(tmp_path / "users.csv", NUMBERS)
+
+
+def test_a_hugging_face_dataset(parquet: Path, tmp_path: Path):
+    import datasets
+
+    saved = tmp_path / "saved"
+    datasets.DatasetDict({"test": datasets.Dataset.from_polars(USERS)}).save_to_disk(saved)
+    users = UserTable(saved, NUMBERS, split="test")
+    assert_frame_equal(users.read(1, 3), UserTable(parquet, NUMBERS).read(1, 3))
+    assert source_sha256(saved, "test") == source_sha256(saved, "test")
+    with pytest.raises(ValueError, match="has no split 'train'"):
+        UserTable(saved, NUMBERS)
+    with pytest.raises(ValueError, match="no column 'items'"):
+        UserTable(saved, NUMBERS, UserColumns(history="items"), split="test")
+
+
+def test_windows(monkeypatch, tmp_path: Path):
+    """However the table is cut, the rows are the same; no more than a window is held."""
+    monkeypatch.setattr(genrec.user_rows, "WINDOW", 4)
+    rng = np.random.default_rng(0)
+    lists = [rng.choice(NUMBERS.to_numpy(), rng.integers(0, 5)).tolist() for _ in range(23)]
+    table = pl.DataFrame({"user_id": range(23), "history": lists})
+    table.write_parquet(tmp_path / "a.parquet", row_group_size=7)
+    users = UserTable(tmp_path / "a.parquet", NUMBERS)
+    whole = users.read(0, 23)
+    place = {item: i for i, item in enumerate(NUMBERS)}
+    assert whole["history_item_index"].to_list() == [[place[i] for i in row] for row in lists]
+    for size in (1, 3, 4, 5, 9, 23, 50):
+        parts = [users.read(start, size) for start in range(0, 23, size)]
+        assert_frame_equal(pl.concat(parts), whole)
+    assert users._window.height <= 4
+    copy = pickle.loads(pickle.dumps(users))
+    assert copy._window.height == 0
+    assert_frame_equal(copy.read(5, 9), whole[5:14])
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.lists(st.sampled_from(["a", "b", "c", "d", "x", "y"]), max_size=6), min_size=1))
+def test_dropping_unknown_items(tmp_path_factory, lists):
+    path = tmp_path_factory.mktemp("t") / "users.parquet"
+    table = pl.DataFrame(
+        {"user_id": range(len(lists)), "history": lists},
+        schema_overrides={"history": pl.List(pl.String)},
+    )
+    table.write_parquet(path)
+    part = UserTable(path, NAMES, unknown_items="drop").read(0, len(lists))
+    known = {item: i for i, item in enumerate(NAMES)}
+    kept = [[known[i] for i in row if i in known] for row in lists]
+    assert part["history_item_index"].to_list() == kept == part["seen_item_index"].to_list()
+    lost = [len(a) - len(b) for a, b in zip(lists, kept, strict=True)]
+    assert part["unknown_items"].to_list() == lost
+
+
+def test_unknown_items_are_errors_by_default(tmp_path: Path):
+    table = pl.DataFrame({"user_id": [5, 6, 7], "history": [[10], [11, 20, 12], [13]]})
+    table.write_parquet(tmp_path / "u.parquet")
+    with pytest.raises(ValueError, match="which is not in the catalogue") as error:
+        histories(UserTable(tmp_path / "u.parquet", NUMBERS))
+    said = str(error.value)
+    assert "u.parquet row 2: 'history' of user 6 holds 11" in said
+    assert "(3 such items in 2 of the rows 1 to 3; ids look like 30)" in said
+    assert "unknown_items: drop" in said
+    (tmp_path / "u.csv").write_text("user_id,history\na,10 x\nb,010\n")
+    with pytest.raises(ValueError, match="row 1: 'history' of user 'a' holds 'x'"):
+        histories(UserTable(tmp_path / "u.csv", NUMBERS, scratch=tmp_path))
+    part = UserTable(tmp_path / "u.csv", NUMBERS, unknown_items="drop", scratch=tmp_path).read(0, 2)
+    assert part["history_item_index"].to_list() == [[1], []]
+    assert part["unknown_items"].to_list() == [1, 1]  # 010 is not 10
+    with pytest.raises(ValueError, match="unknown_items='skip' is not known; choose one of error"):
+        UserTable(tmp_path / "u.parquet", NUMBERS, unknown_items="skip")
+
+
+def test_separators(tmp_path: Path):
+    (tmp_path / "u.csv").write_text('user_id,history\na,"b b| a |"\nb,""\nc,||\n')
+    names = pl.Series("item_id", ["a", "b b"])
+    users = UserTable(tmp_path / "u.csv", names, UserColumns(separator="|"), scratch=tmp_path)
+    assert histories(users) == [[1, 0], [], []]
+    (tmp_path / "v.csv").write_text("user_id,history\na,  10   20 \n")
+    assert histories(UserTable(tmp_path / "v.csv", NUMBERS, scratch=tmp_path / "..")) == [[1, 2]]
+    remove_copy(tmp_path / "..")
+
+
+def test_nobody_has_a_history(tmp_path: Path):
+    for lists in ([None, None], [[], []]):
+        table = pl.DataFrame({"user_id": [1, 2], "history": lists})
+        table.write_parquet(tmp_path / "u.parquet")
+        assert histories(UserTable(tmp_path / "u.parquet", NUMBERS)) == [[], []]
+
+
+def bad(tmp_path: Path, catalog: pl.Series = NUMBERS, **columns) -> str:
+    table = pl.DataFrame({"user_id": ["a", "b"], "history": [[10], [20]]}).with_columns(
+        **{name: pl.Series(values) for name, values in columns.items()}
+    )
+    table.write_parquet(tmp_path / "u.parquet")
+    with pytest.raises(ValueError) as error:
+        histories(UserTable(tmp_path / "u.parquet", catalog))
+    return str(error.value)
+
+
+def test_bad_tables(tmp_path: Path):
+    assert "row 2: 'user_id' is null" in bad(tmp_path, user_id=["a", None])
+    assert "'user_id' holds Float64" in bad(tmp_path, user_id=[1.5, 2.5])
+    said = bad(tmp_path, history=[[10, None], [20]])
+    assert "row 1: 'history' of user 'a' holds a null item" in said
+    assert "holds List(Float64); needed are lists" in bad(tmp_path, history=[[1.0], [2.0]])
+    assert "holds Int64; needed are lists" in bad(tmp_path, history=[10, 20])
+    assert "catalogue's item ids (String, such as 'c')" in bad(tmp_path, NAMES)
+    assert "holds List(String)" in bad(tmp_path, history=[["10"], ["20"]])
+    with pytest.raises(ValueError, match="has no column 'past'"):
+        UserTable(tmp_path / "u.parquet", NUMBERS, UserColumns(history="past"))
+    with pytest.raises(ValueError, match=r"no column 'stop' \(exclude_column\)"):
+        UserTable(tmp_path / "u.parquet", NUMBERS, UserColumns(exclude="stop"))
+    pl.DataFrame({"user_id": [], "history": []}).write_parquet(tmp_path / "u.parquet")
+    with pytest.raises(ValueError, match="is empty: it has no rows"):
+        UserTable(tmp_path / "u.parquet", NUMBERS)
+    (tmp_path / "u.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="can't be read as parquet"):
+        UserTable(tmp_path / "u.parquet", NUMBERS)
+    for call in (source_sha256, lambda path: UserTable(path, NUMBERS)):
+        with pytest.raises(ValueError, match="does not exist"):
+            call(tmp_path / "missing.parquet")
+
+
+def test_the_hash_of_a_source_is_of_its_content(parquet: Path, tmp_path: Path):
+    first = source_sha256(parquet)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    moved = parquet.rename(folder / "moved.parquet")
+    assert source_sha256(moved) == first
+    whole = source_sha256(folder)
+    USERS[:1].write_parquet(folder / "more.parquet")
+    assert source_sha256(folder) != whole
+    USERS[:1].write_parquet(moved)
+    assert source_sha256(moved) != first
+
+
+def test_rows_of_a_split(tiny):
+    rows = tiny.shop().splits.test
+    part = SplitRows(rows, True).read(3, 4)
+    assert part["row_id"].to_list() == rows["row_id"][3:7].to_list()
+    assert part["seen_item_index"].to_list() == rows["seen_item_index"][3:7].to_list()
+    assert "seen_item_index" not in SplitRows(rows, False).read(0, 1).columns
+    assert SplitRows(rows, False).n_rows == 30
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_how_many_items_a_row_may_get(data):
+    items = st.lists(st.integers(0, 7), max_size=8)
+    n = data.draw(st.integers(1, 4))
+    allowed = data.draw(st.lists(st.booleans(), min_size=8, max_size=8))
+    columns = {}
+    if data.draw(st.booleans()):
+        columns["seen_item_index"] = [data.draw(items) for _ in range(n)]
+    if data.draw(st.booleans()):
+        columns["candidates"] = [data.draw(items) for _ in range(n)]
+    part = pl.DataFrame(
+        {"row_id": [str(i) for i in range(n)], **columns},
+        schema_overrides={name: pl.List(pl.Int64) for name in columns},
+    )
+    expected = []
+    for row in range(n):
+        left = {i for i, yes in enumerate(allowed) if yes}
+        left &= set(columns["candidates"][row]) if "candidates" in columns else left
+        left -= set(columns["seen_item_index"][row]) if "seen_item_index" in columns else set()
+        expected.append(len(left))
+    assert count_allowed(part, np.array(allowed)).tolist() == expected
