@@ -32,7 +32,6 @@ from typing import cast
 import polars as pl
 from tqdm import tqdm
 
-from genrec.allow_lists import allowed_rows
 from genrec.artifacts import (
     MANIFEST,
     Stage,
@@ -44,7 +43,8 @@ from genrec.artifacts import (
 from genrec.columns import ITEM_ID, ROW_ID, USER_ID
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
-from genrec.generation import (
+from genrec.generation.allow_lists import allowed_rows
+from genrec.generation.jobs import (
     PROGRESS,
     WHOLE,
     GenerationJob,
@@ -55,10 +55,8 @@ from genrec.generation import (
     locked,
     parse_part,
 )
-from genrec.list_shards import DAMAGED, ShardInfo
-from genrec.normalizers import NORMALIZERS, Normalizer, declared_normalizer, mismatch
-from genrec.recommend import Recommender
-from genrec.user_rows import (
+from genrec.generation.shards import DAMAGED, ShardInfo
+from genrec.generation.users import (
     UNKNOWN,
     SplitRows,
     UserColumns,
@@ -67,6 +65,8 @@ from genrec.user_rows import (
     remove_copy,
     source_sha256,
 )
+from genrec.normalizers import NORMALIZERS, Normalizer, declared_normalizer, mismatch
+from genrec.recommend import Recommender
 
 logger = logging.getLogger("genrec.recommend")
 
@@ -228,7 +228,7 @@ def make_lists(
         if not todo:
             logger.info("all %d users of part %s are done", done, args.shard)
         elif args.executor == "ray":
-            from genrec.ray_generation import generate_with_ray
+            from genrec.generation.ray_executor import generate_with_ray
 
             def finished(info: ShardInfo) -> None:
                 bar.update(info.stop - info.start)

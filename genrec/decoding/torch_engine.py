@@ -127,7 +127,7 @@ class TorchEngine:
 
     def _sid_head(self) -> SidHead:
         """The head, looked at once: whether it can be taken apart doesn't change."""
-        if self._head is None:
+        if self._head is None or self._head.normalizer != self.normalizer:
             with _EvalMode(self.model):
                 self._head = SidHead(self.model, self.sid_ids, self.normalizer)
         return self._head

@@ -40,14 +40,14 @@ from genrec.artifacts import sha256_json, write_json, write_parquet
 from genrec.columns import ITEM_ID, TITLE
 from genrec.decoding.beam import BeamResult
 from genrec.decoding.trie import CatalogueView, SidTrie
-from genrec.generation import GenerationJob, check_users, generate
+from genrec.generation.jobs import GenerationJob, check_users, generate
+from genrec.generation.shards import ShardInfo
+from genrec.generation.users import UserTable
 from genrec.item_lists import list_series
-from genrec.list_shards import ShardInfo
 from genrec.modeling import add_sid_tokens, train_tokenizer
 from genrec.prompts import PromptRenderer
 from genrec.recommend import Recommender
 from genrec.semantic_ids import SemanticIds
-from genrec.user_rows import UserTable
 
 N_ITEMS, CODES, LEVELS = 20_000, 64, 3
 KILLS = (0.25, 0.5, 0.75)  # of the shards

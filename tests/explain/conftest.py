@@ -16,9 +16,9 @@ import polars as pl
 import pytest
 
 from genrec.artifacts import Stage, stage_folder, write_json, write_parquet
-from genrec.generation import GenerationJob, generate
+from genrec.generation.jobs import GenerationJob, generate
+from genrec.generation.users import SplitRows
 from genrec.recommend import Recommender
-from genrec.user_rows import SplitRows
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 MAX_HISTORY, K, BEAM = 5, 6, 12

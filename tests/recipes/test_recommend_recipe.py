@@ -195,9 +195,9 @@ def test_other_bad_settings(in_process, run_dir, users, tmp_path: Path):
 
 def test_a_full_disk(in_process, run_dir, users, tmp_path: Path, monkeypatch):
     """The third shard finds no space; what was finished stays, and the same command goes on."""
-    import genrec.list_shards
+    import genrec.generation.shards
 
-    out, real = tmp_path / "out", genrec.list_shards.write_bytes
+    out, real = tmp_path / "out", genrec.generation.shards.write_bytes
     flags = [*FLAGS, "--users", str(users), "--output_dir", str(out)]
 
     def full(path: Path, data: bytes) -> None:
@@ -205,13 +205,13 @@ def test_a_full_disk(in_process, run_dir, users, tmp_path: Path, monkeypatch):
             raise OSError(28, "No space left on device")
         real(path, data)
 
-    monkeypatch.setattr(genrec.list_shards, "write_bytes", full)
+    monkeypatch.setattr(genrec.generation.shards, "write_bytes", full)
     said = in_process("recommend", run_dir, *flags, fails=True)
     assert "can't be written (No space left on device): the disk is full" in said
     kept = shards(out)
     assert len(kept) == 2
     assert read_json(out / "recommendations" / "progress.json")["done"] == 8
-    monkeypatch.setattr(genrec.list_shards, "write_bytes", real)
+    monkeypatch.setattr(genrec.generation.shards, "write_bytes", real)
     assert "22 lists of 4" in in_process("recommend", run_dir, *flags)
     assert kept.items() <= shards(out).items() and len(shards(out)) == 6
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from genrec.artifacts import sha256_bytes
-from genrec.list_shards import (
+from genrec.generation.shards import (
     ShardInfo,
     enough_space,
     find_shard,

@@ -42,7 +42,7 @@ class ShardInfo:
         fingerprint: of the settings and inputs.
         start: first row.
         stop: the row behind its last.
-        counts: users, lists' items and what else was counted; see `genrec.generation`.
+        counts: users, lists' items and what else was counted; see `genrec.generation.jobs`.
         sha256: of the file's bytes, with zeros in the place of this hash.
     """
 

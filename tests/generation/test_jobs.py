@@ -11,7 +11,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from genrec.artifacts import sha256_bytes
-from genrec.generation import (
+from genrec.generation.jobs import (
     GenerationJob,
     ProgressFile,
     ShardMaker,
@@ -21,10 +21,10 @@ from genrec.generation import (
     locked,
     parse_part,
 )
-from genrec.list_shards import ShardInfo
+from genrec.generation.shards import ShardInfo
+from genrec.generation.users import SplitRows, UserColumns, UserTable
 from genrec.prompts import PromptRenderer
 from genrec.recommend import Recommender
-from genrec.user_rows import SplitRows, UserColumns, UserTable
 
 MAX_HISTORY = 6
 

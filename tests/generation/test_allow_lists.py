@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from genrec.allow_lists import allowed_rows, read_item_ids
+from genrec.generation.allow_lists import allowed_rows, read_item_ids
 
 NUMBERS = pl.Series("item_id", [30, 10, 20])
 NAMES = pl.Series("item_id", ["c", "a", "b b"])

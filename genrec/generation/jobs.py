@@ -28,9 +28,8 @@ from genrec.artifacts import read_json, write_json
 from genrec.columns import CANDIDATES, HISTORY, SEEN, USER_ID
 from genrec.decoding.beam import BeamResult
 from genrec.decoding.trie import CatalogueView
-from genrec.history_prompts import PromptEncoder, prompts_of
-from genrec.item_lists import ItemLists
-from genrec.list_shards import (
+from genrec.generation.history_prompts import PromptEncoder, prompts_of
+from genrec.generation.shards import (
     PREFIX,
     ShardInfo,
     enough_space,
@@ -39,8 +38,9 @@ from genrec.list_shards import (
     shard_name,
     write_shard,
 )
+from genrec.generation.users import UNKNOWN, UserRows, count_allowed
+from genrec.item_lists import ItemLists
 from genrec.recommend import Recommender
-from genrec.user_rows import UNKNOWN, UserRows, count_allowed
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class GenerationJob:
         return sum(self.stop(start) - start for start in starts)
 
     def find(self, start: int) -> ShardInfo | None:
-        """See `genrec.list_shards.find_shard`."""
+        """See `genrec.generation.shards.find_shard`."""
         return find_shard(self.path(start), self.fingerprint, start, self.stop(start))
 
     def missing(self, part: tuple[int, int] = WHOLE) -> list[int]:

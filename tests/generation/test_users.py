@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-import genrec.user_rows
-from genrec.user_rows import (
+import genrec.generation.users
+from genrec.generation.users import (
     SplitRows,
     UserColumns,
     UserTable,
@@ -108,7 +108,7 @@ def test_a_hugging_face_dataset(parquet: Path, tmp_path: Path):
 
 def test_windows(monkeypatch, tmp_path: Path):
     """However the table is cut, the rows are the same; no more than a window is held."""
-    monkeypatch.setattr(genrec.user_rows, "WINDOW", 4)
+    monkeypatch.setattr(genrec.generation.users, "WINDOW", 4)
     rng = np.random.default_rng(0)
     lists = [rng.choice(NUMBERS.to_numpy(), rng.integers(0, 5)).tolist() for _ in range(23)]
     table = pl.DataFrame({"user_id": range(23), "history": lists})

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from genrec.history_prompts import PromptEncoder, newest, prompts_of
+from genrec.generation.history_prompts import PromptEncoder, newest, prompts_of
 from genrec.item_lists import ItemLists
 from genrec.modeling import add_sid_tokens, encode_prompts
 from genrec.prompts import PromptRenderer

@@ -14,11 +14,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from genrec.generation import GenerationJob, generate
-from genrec.list_shards import ShardInfo
-from genrec.ray_generation import ShardActor, generate_with_ray
+from genrec.generation.jobs import GenerationJob, generate
+from genrec.generation.ray_executor import ShardActor, generate_with_ray
+from genrec.generation.shards import ShardInfo
+from genrec.generation.users import SplitRows, UserTable
 from genrec.recommend import Recommender
-from genrec.user_rows import SplitRows, UserTable
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import genrec
-from genrec.generation import GenerationJob, ShardMaker
-from genrec.list_shards import ShardInfo
+from genrec.generation.jobs import GenerationJob, ShardMaker
+from genrec.generation.shards import ShardInfo
 from genrec.recommend import Recommender
 
 logger = logging.getLogger(__name__)

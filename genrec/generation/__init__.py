@@ -1,0 +1,1 @@
+"""Lists for many users: jobs in shards, users from tables, parts, Ray."""
