@@ -42,7 +42,7 @@ from genrec.tasks.sequential import history_prompt
 
 logger = logging.getLogger(__name__)
 
-ENGINES = ("torch", "vllm")
+ENGINES = ("torch", "vllm", "vllm-inworker")
 MODEL_STAGES = ("sft", "grpo")
 
 
@@ -124,7 +124,7 @@ class Recommender:
         Args:
             run_dir: the run.
             stage: "sft" or "grpo"; by default grpo where it is complete, else sft.
-            engine: "torch" (in process) or "vllm".
+            engine: "torch" (in process), "vllm" (requests) or "vllm-inworker" (its fast path).
             normalizer: of the scores; full vocabulary, level or trie.
             dtype: of the weights.
             batch_size: users decoded together.
@@ -160,6 +160,12 @@ class Recommender:
             tokenizer, _ = load_tokenizer(folder, semantic_ids)
             token_ids = sid_token_ids(tokenizer, semantic_ids)
             built = VllmEngine(folder, trie, token_ids, normalizer, batch_size, dtype=dtype)
+        elif engine == "vllm-inworker":
+            from genrec.decoding.vllm_inworker import InWorkerEngine
+
+            tokenizer, _ = load_tokenizer(folder, semantic_ids)
+            token_ids = sid_token_ids(tokenizer, semantic_ids)
+            built = InWorkerEngine(folder, trie, token_ids, normalizer, batch_size, dtype=dtype)
         else:
             from genrec.decoding.torch_engine import TorchEngine
 
