@@ -6,7 +6,8 @@ live on, ties, the account of what was pruned) is the shared one of `genrec.deco
 own beam search and sampler decide nothing.
 
 Written for the V1 model runner and run on CPU only so far: nothing here is specific to a device,
-but no GPU run has been made yet. Longer than other modules, since no other may import vLLM.
+but no GPU run has been made yet. Longer than other modules: what runs in vLLM's workers and what
+sends it requests have to agree in every detail.
 """
 
 from __future__ import annotations
