@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 IN_PROGRESS = "in_progress.json"
+ABOUT = "genrec.json"  # in a model folder: what the model was trained on, and how it is served
 
 # Stage -> its folder below the run folder, in the order of the line.
 FOLDERS = {

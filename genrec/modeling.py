@@ -27,13 +27,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from genrec.artifacts import read_json, write_json
+from genrec.artifacts import ABOUT, read_json, write_json
 from genrec.semantic_ids import SemanticIds
 
 logger = logging.getLogger(__name__)
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
-ABOUT = "genrec.json"
 TRAINER_STATE = "trainer_state.json"
 
 # From-scratch Qwen3 shapes: (hidden, layers, heads, feed-forward).

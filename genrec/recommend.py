@@ -1,27 +1,26 @@
-"""Recommender: a run folder in, ranked catalogue items out; and batch generation in shards."""
+"""Recommender: a run or a bundle in, ranked catalogue items out; batch generation in shards."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
 
-from genrec.artifacts import (
-    load_manifest,
-    read_json,
-    require,
-    sha256_bytes,
-    stage_folder,
-    write_parquet,
-)
+from genrec.artifacts import read_json, sha256_bytes, stage_folder, write_parquet
+from genrec.bundle.files import is_bundle
+from genrec.bundle.parts import DEFAULT_K, ServedParts
+from genrec.bundle.parts import MODEL_STAGES as MODEL_STAGES
+from genrec.chain_reader import ChainReader
 from genrec.columns import (
     CERTIFIED,
     HISTORY,
+    HISTORY_ITEMS,
     ITEM_ID,
     ITEM_INDEX,
     LEVEL_LOG_PROBS,
@@ -33,21 +32,37 @@ from genrec.columns import (
     TITLE,
     USER_ID,
 )
-from genrec.decoding.beam import BeamResult, Normalizer, default_beam_width
+from genrec.decoding.beam import BeamResult, default_beam_width
+from genrec.decoding.free_text import TextSampling
+from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import CatalogueView, SidTrie
 from genrec.modeling import ABOUT, encode_prompts, load_model, load_tokenizer, sid_token_ids
-from genrec.prompts import PromptRenderer
+from genrec.normalizers import Normalizer, resolve_normalizer
+from genrec.prompts import PromptRenderer, escape_text
+from genrec.reasoning import (
+    REASONING,
+    ReasonedList,
+    decision_marker,
+    read_lists,
+    sample_chains,
+    search_with_chains,
+)
 from genrec.semantic_ids import SemanticIds
+from genrec.tasks.attributes import item_attributes
+from genrec.tasks.families import FAMILIES, SEQUENTIAL
 from genrec.tasks.sequential import history_prompt
+from genrec.tasks.texts import written_renderer
 
 logger = logging.getLogger(__name__)
 
 ENGINES = ("torch", "vllm", "vllm-inworker")
-MODEL_STAGES = ("sft", "grpo")
+QUERY_SEARCH, JOINT_SEARCH = "query_search", "intention_search"
 
 
 class Engine(Protocol):
     """What a decoding engine offers (see `genrec.decoding.torch_engine.TorchEngine.search`)."""
+
+    trie: SidTrie
 
     def search(
         self,
@@ -87,6 +102,12 @@ class Recommender:
         max_history: items of a history that the prompt keeps (the newest).
         model_stage: which stage the model came from.
         filter_seen: the rule under which it was validated.
+        k: length of lists that are asked for without one.
+        beam_width: search width of lists of at most `k` items; None: by their length.
+        families: task families that the model was trained on by sft. (grpo goes on with the
+            sequential family alone and may wear the others down.)
+        trained_on_target: whether the reasoning chains that it learned from saw the answer, as the
+            run recorded it; None where it did not.
     """
 
     def __init__(
@@ -100,11 +121,16 @@ class Recommender:
         max_history: int,
         model_stage: str,
         filter_seen: bool = True,
+        k: int = DEFAULT_K,
+        beam_width: int | None = None,
+        families: Collection[str] = (SEQUENTIAL,),
+        trained_on_target: bool | None = None,
     ) -> None:
         self.catalog, self.semantic_ids = catalog, semantic_ids
         self.renderer, self.template, self.tokenizer = renderer, template, tokenizer
         self.engine, self.max_history, self.model_stage = engine, max_history, model_stage
-        self.filter_seen = filter_seen
+        self.filter_seen, self.k, self.beam_width = filter_seen, k, beam_width
+        self.families, self.trained_on_target = frozenset(families), trained_on_target
         self.sids = np.array(semantic_ids.sids().to_list(), dtype=object)
         self._row_of = dict(zip(catalog[ITEM_ID].to_list(), range(len(catalog)), strict=True))
 
@@ -114,18 +140,20 @@ class Recommender:
         run_dir: Path | str,
         stage: str | None = None,
         engine: str = "torch",
-        normalizer: Normalizer = "full",
+        normalizer: Normalizer | None = None,
         dtype: Any = "float32",
         batch_size: int = 64,
         model_run: Path | str | None = None,
     ) -> Recommender:
-        """Load a run folder.
+        """Load a run folder, or a bundle that `genrec export` made of one.
 
         Args:
-            run_dir: the run.
-            stage: "sft" or "grpo"; by default grpo where it is complete, else sft.
+            run_dir: the run or bundle.
+            stage: "sft" or "grpo"; by default grpo where it is complete, else sft. A bundle has
+                one.
             engine: "torch" (in process), "vllm" (requests) or "vllm-inworker" (its fast path).
-            normalizer: of the scores; full vocabulary, level or trie.
+            normalizer: of the scores: full vocabulary, level or trie; default: what the model
+                declares. Another one is logged as a warning.
             dtype: of the weights.
             batch_size: users decoded together.
             model_run: run that the model comes from, with its tokenizer, templates and length of
@@ -133,57 +161,58 @@ class Recommender:
                 model's. None: `run_dir`.
 
         Raises:
-            ValueError: a stage is missing, broken, or was built from other inputs, or the map does
-                not extend the model's.
+            ValueError: a stage is missing, broken, or was built from other inputs, the map does
+                not extend the model's, or a bundle isn't what was exported.
         """
         if engine not in ENGINES:
             raise ValueError(f"engine={engine!r} is not known; choose one of {', '.join(ENGINES)}")
-        if stage is not None and stage not in MODEL_STAGES:
+        if is_bundle(run_dir):
+            if model_run is not None:
+                raise ValueError(f"{run_dir} is a bundle and holds its model; leave model_run out")
+            parts = ServedParts.of_bundle(run_dir, stage)
+        else:
+            parts = ServedParts.of_run(run_dir, stage, model_run)
+        semantic_ids = SemanticIds.load(parts.semantic_ids)
+        catalog = pl.read_parquet(parts.catalog, glob=False)
+        if not catalog[ITEM_ID].equals(semantic_ids.item_ids):
             raise ValueError(
-                f"stage={stage!r} is not known; choose one of {', '.join(MODEL_STAGES)}"
+                f"{parts.catalog} and the SID map in {parts.semantic_ids} hold other items; "
+                "restore both, or rerun quantize"
             )
-        source = run_dir if model_run is None else model_run
-        stage = stage or ("grpo" if load_manifest(source, "grpo") else "sft")
-        trained = require(source, stage)
-        data = require(source, "prepare")
-        dataset = require(source, "build_dataset")
-        require(run_dir, "quantize")
-        semantic_ids = SemanticIds.load(stage_folder(run_dir, "quantize"))
-        trie = SidTrie.build(semantic_ids.codes)
-        folder = stage_folder(source, stage) / "model"
+        trie = SidTrie.of_map(semantic_ids, parts.semantic_ids)
         if model_run is not None:
-            _check_descent(run_dir, semantic_ids, model_run, folder)
+            _check_descent(run_dir, semantic_ids, model_run, parts.model)
+        tokenizer, _ = load_tokenizer(parts.model, semantic_ids)
+        token_ids = sid_token_ids(tokenizer, semantic_ids)
+        scores = resolve_normalizer(normalizer, parts.model)
         built: Engine
         if engine == "vllm":
             from genrec.decoding.vllm_engine import VllmEngine
 
-            tokenizer, _ = load_tokenizer(folder, semantic_ids)
-            token_ids = sid_token_ids(tokenizer, semantic_ids)
-            built = VllmEngine(folder, trie, token_ids, normalizer, batch_size, dtype=dtype)
+            built = VllmEngine(parts.model, trie, token_ids, scores, batch_size, dtype=dtype)
         elif engine == "vllm-inworker":
             from genrec.decoding.vllm_inworker import InWorkerEngine
 
-            tokenizer, _ = load_tokenizer(folder, semantic_ids)
-            token_ids = sid_token_ids(tokenizer, semantic_ids)
-            built = InWorkerEngine(folder, trie, token_ids, normalizer, batch_size, dtype=dtype)
+            built = InWorkerEngine(parts.model, trie, token_ids, scores, batch_size, dtype=dtype)
         else:
-            from genrec.decoding.torch_engine import TorchEngine
-
-            model, tokenizer, _ = load_model(folder, semantic_ids, dtype)
-            token_ids = sid_token_ids(tokenizer, semantic_ids)
+            model, _, _ = load_model(parts.model, semantic_ids, dtype)
             pad = tokenizer.pad_token_id
             pad = tokenizer.eos_token_id if pad is None else pad
-            built = TorchEngine(model, trie, token_ids, pad, normalizer, batch_size)
+            built = TorchEngine(model, trie, token_ids, pad, scores, batch_size)
         return cls(
-            pl.read_parquet(stage_folder(run_dir, "prepare") / "catalog.parquet"),
+            catalog,
             semantic_ids,
-            PromptRenderer(stage_folder(source, "build_dataset") / "prompts"),
-            dataset.metrics["serving_template"],
+            PromptRenderer(parts.prompts),
+            parts.template,
             tokenizer,
             built,
-            data.config["max_history"],
-            stage,
-            trained.config.get("filter_seen", True),
+            parts.max_history,
+            parts.model_stage,
+            parts.filter_seen,
+            parts.k,
+            parts.beam_width,
+            parts.families,
+            parts.trained_on_target,
         )
 
     def prompts(self, histories: Sequence[Sequence[int]]) -> list[str]:
@@ -196,6 +225,11 @@ class Recommender:
             else history_prompt(self.renderer, self.template, [])
             for h in histories
         ]
+
+    def known_rows(self, item_ids: Sequence[Any]) -> tuple[list[int], list[Any]]:
+        """Catalogue rows of the item ids that the catalogue has, and the ids that it lacks."""
+        rows = [(item, self._row_of.get(item)) for item in item_ids]
+        return [row for _, row in rows if row is not None], [i for i, row in rows if row is None]
 
     def rows_of(self, item_ids: Sequence[Any]) -> list[int]:
         """Catalogue rows of item ids.
@@ -215,7 +249,7 @@ class Recommender:
     def recommend(
         self,
         history: Sequence[Any],
-        k: int = 10,
+        k: int | None = None,
         filter_seen: bool | None = None,
         beam_width: int | None = None,
     ) -> list[Recommendation]:
@@ -223,17 +257,26 @@ class Recommender:
 
         Args:
             history: the user's item ids.
-            k: length of the list.
+            k: length of the list; default 10, or the bundle's.
             filter_seen: leave out items of the history; default: the rule of the run.
-            beam_width: prefixes kept per level; default max(2k, 50).
+            beam_width: prefixes kept per level; default max(2k, 50), or for lists no longer than
+                its own the bundle's.
         """
+        k = self.k if k is None else k
+        width = beam_width or self.width_of(k)
         rows = self.rows_of(history)
         prompt = self.prompts([rows])
         filter_seen = self.filter_seen if filter_seen is None else filter_seen
         seen = [np.array(rows, dtype=np.int64)] if filter_seen else None
-        result = self.engine.search(
-            encode_prompts(self.tokenizer, prompt), k, beam_width or default_beam_width(k), seen
-        )
+        result = self.engine.search(encode_prompts(self.tokenizer, prompt), k, width, seen)
+        return self.recommendations(result, 0)
+
+    def width_of(self, k: int) -> int:
+        """Search width of a list of k items: the bundle's, else max(2k, 50)."""
+        return (self.beam_width if k <= self.k else None) or default_beam_width(k)
+
+    def recommendations(self, result: BeamResult, row: int) -> list[Recommendation]:
+        """One row of a search's result as items of the catalogue; padding is left out."""
         titles = self.catalog[TITLE]
         ids = self.catalog[ITEM_ID]
         return [
@@ -241,13 +284,175 @@ class Recommender:
                 rank + 1,
                 ids[int(item)],
                 titles[int(item)],
-                float(result.scores[0, rank]),
+                float(result.scores[row, rank]),
                 str(self.sids[item]),
-                tuple(float(x) for x in result.level_log_probs[0, rank]),
+                tuple(float(x) for x in result.level_log_probs[row, rank]),
             )
-            for rank, item in enumerate(result.items[0])
+            for rank, item in enumerate(result.items[row])
             if item >= 0
         ]
+
+    def search(
+        self,
+        query: str,
+        k: int = 10,
+        history: Sequence[Any] | None = None,
+        filter_seen: bool = False,
+        beam_width: int | None = None,
+    ) -> list[Recommendation]:
+        """The k best items for a query in words (joint search: with a history as well).
+
+        One model searches and recommends (Penha et al. 2025). Without a history the prompt is that
+        of the family `query_search`, with one that of `intention_search`. The query is untrusted
+        text: it is escaped and cut as in training, so no part of it can become a SID token.
+
+        Args:
+            query: what is looked for.
+            k: length of the list.
+            history: the user's item ids, oldest first, perhaps none yet; None: a search that knows
+                no user.
+            filter_seen: leave out items of the history. A searcher may look for what they have.
+            beam_width: prefixes kept per level; default max(2k, 50).
+
+        Raises:
+            ValueError: the model was not trained on that family, the query says nothing, or an item
+                is unknown.
+        """
+        family = QUERY_SEARCH if history is None else JOINT_SEARCH
+        self.require_family(family)
+        if not escape_text(query):
+            raise ValueError(f"query={query!r} says nothing; give some words")
+        rows = self.rows_of(history or [])
+        (prompt,) = self.family_prompts(family, [rows], [query])
+        seen = [np.array(rows, dtype=np.int64)] if filter_seen else None
+        result = self.engine.search(
+            encode_prompts(self.tokenizer, [prompt]), k, beam_width or self.width_of(k), seen
+        )
+        return self.recommendations(result, 0)
+
+    def recommend_with_chains(
+        self,
+        history: Sequence[Any],
+        k: int = 10,
+        n_chains: int = 4,
+        sampling: TextSampling | None = None,
+        filter_seen: bool | None = None,
+        beam_width: int | None = None,
+        exact: bool = False,
+    ) -> ReasonedList:
+        """The k best items after a history, each with the reasoning that led to it.
+
+        See `genrec.reasoning` for what is sampled, how lists are merged and what the scores are.
+
+        Args:
+            history: the user's item ids, oldest first.
+            k: length of the list, and of each chain's.
+            n_chains: chains that are sampled.
+            sampling: temperature, top_p, limit and seed; default: the model's own distribution.
+            filter_seen: leave out items of the history; default: the rule of the run.
+            beam_width: prefixes kept per level; default max(2k, 50).
+            exact: score each candidate under every chain.
+
+        Raises:
+            ValueError: the model was not trained to reason, runs on another engine than torch, the
+                history is shorter than any it was trained on, or holds an unknown item.
+        """
+        rows = self.rows_of(history)
+        filter_seen = self.filter_seen if filter_seen is None else filter_seen
+        seen = [np.array(rows, dtype=np.int64)] if filter_seen else None
+        return self.reason([rows], k, n_chains, sampling, seen, beam_width, exact)[0]
+
+    def reason(
+        self,
+        histories: Sequence[Sequence[int]],
+        k: int,
+        n_chains: int,
+        sampling: TextSampling | None = None,
+        seen: Sequence[np.ndarray] | None = None,
+        beam_width: int | None = None,
+        exact: bool = False,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[ReasonedList]:
+        """`recommend_with_chains` for many histories of catalogue rows, in one search.
+
+        Args:
+            histories: catalogue rows, oldest first.
+            k: as there, and so for the arguments that are left out here.
+            n_chains: as there.
+            sampling: as there.
+            seen: catalogue rows that each list must not hold, or None.
+            beam_width: as there.
+            exact: as there.
+            progress: called with the number of histories whose chains are finished.
+
+        Raises:
+            ValueError: as there.
+        """
+        self.require_family(REASONING)
+        engine = self.engine
+        if not isinstance(engine, TorchEngine):
+            raise ValueError(
+                f"chains are sampled in process, which {type(engine).__name__} doesn't offer; load "
+                "the run with engine='torch'"
+            )
+        least = FAMILIES[REASONING].least_history
+        if short := [i for i, history in enumerate(histories) if len(history) < least]:
+            raise ValueError(
+                f"history {short[0]} has {len(histories[short[0]])} items, and chains were learned "
+                f"from {least} or more: there is nothing to reason from; use `recommend`"
+            )
+        beam_width = beam_width or self.width_of(k)
+        if not 1 <= k <= beam_width:  # before minutes of sampling
+            raise ValueError(f"k={k} must lie between 1 and beam_width={beam_width}")
+        if not len(histories):
+            return []
+        shown = [list(history)[-self.max_history :] for history in histories]
+        ids = encode_prompts(self.tokenizer, self.family_prompts(REASONING, shown))
+        marker = decision_marker(self.renderer)
+        sampling = sampling or TextSampling()
+        chains = sample_chains(engine, self.tokenizer, ids, n_chains, marker, sampling, progress)
+        merged = search_with_chains(engine, ids, chains, k, beam_width, seen, exact=exact)
+        return read_lists(chains, merged, shown, self._chain_reader, exact, self.trained_on_target)
+
+    def family_prompts(
+        self,
+        family: str,
+        histories: Sequence[Sequence[int]],
+        texts: Sequence[str] | None = None,
+    ) -> list[str]:
+        """Prompts of a family that shows a history of SIDs, a text, or both, as in training.
+
+        Args:
+            family: its first seen template is rendered, which every setting of `n_templates` keeps.
+            histories: catalogue rows, oldest first; the newest `max_history` are shown.
+            texts: untrusted text of each prompt, where the family shows one.
+        """
+        (template, *_) = self.renderer.names(family)
+        columns = {column: variable for variable, (column, _) in FAMILIES[family].prompt.items()}
+        told = columns.keys() - {HISTORY_ITEMS}
+        prompts = []
+        for i, history in enumerate(histories):
+            sids = "".join(self.sids[list(history)[-self.max_history :]].tolist())
+            own = {columns[HISTORY_ITEMS]: sids} if HISTORY_ITEMS in columns else {}
+            untrusted = {columns[c]: texts[i] for c in told} if texts is not None else {}
+            prompts.append(self.renderer.render(template, own, untrusted))
+        return prompts
+
+    @cached_property
+    def _chain_reader(self) -> ChainReader:
+        # The run's own copy of the wording, where it has one: genrec's may be another by now.
+        own = self.renderer.folder / "written"
+        wording = written_renderer(str(own)) if own.is_dir() else None
+        return ChainReader(self.semantic_ids, item_attributes(self.catalog), wording)
+
+    def require_family(self, family: str) -> None:
+        """Raise ValueError if the model was not trained on a task family."""
+        if family not in self.families:
+            raise ValueError(
+                f"the model was not trained on {family!r} (but on "
+                f"{', '.join(sorted(self.families)) or 'nothing that the run recorded'}); build "
+                f"the dataset with --tasks {SEQUENTIAL} {family} (or all), then run sft again"
+            )
 
     def table(self, rows: pl.DataFrame, prompts: Sequence[str], result: BeamResult) -> pl.DataFrame:
         """Long table of lists: one row per recommended item (see `genrec.columns`)."""

@@ -278,14 +278,16 @@ class SemanticIds:
     def load(cls, folder: Path | str) -> SemanticIds:
         """Read a saved map; one that was changed since it was saved raises ValueError."""
         about = read_json(Path(folder) / "semantic_ids.json")
-        table = pl.read_parquet(Path(folder) / "items.parquet").sort(ITEM_INDEX)
+        table = pl.read_parquet(Path(folder) / "items.parquet", glob=False).sort(ITEM_INDEX)
         ids = cls(
             table[ITEM_ID],
             table["codes"].to_numpy(),
             tuple(about["codebook_sizes"]),
             about["version"],
             tuple(about["ancestors"]),
-            pl.read_parquet(Path(folder) / "reserved.parquet") if about.get("reserved") else None,
+            pl.read_parquet(Path(folder) / "reserved.parquet", glob=False)
+            if about.get("reserved")
+            else None,
             about.get("quantizer_sha256"),
         )
         if ids.sha256 != about["sha256"]:

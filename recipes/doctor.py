@@ -126,9 +126,7 @@ def load(args: DoctorArgs, served: dict[str, Any]) -> Recommender | Check:
     stage, normalizer = args.model_stage or served.get("model_stage"), served.get("normalizer")
     try:
         model_run = served.get("model_run")
-        return Recommender.load(
-            args.run_dir, stage, "torch", normalizer or "full", model_run=model_run
-        )
+        return Recommender.load(args.run_dir, stage, "torch", normalizer, model_run=model_run)
     except Exception as error:  # whatever is broken in a run, the other checks still help
         value = f"{type(error).__name__}: {error}"
         advice = "mend what it names; if manifests or semantic ids are bad, those first"

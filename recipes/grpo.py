@@ -6,9 +6,14 @@ Starts from ``sft/model`` (merged, so that a reference model is the SFT model ex
 TRL's GRPOConfig go into the same YAML or on the command line. Writes ``grpo/model``,
 ``grpo/validation.json`` and ``grpo/log.json``. Killed and started again, it resumes at the last
 checkpoint.
+
+Rollouts, log-probabilities and validation share one score normaliser, and the model that comes out
+declares it, so that serving follows.
 """
 
+import logging
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import polars as pl
 from accelerate.state import PartialState
@@ -22,10 +27,14 @@ from genrec.config import check_choice, parse, run, training_fingerprint
 from genrec.data.splits import read_split
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
+from genrec.evaluation.normalizer_choice import measure_normalizers
 from genrec.evaluation.validation import BeamValidation
+from genrec.normalizers import NORMALIZERS, Normalizer, declared_normalizer
 from genrec.rewards import make_rank_reward, rule_reward
 from genrec.rollouts import BeamGRPOTrainer
 from genrec.semantic_ids import SemanticIds
+
+logger = logging.getLogger(__name__)
 
 REWARDS = ("rule", "rank")
 
@@ -38,7 +47,10 @@ class GrpoArgs:
     overwrite: bool = False
     rewards: list[str] = field(default_factory=lambda: list(REWARDS))  # weights: reward_weights
     beam_width: int = 50  # of the rollouts; num_generations of these items form a group
-    normalizer: str = "trie"  # of the policy's log-probabilities
+    # Over what scores are normalised: in rollouts, the policy's log-probabilities, validation, and
+    # by the model that comes out. trie is the stable one: under the others, negative advantages
+    # push mass onto tokens that can't be produced. null: what the SFT model declares.
+    normalizer: str | None = "trie"
     filter_seen: bool = True  # rollouts follow the rule of evaluation
     use_lora: bool = False
     lora_rank: int = 16
@@ -53,8 +65,28 @@ class GrpoArgs:
             check_choice("rewards", reward, REWARDS)
         if not self.rewards:
             raise ValueError("rewards is empty; name at least one")
-        check_choice("normalizer", self.normalizer, ("full", "level", "trie"))
+        if self.normalizer is not None:
+            check_choice("normalizer", self.normalizer, NORMALIZERS)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+
+
+def chosen_normalizer(asked: str | None, declared: Normalizer) -> tuple[Normalizer, list[str]]:
+    """The normaliser of this training and of its model, and what the manifest has to note."""
+    chosen = next((known for known in NORMALIZERS if known == asked), declared)
+    if chosen != "trie":
+        logger.warning(
+            "normalizer %s: negative advantages can push mass onto tokens that can't be produced; "
+            "trie is the stable one",
+            chosen,
+        )
+    if chosen == declared:
+        return chosen, []
+    note = (
+        f"the SFT model declared normalizer {declared}; this training uses {chosen} throughout, "
+        f"and its model declares {chosen}"
+    )
+    logger.warning(note)
+    return chosen, [note]
 
 
 def main() -> None:
@@ -69,6 +101,8 @@ def main() -> None:
     dataset = stage_folder(args.run_dir, "build_dataset")
     semantic_ids = SemanticIds.load(stage_folder(args.run_dir, "quantize"))
     trie = SidTrie.build(semantic_ids.codes)
+    declared = declared_normalizer(stage_folder(args.run_dir, "sft") / "model")
+    normalizer, notes = chosen_normalizer(args.normalizer, declared)
     rows = pl.read_parquet(dataset / "rl.parquet")
     valid = read_split(args.run_dir, "valid", "grpo")
     valid_prompts = pl.read_parquet(dataset / "valid.parquet")[PROMPT]
@@ -101,7 +135,7 @@ def main() -> None:
         trie=trie,
         sid_token_ids=token_ids,
         beam_width=args.beam_width,
-        normalizer=args.normalizer,
+        normalizer=normalizer,
         model=model,
         args=training,
         reward_funcs=[rewards[name] for name in args.rewards],
@@ -111,12 +145,15 @@ def main() -> None:
     )
     assert trainer.model is not None
     modeling.expose_head_bias(trainer.model)
+
+    engine = partial(
+        TorchEngine, trie=trie, sid_token_ids=token_ids, pad_token_id=tokenizer.pad_token_id
+    )
     validation = None
     if args.eval_rows and len(valid):
         validation = BeamValidation.of_split(
             stage.folder,
-            # Measured as it is served: full-vocabulary scores.
-            lambda m: TorchEngine(m, trie, token_ids, tokenizer.pad_token_id),
+            lambda m: engine(m, normalizer=normalizer),  # measured as it is served
             tokenizer,
             valid,
             valid_prompts,
@@ -136,15 +173,27 @@ def main() -> None:
         write_json(stage.folder / "log.json", trainer.state.log_history)
         if args.use_lora:
             trained.save_pretrained(stage.folder / "adapter")
-        about = {"stage": "grpo", "base": about["base"]}
+        # What serving under another one would be worth: reported, not chosen by.
+        compared = None
+        if validation is not None:
+            compared = measure_normalizers(validation, partial(engine, trained), training.seed)
+        about = {"stage": "grpo", "base": about["base"], "normalizer": normalizer}
         modeling.save_model(trained, tokenizer, semantic_ids, stage.folder / "model", about)
         start = validation.history[0] if validation else None
         parameters = sum(p.numel() for p in trained.parameters())
         metrics = {
-            "parameters": parameters, "start": start, "best": best, "rewards": args.rewards
+            "parameters": parameters, "start": start, "best": best, "rewards": args.rewards,
+            "normalizer": {
+                "normalizer": normalizer, "declared_by_sft": declared,
+                "measured": compared.measured if compared else {},
+                "against_full": compared.against_full if compared else {},
+            },
         }  # fmt: skip
-        stage.finish(len(rows), training.seed, metrics, skip=["checkpoints", "best.safetensors"])
+        stage.finish(
+            len(rows), training.seed, metrics, notes, skip=["checkpoints", "best.safetensors"]
+        )
         print(f"{len(rows):,} RL rows; validation before: {start}; best: {best}")
+        print(f"scores normalised over {normalizer}, as the model declares")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 With `model_run` the model, its tokenizer, templates and length of histories are that run's;
 `run_dir` needs prepare, embed and quantize alone, extended from that run (see embed.py). A new
-item's SID is made of tokens that the model knows, in prompts as in lists.
+item's SID is made of tokens that the model knows, in prompts as in lists. Scores are normalised
+over what the model declares; another `normalizer` is noted in the manifest.
 
 Writes ``recommendations/recommendations-00000.parquet``, … (one row per recommended item) and
 ``rows.parquet`` (the rows that were asked for). Killed and started again, it goes on at the next
@@ -18,10 +19,18 @@ from dataclasses import asdict, dataclass
 import polars as pl
 from tqdm import tqdm
 
-from genrec.artifacts import Stage, load_manifest, read_shards, require, write_parquet
+from genrec.artifacts import (
+    Stage,
+    load_manifest,
+    read_shards,
+    require,
+    stage_folder,
+    write_parquet,
+)
 from genrec.columns import CERTIFIED, RANK, ROW_ID, SEEN, USER_ID
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
+from genrec.normalizers import NORMALIZERS, declared_normalizer, mismatch
 
 
 @dataclass
@@ -36,7 +45,7 @@ class RecommendArgs:
     split: str = "test"
     k: int = 10
     beam_width: int = 50  # prefixes kept per level; wider is more exact and slower
-    normalizer: str = "full"  # scores over the full vocabulary, the level's codes, or the trie
+    normalizer: str | None = None  # full, level or trie; default: what the model declares
     filter_seen: bool = True  # leave out what the user already has; evaluate must use the same rule
     dtype: str = "float32"
     batch_size: int = 64  # users decoded together
@@ -48,7 +57,8 @@ class RecommendArgs:
         """Reject settings that can't work before anything is read."""
         check_choice("engine", self.engine, ("torch", "vllm", "vllm-inworker"))
         check_choice("split", self.split, ("valid", "test"))
-        check_choice("normalizer", self.normalizer, ("full", "level", "trie"))
+        if self.normalizer is not None:
+            check_choice("normalizer", self.normalizer, NORMALIZERS)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         if self.model_stage is not None:
             check_choice("model_stage", self.model_stage, ("sft", "grpo"))
@@ -61,7 +71,10 @@ def main() -> None:
     args = parse(RecommendArgs)
     source = args.model_run or args.run_dir
     model_stage = args.model_stage or ("grpo" if load_manifest(source, "grpo") else "sft")
-    config = {**asdict(args), "model_stage": model_stage}
+    require(source, model_stage)
+    declared = declared_normalizer(stage_folder(source, model_stage) / "model")
+    normalizer = next((known for known in NORMALIZERS if known == args.normalizer), declared)
+    config = {**asdict(args), "model_stage": model_stage, "normalizer": normalizer}
     inputs, of_model = ["prepare", "quantize"], ["build_dataset", model_stage]
     ignore, hashes = ["batch_size"], {}
     if args.model_run is None:
@@ -85,7 +98,7 @@ def main() -> None:
         args.run_dir,
         model_stage,
         args.engine,
-        args.normalizer,
+        normalizer,
         args.dtype,
         args.batch_size,
         args.model_run,
@@ -110,7 +123,8 @@ def main() -> None:
         "users_per_s": round(done / seconds, 1) if done else None,
         "certified_share": first.select(pl.col(CERTIFIED).mean()).item(),
     }
-    stage.finish(rows=len(table), seed=args.seed, metrics=metrics)
+    note = mismatch(normalizer, declared)
+    stage.finish(rows=len(table), seed=args.seed, metrics=metrics, notes=[note] if note else [])
     print(
         f"{len(rows):,} lists of {args.k} by the {model_stage} model on {args.engine} "
         f"({metrics['users_per_s']} users/s); {metrics['certified_share']:.1%} provably exact"

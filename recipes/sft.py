@@ -6,10 +6,15 @@ Settings of TRL's SFTConfig (num_train_epochs, learning_rate, bf16, …) go into
 the command line. Writes ``sft/model`` (a plain checkpoint, adapters merged), ``sft/adapter`` (with
 LoRA), ``sft/validation.json`` and ``sft/log.json``. Killed and started again, it resumes at the
 last checkpoint.
+
+At the end the validation sample is ranked under every score normaliser; the one that the model
+declares from then on is in ``sft/model/genrec.json`` and in the manifest, with what was measured.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +31,15 @@ from genrec.config import check_choice, parse, run, training_fingerprint
 from genrec.data.splits import read_split
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
+from genrec.evaluation.normalizer_choice import (
+    DEFAULT,
+    NormalizerChoice,
+    declared_by_hand,
+    declared_unmeasured,
+    measure_normalizers,
+)
 from genrec.evaluation.validation import BeamValidation
+from genrec.normalizers import NORMALIZERS, Normalizer
 from genrec.prompts import PromptRenderer
 from genrec.quantizers.code_vectors import code_vectors
 from genrec.semantic_ids import SemanticIds
@@ -61,12 +74,16 @@ class SftArgs:
     eval_rows: int = 500  # validation rows for NDCG@10 after each epoch; 0 turns it off
     filter_seen: bool = True  # leave out what the user has while validating; as in recommend
     eval_every_steps: int | None = None  # measure every so many steps instead
+    # Over what the model's scores are normalised, wherever it ranks: full (the whole vocabulary),
+    # level or trie. auto: full, unless another one is better on validation by more than chance.
+    normalizer: str = "auto"
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""
         check_choice("size", self.size, modeling.SIZES)
         check_choice("sid_init", self.sid_init, SID_INITS)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16", "auto"))
+        check_choice("normalizer", self.normalizer, ("auto", *NORMALIZERS))
         if self.use_lora and not self.model_name_or_path:
             raise ValueError(
                 "use_lora needs model_name_or_path: adapters sit on a pretrained model"
@@ -80,6 +97,25 @@ def check_workers(number: int) -> None:
             f"dataloader_num_workers={number} must be 0: batches are rendered by threads of the "
             "training process"
         )
+
+
+def named_normalizer(name: str) -> Normalizer | None:
+    """The normaliser that the settings name; None for auto."""
+    return next((known for known in NORMALIZERS if known == name), None)
+
+
+def decide(
+    by_hand: Normalizer | None,
+    validation: BeamValidation | None,
+    make: Callable[..., TorchEngine],
+    seed: int,
+) -> NormalizerChoice:
+    """The normaliser that the trained model declares."""
+    if by_hand is not None:
+        return declared_by_hand(by_hand)
+    if validation is None:
+        return declared_unmeasured("nothing was validated (eval_rows=0 or no validation rows)")
+    return measure_normalizers(validation, make, seed)
 
 
 class EpochTrainer(SFTTrainer):
@@ -194,11 +230,15 @@ def main() -> None:
     assert trainer.model is not None
     modeling.expose_head_bias(trainer.model)
     trie = SidTrie.build(semantic_ids.codes)
+    engine = partial(
+        TorchEngine, trie=trie, sid_token_ids=token_ids, pad_token_id=tokenizer.pad_token_id
+    )
+    by_hand = named_normalizer(args.normalizer)
     validation = None
     if args.eval_rows and len(valid):
         validation = BeamValidation.of_split(
             stage.folder,
-            lambda m: TorchEngine(m, trie, token_ids, tokenizer.pad_token_id),
+            lambda m: engine(m, normalizer=by_hand or DEFAULT),
             tokenizer,
             valid,
             valid_prompts,
@@ -218,15 +258,23 @@ def main() -> None:
         write_json(stage.folder / "log.json", trainer.state.log_history)
         if args.use_lora:
             trained.save_pretrained(stage.folder / "adapter")
-        about = {"stage": "sft", "base": args.model_name_or_path or f"scratch-{args.size}"}
+        choice = decide(by_hand, validation, partial(engine, trained), training.seed)
+        about = {
+            "stage": "sft",
+            "base": args.model_name_or_path or f"scratch-{args.size}",
+            "normalizer": choice.normalizer,
+            "normalizer_choice": asdict(choice),
+        }
         modeling.save_model(trained, tokenizer, semantic_ids, stage.folder / "model", about)
         parameters = sum(p.numel() for p in trained.parameters())
         metrics = {"parameters": parameters, "best": best, "longest_row": longest}
         metrics["rows_per_epoch"] = mixture.counts(rows.table[TASK])
+        metrics["normalizer"] = asdict(choice)
         stage.finish(
             mixture.length, training.seed, metrics, skip=["checkpoints", "best.safetensors"]
         )
         print(f"{parameters:,} parameters; {mixture.length:,} rows an epoch; validation: {best}")
+        print(f"scores normalised over {choice}")
 
 
 if __name__ == "__main__":

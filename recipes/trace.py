@@ -373,7 +373,7 @@ def main() -> None:
                 args.run_dir,
                 made.get("model_stage", model),
                 "torch",
-                made.get("normalizer", "full"),
+                made.get("normalizer"),
                 made.get("dtype", "float32"),
                 batch_size=1,
             )

@@ -137,8 +137,20 @@ def _tiny_lm(vocab_size: int, tied: bool = True, seed: int = 0, context: int = 2
     return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)).eval()
 
 
-def _save_run(run: Path, shop: TinyShop, model, tokenizer, max_history: int = 6) -> None:
-    """A finished run folder (prepare, quantize, build_dataset, sft) made by library calls."""
+def _save_run(
+    run: Path,
+    shop: TinyShop,
+    model,
+    tokenizer,
+    max_history: int = 6,
+    families: tuple = (),
+    **about: object,
+) -> None:
+    """A finished run folder (prepare, quantize, build_dataset, sft) made by library calls.
+
+    `families`: what its model claims to be trained on; by default it says nothing of that. `about`
+    goes into the model's ``genrec.json``.
+    """
     import shutil
 
     from genrec.artifacts import Stage, write_parquet
@@ -159,12 +171,14 @@ def _save_run(run: Path, shop: TinyShop, model, tokenizer, max_history: int = 6)
     stage = Stage(run, "build_dataset", {}, ["prepare", "quantize"])
     assert not stage.is_done()
     shutil.copytree(default_folder(), stage.folder / "prompts")
-    stage.finish(rows=0, metrics={"serving_template": "sequential/seen/01"})
+    chains = {"trained_on_target": False} if families else {}
+    stage.finish(rows=0, metrics={"serving_template": "sequential/seen/01", **chains})
     stage = Stage(run, "sft", {}, ["prepare", "quantize", "build_dataset"])
     assert not stage.is_done()
-    about = {"stage": "sft", "base": "tiny"}
+    about = {"stage": "sft", "base": "tiny", **about}
     save_model(model, tokenizer, shop.semantic_ids, stage.folder / "model", about)
-    stage.finish(rows=0)
+    metrics = {"rows_per_epoch": [dict.fromkeys(families, 1)]} if families else {}
+    stage.finish(rows=0, metrics=metrics)
 
 
 class Tiny:

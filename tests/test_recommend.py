@@ -92,6 +92,8 @@ def test_unknown_items_and_ids_of_the_other_type(world):
     ) as error:
         recommender.recommend([first, other])
     assert repr(other) in str(error.value) and f"ids look like {first!r}" in str(error.value)
+    assert recommender.known_rows([other, first, other, first]) == ([0, 0], [other, other])
+    assert recommender.known_rows([]) == ([], [])
 
 
 def test_nobody_known_and_long_histories(world):

@@ -2,7 +2,7 @@
 
 An engine only says how likely each child of each live beam is; selection, ties, filters, the
 account of what was pruned and the final list are made here, so that engines can differ in speed
-alone.
+alone. A sampler (`genrec.decoding.sampling`) takes the place of selection and of nothing else.
 
 Shapes: U users, B beams, M children per beam, L levels.
 """
@@ -12,16 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from genrec.decoding.sampling import Draws, Sample, gather_samples
 from genrec.decoding.trie import CatalogueView, SidTrie
+from genrec.normalizers import NORMALIZERS as NORMALIZERS
+from genrec.normalizers import Normalizer as Normalizer
 
-Normalizer = Literal["full", "level", "trie"]
-NORMALIZERS: tuple[Normalizer, ...] = ("full", "level", "trie")
 _LOW_WORD = (1 << 32) - 1
 _CHILDREN_AT_ONCE = 1 << 22  # bounds the memory of a step; some ten arrays of this size
 
@@ -60,17 +61,45 @@ class BeamResult:
     """Recommended lists; row i belongs to prompt i.
 
     Attributes:
-        items: catalogue rows by falling score, (n, k) int64; −1 where fewer than k exist.
+        items: catalogue rows by falling score, (n, k) int64; −1 where fewer than k exist. With a
+            sampler in the order of drawing, and with replacement perhaps repeated.
         scores: summed log-probabilities, (n, k) float32; −inf at padding.
         level_log_probs: their summands, (n, k, L) float32.
         certified: whether no pruned prefix could have led to a better item, (n,): the list then is
-            the exact top k. Scores only fall along a path, which is the proof.
+            the exact top k. Scores only fall along a path, which is the proof. False for a sampler.
+        sample: what a sampler knows of its lists; None without one.
+        pruned: score of the best prefix that was ever cut off, (n,) float32, −inf if none was; None
+            for lists that are no search's own.
     """
 
     items: np.ndarray
     scores: np.ndarray
     level_log_probs: np.ndarray
     certified: np.ndarray
+    sample: Sample | None = None
+    pruned: np.ndarray | None = None
+
+    def cut(self, k: int) -> BeamResult:
+        """The lists that the same search gives for a smaller k, `certified` included.
+
+        Raises:
+            ValueError: k is not within 1 … the length of these lists, or they were drawn.
+        """
+        longest = self.items.shape[1]
+        if not 1 <= k <= longest:
+            raise ValueError(f"k={k} must lie between 1 and the {longest} items of these lists")
+        if self.sample is not None:
+            raise ValueError("lists that a sampler drew can't be cut; draw k items")
+        certified = self.certified  # what holds for a long list holds for its beginning
+        if self.pruned is not None:
+            certified = (self.pruned < self.scores[:, k - 1]) | (self.pruned == -np.inf)
+        return BeamResult(
+            self.items[:, :k],
+            self.scores[:, :k],
+            self.level_log_probs[:, :k],
+            certified,
+            pruned=self.pruned,
+        )
 
 
 @dataclass(frozen=True)
@@ -228,6 +257,7 @@ class Beams:
         scores: (U, B), −inf where dead.
         level_log_probs: (U, B, levels so far).
         pruned: best score that was ever cut off, (U,).
+        draws: noise and state of a sampler; None for the best-first search.
     """
 
     nodes: Tensor
@@ -236,26 +266,34 @@ class Beams:
     scores: Tensor
     level_log_probs: Tensor
     pruned: Tensor
+    draws: Draws | None = None
 
     @classmethod
-    def start(cls, users: int, device: torch.device) -> Beams:
+    def start(cls, users: int, device: torch.device, draws: Draws | None = None) -> Beams:
         """One empty prefix per user."""
         zero = torch.zeros(users, 1, dtype=torch.int64, device=device)
         scores = torch.zeros(users, 1, device=device)
         pruned = torch.full((users,), -torch.inf, device=device)
-        return cls(zero, zero, zero, scores, torch.zeros(users, 1, 0, device=device), pruned)
+        return cls(zero, zero, zero, scores, torch.zeros(users, 1, 0, device=device), pruned, draws)
 
     def users(self, rows: slice) -> Beams:
         """The beams of some users."""
-        return Beams(*(getattr(self, item.name)[rows] for item in fields(self)))
+        tensors = {name: getattr(self, name)[rows] for name in _TENSORS}
+        return Beams(**tensors, draws=None if self.draws is None else self.draws.users(rows))
 
     @classmethod
     def together(cls, parts: Sequence[Beams]) -> Beams:
         """Beams of several groups of users, one after another."""
         if len(parts) == 1:
             return parts[0]
-        names = [item.name for item in fields(cls)]
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        tensors: dict[str, Any] = {
+            name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS
+        }
+        draws = [part.draws for part in parts if part.draws is not None]
+        return cls(**tensors, draws=Draws.together(draws) if draws else None)
+
+
+_TENSORS = tuple(item.name for item in fields(Beams) if item.name != "draws")
 
 
 def normalize(logits: Tensor, sid_ids: Tensor, normalizer: Normalizer) -> Tensor:
@@ -337,7 +375,7 @@ def step(
 def advance(
     tensors: TrieTensors, level: int, beams: Beams, child: Tensor, log_probs: Tensor, width: int
 ) -> Beams:
-    """Keep each user's best children.
+    """Keep each user's best children, or those that the beams' sampler draws.
 
     Args:
         tensors: the trie.
@@ -348,7 +386,7 @@ def advance(
         width: beams to keep.
 
     Returns:
-        At most `width` beams, ordered by (score descending, SID ascending).
+        At most `width` beams, ordered by (score descending, SID ascending), or as drawn.
     """
     users, n_beams, n_child = child.shape
     end_code = tensors.trie.end_code
@@ -358,10 +396,16 @@ def advance(
         log_probs = log_probs.masked_fill(ended, 0.0)
     scores = (beams.scores.unsqueeze(-1) + log_probs).flatten(1)  # (U, B*M)
     flat = child.flatten(1)
-    keep = min(width + 1, scores.shape[1])
-    top = rank_key(scores, flat).topk(keep, dim=1).indices
-    best = scores.gather(1, top)
-    pruned = beams.pruned
+    pruned, draws = beams.pruned, None
+    if beams.draws is None:
+        keep = min(width + 1, scores.shape[1])
+        top = rank_key(scores, flat).topk(keep, dim=1).indices
+        best = scores.gather(1, top)
+    else:
+        top, draws = beams.draws.choose(level, child, log_probs, width)
+        keep = top.shape[1]
+        out = draws.log_probs == -torch.inf  # what top-p leaves out has a score, but is not drawn
+        best = scores.gather(1, top).masked_fill(out, -torch.inf)
     if keep > width:
         if (
             level + 1 < tensors.trie.n_levels
@@ -381,6 +425,7 @@ def advance(
         best,
         torch.cat([history, own.unsqueeze(-1)], dim=-1),
         pruned,
+        draws,
     )
 
 
@@ -416,7 +461,9 @@ def finish(tensors: TrieTensors, beams: Beams, k: int, prompt_rows: np.ndarray) 
         ValueError: a user has no item left at all, or the model's scores are NaN.
     """
     scores = beams.scores[:, :k]
-    if torch.isnan(scores).any():
+    # A sampler spreads a NaN over what competed with it.
+    drawn = scores if beams.draws is None else beams.draws.log_probs
+    if torch.isnan(scores).any() or torch.isnan(drawn).any():
         raise ValueError("the model gave NaN scores; check its weights and dtype")
     empty = torch.isinf(scores[:, 0])
     if empty.any():
@@ -430,6 +477,8 @@ def finish(tensors: TrieTensors, beams: Beams, k: int, prompt_rows: np.ndarray) 
     # reach its last item (a pruned prefix of equal score could lead to an item that wins the tie).
     last = torch.where(live.all(1) & torch.tensor(scores.shape[1] == k), scores[:, -1], -torch.inf)
     certified = (beams.pruned < last) | (beams.pruned == -torch.inf)
+    if beams.draws is not None:
+        certified = torch.zeros_like(certified)
     missing = k - scores.shape[1]
     return BeamResult(
         np.pad(items.cpu().numpy(), ((0, 0), (0, missing)), constant_values=-1),
@@ -440,6 +489,8 @@ def finish(tensors: TrieTensors, beams: Beams, k: int, prompt_rows: np.ndarray) 
             constant_values=-np.inf,
         ),
         certified.cpu().numpy(),
+        None if beams.draws is None else beams.draws.sample(k),
+        beams.pruned.cpu().numpy(),
     )
 
 
@@ -505,6 +556,8 @@ def search_in_batches(
     scores = np.full((n, k), -np.inf, dtype=np.float32)
     level_log_probs = np.full((n, k, levels), -np.inf, dtype=np.float32)
     certified = np.zeros(n, dtype=bool)
+    pruned = np.full(n, -np.inf, dtype=np.float32)
+    samples: list[Sample] = []
     for rows in batches:
         filters = tensors.exclusions(
             None if seen is None else [np.asarray(seen[r]) for r in rows],
@@ -513,6 +566,10 @@ def search_in_batches(
         result = search_batch(rows, filters)
         items[rows], scores[rows] = result.items, result.scores
         level_log_probs[rows], certified[rows] = result.level_log_probs, result.certified
+        pruned[rows] = result.pruned
+        if result.sample is not None:
+            samples.append(result.sample)
         if progress is not None:
             progress(len(rows))
-    return BeamResult(items, scores, level_log_probs, certified)
+    sample = gather_samples(samples, np.concatenate(batches)) if samples else None
+    return BeamResult(items, scores, level_log_probs, certified, sample, pruned)

@@ -32,6 +32,7 @@ from genrec.decoding.beam import (
     step,
 )
 from genrec.decoding.lm_head import SidHead
+from genrec.decoding.sampling import Draws, Sampler, check_sampler
 from genrec.decoding.trie import CatalogueView, SidTrie
 
 
@@ -93,27 +94,32 @@ class TorchEngine:
         view: CatalogueView | None = None,
         progress: Callable[[int], object] | None = None,
         candidates: Sequence[np.ndarray | None] | None = None,
+        sampler: Sampler | None = None,
     ) -> BeamResult:
-        """The k best items for each prompt.
+        """The k best items for each prompt, or k items that are drawn.
 
         Args:
             prompts: token ids, one list per user, none empty.
             k: items per list; at most `beam_width`.
-            beam_width: prefixes kept per level.
+            beam_width: prefixes kept per level. A sampler keeps k, which is exact for it.
             seen: catalogue rows that each user must not get, or None.
             view: catalogue view that holds for all users, or None.
             progress: called with the number of users of each finished batch.
             candidates: the only catalogue rows that each user may get (None: all), or None.
+            sampler: what to draw (see `genrec.decoding.sampling`), or None: the best items.
 
         Returns:
             Lists in the order of `prompts`.
         """
         tensors = self._filtered(view)
         head = self._sid_head()
+        if sampler is not None:
+            check_sampler(sampler, self.normalizer, self.trie.n_levels)
+        width = beam_width if sampler is None else k
 
         def search_batch(rows: np.ndarray, filters: list[LevelFilter] | None) -> BeamResult:
             batch = [prompts[row] for row in rows]
-            return self._search_batch(head, batch, k, beam_width, tensors, filters, rows)
+            return self._search_batch(head, batch, k, width, tensors, filters, rows, sampler)
 
         return search_in_batches(
             search_batch, self._batches(prompts), tensors, k, beam_width, seen, progress, candidates
@@ -169,11 +175,15 @@ class TorchEngine:
         tensors: TrieTensors,
         filters: list[LevelFilter] | None,
         rows: np.ndarray,
+        sampler: Sampler | None = None,
     ) -> BeamResult:
         n_levels = self.trie.n_levels
+        draws = None
+        if sampler is not None:
+            draws = Draws.start(sampler, n_levels, prompts, self.device)
         with _EvalMode(self.model):
             forward = Forward(head, prompts, self.pad_token_id, width * (n_levels - 1))
-            beams = Beams.start(len(prompts), self.device)
+            beams = Beams.start(len(prompts), self.device, draws)
             # Which decoded positions a beam sees, (U, B, decoded so far).
             ancestors: Tensor | None = None
             for level in range(n_levels):

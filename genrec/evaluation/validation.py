@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from genrec.artifacts import read_json, write_json
-from genrec.columns import SEEN, TARGET
+from genrec.columns import SEEN, TARGET, USER_ID
 from genrec.decoding.beam import default_beam_width
 from genrec.decoding.torch_engine import TorchEngine
-from genrec.metrics import hit_rate_at_k, ndcg_at_k
+from genrec.metrics import gains, hits, target_rank
 from genrec.modeling import encode_prompts
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class BeamValidation(TrainerCallback):
         k: list length of the metrics.
         every_steps: measure every so many steps instead of every epoch.
         at_start: measure before the first step, too.
+        users: number of each prompt's user, where a user has several. ``# (prompts,)``
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class BeamValidation(TrainerCallback):
         k: int = 10,
         every_steps: int | None = None,
         at_start: bool = False,
+        users: np.ndarray | None = None,
     ) -> None:
         self.folder, self.make_engine = Path(folder), make_engine
         self.prompts, self.targets, self.seen, self.k = prompts, np.asarray(targets), seen, k
-        self.every_steps, self.at_start = every_steps, at_start
+        self.every_steps, self.at_start, self.users = every_steps, at_start, users
         path = self.folder / "validation.json"
         self.history: list[dict[str, Any]] = read_json(path) if path.exists() else []
 
@@ -103,20 +105,23 @@ class BeamValidation(TrainerCallback):
             seen if filter_seen else None,
             every_steps=every_steps,
             at_start=at_start,
+            users=rows[USER_ID].gather(sample).rank("dense").to_numpy(),
         )
+
+    def per_row(self, engine: TorchEngine) -> tuple[np.ndarray, np.ndarray]:
+        """HR@k and NDCG@k of every validation row as `engine` ranks them. ``# (rows,)`` each."""
+        items = engine.search(self.prompts, self.k, default_beam_width(self.k), self.seen).items
+        rank = target_rank(items, self.targets)
+        return hits(rank, self.k), gains(rank, self.k)
 
     def measure(self, model: nn.Module, step: int, epoch: float) -> dict[str, Any]:
         """Measure now; record the result and, if it is the best so far, the weights."""
-        engine = self.make_engine(model)
-        width = default_beam_width(self.k)
-        items = engine.search(self.prompts, self.k, width, self.seen).items
-        hits = hit_rate_at_k(items, self.targets, self.k)
-        gains = ndcg_at_k(items, self.targets, self.k)
+        hit, gain = self.per_row(self.make_engine(model))
         entry = {
             "step": step,
             "epoch": round(epoch, 3),
-            f"hr@{self.k}": float(np.mean(hits)),
-            f"ndcg@{self.k}": float(np.mean(gains)),
+            f"hr@{self.k}": float(np.mean(hit)),
+            f"ndcg@{self.k}": float(np.mean(gain)),
         }
         metric = f"ndcg@{self.k}"
         best = max((e[metric] for e in self.history), default=-1.0)

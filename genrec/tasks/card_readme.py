@@ -72,44 +72,44 @@ def _readme_lines(card: Mapping[str, Any]) -> list[str]:
     """The same facts as on the page, but for the figures and the examples."""
     others = other_splits(card)
     lines = [
-        f"# Instruction data of {_escaped(card['name'])}", "",
+        f"# Instruction data of {escaped(card['name'])}", "",
         "Prompts and completions that teach a language model to recommend items by semantic ids",
         "(SIDs), made by genrec. The figures and ten rows with titles are in `report.html`, all",
         "numbers in `card.json`, the templates in `prompts/`.", "",
         f"{card['rows']:,} training rows{f'; {others} rows' if others else ''}.",
-        *(_escaped(text) for text in summary(card)), "",
+        *(escaped(text) for text in summary(card)), "",
         "## Families", "",
     ]  # fmt: skip
     rows = [[row[key] for key in _FAMILY_COLUMNS] for row in family_rows(card)]
-    lines += _table(list(_FAMILY_COLUMNS.values()), rows)
+    lines += markdown_table(list(_FAMILY_COLUMNS.values()), rows)
     if card["switched_off"]:
         reasons = card["switched_off"].items()
-        lines += ["Switched off:", "", *(f"- {_escaped(n)}: {_escaped(r)}" for n, r in reasons), ""]
+        lines += ["Switched off:", "", *(f"- {escaped(n)}: {escaped(r)}" for n, r in reasons), ""]
     if card["lengths"]:
-        counted = f"Tokenizer: {_escaped(tokenizer_name(card))}. {COUNTED}"
-        lines += ["## Length in tokens", "", counted, "", *_table(**length_table(card))]
+        counted = f"Tokenizer: {escaped(tokenizer_name(card))}. {COUNTED}"
+        lines += ["## Length in tokens", "", counted, "", *markdown_table(**length_table(card))]
     if (origins := origin_table(card))["rows"]:
-        lines += ["## Who wrote the texts", "", ORIGINS, "", *_table(**origins)]
+        lines += ["## Who wrote the texts", "", ORIGINS, "", *markdown_table(**origins)]
     lines += ["## What prompts know of their targets", "", LEAKS, ""]
     if (leaks := leak_table(card))["rows"]:
-        lines += _table(**leaks)
+        lines += markdown_table(**leaks)
     if reasoning := reasoning_facts(card):
         lines += [
-            f"Reasoning rows ({_escaped(reasoning['families'])}): rationale_origin "
-            f"{_escaped(reasoning['origin'])}, trained_on_target "
+            f"Reasoning rows ({escaped(reasoning['families'])}): rationale_origin "
+            f"{escaped(reasoning['origin'])}, trained_on_target "
             f"{reasoning['trained_on_target']}. {reasoning['words']}", "",
         ]  # fmt: skip
     facts = [*settings(card), ("Prompts, SHA-256", card["prompts_sha256"]), *data_facts(card)]
-    return [*lines, "## How it was made", "", *(f"- {label}: {_escaped(v)}" for label, v in facts)]
+    return [*lines, "## How it was made", "", *(f"- {label}: {escaped(v)}" for label, v in facts)]
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Untrusted text for Markdown: no markup of either kind."""
     return _MARKDOWN.sub(r"\\\1", html.escape(display_text(text, 400), quote=False))
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table in Markdown, with an empty line behind it."""
-    escaped = [[_escaped(cell) for cell in row] for row in (columns, *rows)]
-    lines = [escaped[0], ["---"] * len(columns), *escaped[1:]]
+    head, *body = [[escaped(cell) for cell in row] for row in (columns, *rows)]
+    lines = [head, ["---"] * len(columns), *body]
     return [*(f"| {' | '.join(cells)} |" for cells in lines), ""]

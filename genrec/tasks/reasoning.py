@@ -49,7 +49,7 @@ INTENT_ITEMS = 4  # newest interactions that speak for the intent
 MAX_EVIDENCE = 4
 _QUERY_WORDS = 6
 _TITLE_CHARS = 60
-_CLAIM_NAMES = {CATEGORY: "categories", BRAND: "brand", PRICE_BAND: "price_band"}
+CLAIM_NAMES = {CATEGORY: "categories", BRAND: "brand", PRICE_BAND: "price_band"}
 
 _ITEMS = pl.List(pl.Int32)
 SLOTS: dict[str, pl.DataType | type[pl.DataType]] = {
@@ -296,7 +296,7 @@ def chain_steps(row: Mapping[str, Any], item_ids: pl.Series) -> tuple[Step, ...]
 
     def claims(step: str, items: tuple[ItemId, ...]) -> dict[ItemId, dict[str, str | list[str]]]:
         kind, value = row[f"{step}_kind"], row[f"{step}_value"]
-        name = _CLAIM_NAMES.get(kind, kind)
+        name = CLAIM_NAMES.get(kind, kind)
         return {item: {name: [value] if kind == CATEGORY else value} for item in items}
 
     cited, latest = ids("evidence_items"), ids("intent_items")

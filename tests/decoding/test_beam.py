@@ -99,6 +99,32 @@ def test_a_certified_list_is_the_exact_top_k(problem: tuple, k: int, wider: int)
     assert (result.items == want)[result.certified].all()
 
 
+@given(problems(), st.integers(1, 6), st.integers(0, 6), st.integers(1, 6))
+@settings(deadline=None, max_examples=150)
+def test_cutting_a_list_is_searching_for_a_shorter_one(
+    problem: tuple, k: int, wider: int, shorter: int
+):
+    codes, edge = problem
+    long, shorter = search(codes, edge, k, k + wider), min(k, shorter)
+    cut, want = long.cut(shorter), search(codes, edge, shorter, k + wider)
+    for name in ("items", "scores", "level_log_probs", "certified", "pruned"):
+        assert np.array_equal(getattr(cut, name), getattr(want, name)), name
+
+
+def test_cut_lists_of_unknown_origin_and_bad_lengths():
+    edge = [np.log(np.array([[0.5, 0.3, 0.2]]))]
+    made = search(np.array([[0], [1], [2]]), edge, 3, 3)
+    for certified in (True, False):
+        told = BeamResult(
+            made.items, made.scores, made.level_log_probs, np.array([certified])
+        )  # no search's own: nothing is known about what was cut off
+        assert told.cut(2).certified.tolist() == [certified]
+        assert told.cut(2).items.tolist() == [[0, 1]]
+    for k in (0, 4):
+        with pytest.raises(ValueError, match=f"k={k} must lie between 1 and the 3 items"):
+            made.cut(k)
+
+
 @given(problems(), st.data())
 @settings(deadline=None, max_examples=60)
 def test_filters_remove_items_and_change_no_score(problem: tuple, data: st.DataObject):

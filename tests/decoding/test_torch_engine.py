@@ -20,6 +20,7 @@ from transformers import (
 
 from genrec.decoding import beam
 from genrec.decoding.beam import NORMALIZERS
+from genrec.decoding.sampling import LevelSampling
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 
@@ -129,16 +130,20 @@ def test_candidates_of_single_users(reference: Any, data: st.DataObject, **what:
         reference.assert_same_lists(result.items, result.scores, truth, TOLERANCE)
 
 
+SAMPLERS = [None, LevelSampling(2.0), LevelSampling(2.0, 0.8, replacement=True)]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_wide_levels_are_searched_a_few_users_at_a_time(
-    reference: Any, normalizer: str, monkeypatch: pytest.MonkeyPatch
+    reference: Any, normalizer: str, sampler: Any, monkeypatch: pytest.MonkeyPatch
 ):
     case = Case(reference, n_items=60, normalizer=normalizer)
     seen = [np.arange(row) for row in range(5)]
     candidates = [None, np.arange(20), None, np.arange(7), np.arange(30, 45)]
 
     def found():
-        return case.engine.search(case.prompts, 3, 6, seen, candidates=candidates)
+        return case.engine.search(case.prompts, 3, 6, seen, candidates=candidates, sampler=sampler)
 
     whole = found()
     for at_once in (1, 80):
@@ -147,6 +152,14 @@ def test_wide_levels_are_searched_a_few_users_at_a_time(
         assert (part.items == whole.items).all() and (part.certified == whole.certified).all()
         assert (part.scores == whole.scores).all()
         assert (part.level_log_probs == whole.level_log_probs).all()
+        if sampler is not None:
+            assert (part.sample.log_probs == whole.sample.log_probs).all()
+            if not sampler.replacement:
+                # Vectorised exp and log differ in a last bit from one shape to the next.
+                np.testing.assert_allclose(part.sample.keys, whole.sample.keys, rtol=1e-12)
+                np.testing.assert_allclose(
+                    part.sample.threshold, whole.sample.threshold, rtol=1e-12
+                )
 
 
 @given(k=st.integers(1, 4), wider=st.integers(0, 4), **cases)

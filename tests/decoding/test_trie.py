@@ -217,7 +217,9 @@ def test_saved_tries_are_mapped_and_belong_to_a_map(tmp_path):
 def test_the_trie_of_a_map_is_mapped_or_built(tiny, tmp_path):
     semantic_ids = tiny.sids(30)
     built = SidTrie.of_map(semantic_ids, tmp_path)  # nothing was left there
-    assert (built.codes() == semantic_ids.codes).all() and not isinstance(built.items.base, np.memmap)
+    assert (built.codes() == semantic_ids.codes).all() and not isinstance(
+        built.items.base, np.memmap
+    )
     built.save(tmp_path / "trie", semantic_ids.sha256)
     mapped = SidTrie.of_map(semantic_ids, tmp_path)
     assert (mapped.codes() == semantic_ids.codes).all()

@@ -204,7 +204,11 @@ def test_lora_on_a_local_model(recipe, copied_run, tiny, tiny_flags, tmp_path: P
     assert {"model/genrec.json", "adapter/adapter_config.json", "log.json"} <= set(manifest.outputs)
     about = json.loads((run / "sft" / "model" / "genrec.json").read_text())
     ids = SemanticIds.load(run / "semantic_ids")
-    assert about == {"semantic_ids_sha256": ids.sha256, "stage": "sft", "base": str(base)}
+    choice = manifest.metrics["normalizer"]
+    assert about == {
+        "semantic_ids_sha256": ids.sha256, "stage": "sft", "base": str(base),
+        "normalizer": choice["normalizer"], "normalizer_choice": choice,
+    }  # fmt: skip
 
     from genrec.modeling import load_base, load_model, sid_token_ids
     from genrec.recommend import Recommender
@@ -231,6 +235,27 @@ def test_a_model_too_short_for_the_histories_is_refused(
     flags = [*tiny_flags["sft"], "--model_name_or_path", str(base)]
     done = recipe("sft", run, *flags, fails=True)
     assert "holds 32" in done.stderr and "max_history" in done.stderr
+
+
+def test_one_normaliser_from_training_to_serving(tiny_run: Path):
+    """sft chooses on validation; grpo, whose rollouts are over the trie, declares that anew."""
+    from genrec.normalizers import NORMALIZERS, declared_normalizer
+    from genrec.recommend import Recommender
+
+    sft, grpo, lists = (require(tiny_run, stage) for stage in ("sft", "grpo", "recommend"))
+    choice = sft.metrics["normalizer"]
+    assert choice["rows"] == 40 and set(choice["measured"]) == set(NORMALIZERS)
+    assert declared_normalizer(tiny_run / "sft" / "model") == choice["normalizer"]
+    best = {key: value for key, value in sft.metrics["best"].items() if "@" in key}
+    assert choice["measured"]["full"] == best  # sft validates under full while it trains
+    assert grpo.config["normalizer"] == "trie" == grpo.metrics["normalizer"]["normalizer"]
+    assert grpo.metrics["normalizer"]["declared_by_sft"] == choice["normalizer"]
+    assert [n for n in grpo.notes if "declares trie" in n] or choice["normalizer"] == "trie"
+    best = {key: value for key, value in grpo.metrics["best"].items() if "@" in key}
+    assert grpo.metrics["normalizer"]["measured"]["trie"] == best
+    assert declared_normalizer(tiny_run / "grpo" / "model") == "trie"
+    assert lists.config["normalizer"] == "trie" and not lists.notes
+    assert Recommender.load(tiny_run).engine.normalizer == "trie"
 
 
 def test_the_served_model_takes_a_history_of_max_history(tiny_run: Path):

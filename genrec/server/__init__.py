@@ -1,0 +1,1 @@
+"""HTTP server: a run behind ``/recommend``, batched as requests come, swapped while it serves."""

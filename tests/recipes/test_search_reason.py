@@ -1,0 +1,127 @@
+"""search and reason on a tiny run: tables, chains, and what they refuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from genrec.artifacts import Stage
+from genrec.embedding.lsa import fit_lsa, item_texts
+from genrec.grounding import TextGrounder
+from genrec.recommend import Recommender
+
+FAMILIES = ("sequential", "query_search", "intention_search", "reasoning_recommendation")
+HOSTILE = "[red]tea[/] \x1b[31m <a_1>"
+
+
+def make_run(tiny, run: Path, families: tuple[str, ...], strings: bool = False) -> Path:
+    shop = tiny.shop(strings=strings)
+    titles = pl.Series("title", [HOSTILE, *shop.catalog["title"][1:]])
+    shop = replace(shop, catalog=shop.catalog.with_columns(titles))
+    model, tokenizer, _ = tiny.sid_lm(shop.semantic_ids)
+    model = tiny.lm(len(tokenizer), context=512)
+    tiny.save_run(run, shop, model, tokenizer, 6, families)
+    stage = Stage(run, "embed", {"method": "lsa"}, ["prepare"])
+    assert not stage.is_done()
+    lsa, vectors = fit_lsa(item_texts(shop.catalog), 8)
+    lsa.save(stage.folder)
+    np.save(stage.folder / "item_embeddings.npy", vectors)
+    stage.finish(rows=len(vectors))
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory) -> Path:
+    return make_run(tiny, tmp_path_factory.mktemp("run") / "run", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def untrained(tiny, tmp_path_factory) -> Path:
+    return make_run(tiny, tmp_path_factory.mktemp("run") / "run", ("sequential",), strings=True)
+
+
+def listed(said: str) -> list[str]:
+    """Item ids of the printed table."""
+    table = said.partition("rank ")[2]
+    lines = [line.split() for line in table.partition("Chain ")[0].splitlines()]
+    return [line[1] for line in lines if len(line) > 2 and line[0].isdigit()]
+
+
+def test_a_search_prints_what_the_model_finds(trained, in_process):
+    recommender = Recommender.load(trained)
+    ids = [str(i) for i in recommender.catalog["item_id"]]
+    said = in_process("search", trained, "--query", "red hat", "--k", "20")
+    assert "“red hat”, by the model" in said and "log p" in said
+    assert listed(said) == [str(r.item_id) for r in recommender.search("red hat", 20)]
+    assert "[red]tea" not in said and "(red)tea" in said and "\x1b" not in said  # escaped
+    history = recommender.catalog["item_id"].to_list()[2:4]
+    said = in_process("search", trained, "--query", "red hat", "--history", *ids[2:4], "--k", "3")
+    assert "by the model, after 2 items" in said
+    assert listed(said) == [str(r.item_id) for r in recommender.search("red hat", 3, history)]
+    flags = ("--history", *ids[2:4], "--k", "20", "--filter_seen", "true")
+    assert set(listed(in_process("search", trained, "--query", "hat", *flags))) == {
+        *ids[:2], *ids[4:],
+    }  # fmt: skip
+
+
+def test_grounding_prints_the_nearest_items(untrained, in_process):
+    """It needs no model that was trained to search."""
+    said = in_process("search", untrained, "--query", "steel tea pot", "--ground", "true")
+    assert "nearest by text" in said and "distance" in said
+    expected = TextGrounder.load(untrained).ground(["steel tea pot"], 10)
+    ids = pl.read_parquet(untrained / "data" / "catalog.parquet")["item_id"]
+    assert listed(said) == [str(ids[int(i)]) for i in expected.items[0]]
+    flags = ("--ground", "true", "--popularity", "30", "--history", str(ids[2]))
+    said = in_process("search", untrained, "--query", "steel tea pot", *flags, "--k", "20")
+    assert "rescaled distance" in said and str(ids[2]) in listed(said)
+    said = in_process(
+        "search", untrained, "--query", "tea", *flags, "--filter_seen", "true", "--k", "20"
+    )
+    assert len(listed(said)) == 19 and str(ids[2]) not in listed(said)
+
+
+def test_reasoning_prints_the_list_and_its_chains(trained, in_process):
+    flags = ("--user", "u3", "--chains", "3", "--max_tokens", "20", "--k", "5")
+    said = in_process("reason", trained, *flags)
+    assert "user u3; history, oldest first:" in said and "log p ≥" in said
+    assert len(listed(said)) == 5
+    for number in (1, 2, 3):
+        assert f"Chain {number} (length), for " in said
+    assert "steps_read NO" in said and "citations_in_history" in said and "\x1b" not in said
+    again = in_process("reason", trained, *flags)
+    assert again.partition("Loading")[0] == said.partition("Loading")[0]  # a bar has its times
+    more = ("--split", "valid", "--exact", "true", "--seed", "1")
+    other = in_process("reason", trained, *flags, *more)
+    assert "valid-" in other and "log p ≥" not in other and len(listed(other)) == 5
+    assert other.partition("Loading")[0] != said.partition("Loading")[0]
+
+
+def test_what_search_and_reason_refuse(trained, untrained, in_process):
+    def refused(name: str, run: Path, *flags: str) -> str:
+        return in_process(name, run, *flags, fails=True)
+
+    assert "says nothing; give some words" in refused("search", trained, "--query", " ")
+    assert "says nothing; give some words" in refused("search", trained)
+    said = refused("search", untrained, "--query", "hat")
+    assert "not trained on 'query_search' (but on sequential)" in said and "--tasks" in said
+    said = refused("search", trained, "--query", "hat", "--history", "nothing")
+    assert "history names 'nothing', which is not in the catalogue (ids look like" in said
+    said = refused("search", trained, "--query", "zzz qqq", "--ground", "true")
+    assert "knows no word of 'zzz qqq'" in said
+    said = refused("search", trained, "--query", "hat", "--popularity", "2")
+    assert "model_name_or_path belong to --ground true" in said
+    assert "k=0 must be at least 1" in refused("search", trained, "--query", "hat", "--k", "0")
+    assert "'prepare' has not finished" in refused("search", trained / "no", "--query", "hat")
+    said = refused("reason", trained, "--user", "nobody")
+    assert "user 'nobody' has no row in the test split; users look like" in said
+    assert "chains=0 must be at least 1" in refused("reason", trained, "--chains", "0")
+    assert "temperature=0.0 must be" in refused("reason", trained, "--temperature", "0")
+    assert "split='train' is not known" in refused("reason", trained, "--split", "train")
+    before = (untrained / "test_reads.jsonl").exists()
+    said = refused("reason", untrained, "--user", "u3")
+    assert "not trained on 'reasoning_recommendation'" in said
+    assert (untrained / "test_reads.jsonl").exists() == before is False
