@@ -51,7 +51,7 @@ from genrec.tasks.families import FAMILIES, SEQUENTIAL
 from genrec.tasks.sequential import history_prompt
 from genrec.tasks.texts import written_renderer
 
-ENGINES = ("torch", "vllm")
+ENGINES = ("torch", "vllm", "vllm-inworker")
 QUERY_SEARCH, JOINT_SEARCH = "query_search", "intention_search"
 
 
@@ -147,7 +147,7 @@ class Recommender:
             run_dir: the run or bundle.
             stage: "sft" or "grpo"; by default grpo where it is complete, else sft. A bundle has
                 one.
-            engine: "torch" (in process) or "vllm".
+            engine: "torch" (in process), "vllm" (requests) or "vllm-inworker" (its fast path).
             normalizer: of the scores: full vocabulary, level or trie; default: what the model
                 declares. Another one is logged as a warning.
             dtype: of the weights.
@@ -186,6 +186,10 @@ class Recommender:
             from genrec.decoding.vllm_engine import VllmEngine
 
             built = VllmEngine(parts.model, trie, token_ids, scores, batch_size, dtype=dtype)
+        elif engine == "vllm-inworker":
+            from genrec.decoding.vllm_inworker import InWorkerEngine
+
+            built = InWorkerEngine(parts.model, trie, token_ids, scores, batch_size, dtype=dtype)
         else:
             model, _, _ = load_model(parts.model, semantic_ids, dtype)
             pad = tokenizer.pad_token_id

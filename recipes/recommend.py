@@ -85,7 +85,7 @@ class RecommendArgs:
     overwrite: bool = False
     model_stage: str | None = None  # sft or grpo; default: grpo where it is complete
     model_run: str | None = None  # run that the model comes from; default: run_dir
-    engine: str = "torch"  # torch (in process) or vllm
+    engine: str = "torch"  # torch (in process), vllm, or vllm-inworker (see README)
     split: str = "test"
     k: int = 10
     beam_width: int = 50  # prefixes kept per level; wider is more exact and slower
@@ -118,7 +118,7 @@ class RecommendArgs:
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""
-        check_choice("engine", self.engine, ("torch", "vllm"))
+        check_choice("engine", self.engine, ("torch", "vllm", "vllm-inworker"))
         check_choice("split", self.split, ("valid", "test"))
         if self.normalizer is not None:
             check_choice("normalizer", self.normalizer, NORMALIZERS)

@@ -49,7 +49,7 @@ def test_imports_point_up(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
 def test_heavy_packages_stay_where_they_belong(path):
     roots = {name.split(".")[0] for name in imported(path)}
-    if path.name != "vllm_engine.py":
+    if not path.name.startswith("vllm_"):  # the engines on vLLM, and what runs in its worker
         assert "vllm" not in roots
     if path.name != "ray_executor.py":
         assert "ray" not in roots

@@ -91,7 +91,7 @@ def test_trie_estimate_bounds_the_arrays_on_the_device(tiny):
 
     codes = tiny.sids(60).codes
     held = TrieTensors(SidTrie.build(codes), None, torch.device("cpu"))
-    arrays = [*held.tokens, *held.child_start, *held.alive, held.items]
+    arrays = [*held._tokens, *held._child_start, held._items]
     size = sum(a.numel() * a.element_size() for a in arrays)
     assert size <= trie_bytes(replace(WORK, n_items=60)) + 8 * 4 * WORK.levels
 

@@ -6,11 +6,13 @@ live on, ties, the account of what was pruned) is the shared one of `genrec.deco
 own beam search and sampler decide nothing.
 
 Written for the V1 model runner and run on CPU only so far: nothing here is specific to a device,
-but no GPU run has been made yet. Longer than other modules, since no other may import vLLM.
+but no GPU run has been made yet. Longer than other modules: what runs in vLLM's workers and what
+sends it requests have to agree in every detail.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -27,6 +29,7 @@ from genrec.decoding.beam import (
     NORMALIZERS,
     BeamResult,
     Beams,
+    LevelFilter,
     Normalizer,
     TrieTensors,
     advance,
@@ -235,6 +238,13 @@ class VllmEngine:
 
     One engine owns one `vllm.LLM`, which answers nothing but this engine's requests.
 
+    Data parallelism is an engine per process, each with its own shard of the users: that is all
+    that vLLM's own would be for a dense model, and vLLM refuses it there.
+
+    vLLM's prefix cache keeps a prompt's whole blocks between levels; the tokens behind them are
+    computed again for every beam. Padding prompts to whole blocks would save that, but a decoder
+    attends to the padding, so that scores would change: it isn't done.
+
     Args:
         model_dir: merged Hugging Face checkpoint; no tokenizer is read.
         trie: trie of the SID map that the model was trained on (or of a descendant).
@@ -244,7 +254,8 @@ class VllmEngine:
             levels, so it has to hold that many.
         dtype: of weights and activations; the head always computes in float32, since bfloat16
             logits tie.
-        tensor_parallel_size: GPUs that share the model.
+        tensor_parallel_size: workers that share the model: GPUs, or on CPU processes bound by
+            VLLM_CPU_OMP_THREADS_BIND; must divide the model's attention heads.
         gpu_memory_utilization: share of GPU memory for weights and cache.
         kv_cache_memory_bytes: size of the KV cache instead; on CPU, VLLM_CPU_KVCACHE_SPACE (GiB)
             is the other way to say it.
@@ -274,12 +285,9 @@ class VllmEngine:
         enforce_eager: bool = False,
         seed: int = 0,
     ) -> None:
-        _check_version(vllm.__version__)
-        if normalizer not in NORMALIZERS:
-            raise ValueError(f"normalizer={normalizer!r} must be one of {NORMALIZERS}")
-        if not (Path(model_dir) / "config.json").is_file():
-            raise ValueError(f"{model_dir} holds no config.json; a merged checkpoint is needed")
-        on_cpu = _prepare_environment(kv_cache_memory_bytes)
+        check_settings(model_dir, normalizer, batch_size)
+        on_cpu = prepare_environment(kv_cache_memory_bytes)
+        _check_tensor_parallel(Path(model_dir), tensor_parallel_size, on_cpu)
         self.trie, self.normalizer, self.batch_size = trie, normalizer, batch_size
         sid_ids = [np.asarray(ids, dtype=np.int64) for ids in sid_token_ids]
         with tempfile.TemporaryDirectory(prefix="genrec-") as folder:
@@ -313,6 +321,7 @@ class VllmEngine:
         self.vocab_size: int = config.model_config.get_vocab_size()
         check_sid_token_ids(sid_token_ids, trie, self.vocab_size)
         self.sid_ids = [torch.from_numpy(ids) for ids in sid_ids]
+        self._tensors = TrieTensors(trie, None, torch.device("cpu"))
         self._codes = [_inverse(ids, self.vocab_size) for ids in sid_ids]
         self._edges = [_edge_keys(trie, level, len(ids)) for level, ids in enumerate(sid_ids)]
 
@@ -324,6 +333,7 @@ class VllmEngine:
         seen: Sequence[np.ndarray] | None = None,
         view: CatalogueView | None = None,
         progress: Callable[[int], object] | None = None,
+        candidates: Sequence[np.ndarray | None] | None = None,
     ) -> BeamResult:
         """The k best items for each prompt.
 
@@ -334,18 +344,21 @@ class VllmEngine:
             seen: catalogue rows that each user must not get, or None.
             view: catalogue view that holds for all users, or None.
             progress: called with the number of users of each finished batch.
+            candidates: the only catalogue rows that each user may get (None: all), or None.
 
         Returns:
             Lists in the order of `prompts`.
         """
-        tensors = TrieTensors(self.trie, view, torch.device("cpu"))
+        self._tensors = tensors = self._tensors.through(view)
 
-        def search_batch(rows: np.ndarray, dead: list[Tensor] | None) -> BeamResult:
+        def search_batch(rows: np.ndarray, filters: list[LevelFilter] | None) -> BeamResult:
             batch = [_plain(prompts[row]) for row in rows]
-            return self._search_batch(batch, k, beam_width, tensors, dead, rows)
+            return self._search_batch(batch, k, beam_width, tensors, filters, rows)
 
         batches = self._batches(prompts)
-        return search_in_batches(search_batch, batches, tensors, k, beam_width, seen, progress)
+        return search_in_batches(
+            search_batch, batches, tensors, k, beam_width, seen, progress, candidates
+        )
 
     def score(self, prompts: Sequence[Sequence[int]], items: np.ndarray) -> np.ndarray:
         """Log-probabilities of given items, one request per item and level.
@@ -359,7 +372,7 @@ class VllmEngine:
         """
         items = np.asarray(items)
         self.trie.check_items(items)
-        tensors = TrieTensors(self.trie, None, torch.device("cpu"))
+        tensors = self._tensors.through(None)
         out = np.empty((*items.shape, self.trie.n_levels), dtype=np.float32)
         for rows in self._batches(prompts):
             batch = [_plain(prompts[row]) for row in rows]
@@ -381,15 +394,9 @@ class VllmEngine:
         return out
 
     def _batches(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Rows of the users decoded together, after a check of all prompts."""
-        batches = length_batches(prompts, self.trie.n_levels, self.context, self.batch_size)
-        if batches:
-            low, high = min(map(min, prompts)), max(map(max, prompts))
-            if low < 0 or high >= self.vocab_size:
-                raise ValueError(
-                    f"prompts hold tokens {low}..{high}; the model has {self.vocab_size}"
-                )
-        return batches
+        return prompt_batches(
+            prompts, self.trie.n_levels, self.context, self.batch_size, self.vocab_size
+        )
 
     def _search_batch(
         self,
@@ -397,7 +404,7 @@ class VllmEngine:
         k: int,
         width: int,
         tensors: TrieTensors,
-        dead: list[Tensor] | None,
+        filters: list[LevelFilter] | None,
         rows: np.ndarray,
     ) -> BeamResult:
         beams = Beams.start(len(prompts), tensors.device)
@@ -405,7 +412,8 @@ class VllmEngine:
         for level in range(self.trie.n_levels):
             nodes = beams.nodes if level else torch.zeros_like(beams.nodes)
             child, exists = tensors.expand(level, nodes)
-            allowed = tensors.allowed(level, child, None if dead is None else dead[level]) & exists
+            users = None if filters is None else filters[level]
+            allowed = tensors.allowed(level, child, users) & exists
             live = torch.isfinite(beams.scores) & allowed.any(-1)
             # One more child than can live on, so that the best one cut off is known.
             step = _Step(
@@ -525,6 +533,22 @@ class _Step(NamedTuple):
         ]
 
 
+def check_settings(model_dir: str | Path, normalizer: Normalizer, batch_size: int) -> None:
+    """Check what both engines on vLLM are given, before anything is loaded.
+
+    Raises:
+        RuntimeError: this version of vLLM isn't one that the engines were written for.
+        ValueError: the normaliser is unknown, there is no checkpoint, or a batch holds nobody.
+    """
+    _check_version(vllm.__version__)
+    if normalizer not in NORMALIZERS:
+        raise ValueError(f"normalizer={normalizer!r} must be one of {NORMALIZERS}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if not (Path(model_dir) / "config.json").is_file():
+        raise ValueError(f"{model_dir} holds no config.json; a merged checkpoint is needed")
+
+
 def _check_version(version: str) -> None:
     """Raise RuntimeError for a version of vLLM that this engine wasn't written for."""
     found = re.match(r"(\d+)\.(\d+)", version)
@@ -532,8 +556,15 @@ def _check_version(version: str) -> None:
         raise RuntimeError(f"vLLM {version} is installed; this engine supports {SUPPORTED_VLLM}")
 
 
-def _prepare_environment(kv_cache_memory_bytes: int | None) -> bool:
-    """Set what vLLM reads from the environment; returns whether it runs on CPU."""
+def prepare_environment(kv_cache_memory_bytes: int | None) -> bool:
+    """Set what vLLM reads from the environment.
+
+    Returns:
+        Whether vLLM runs on the CPU.
+
+    Raises:
+        ValueError: the environment asks for the V2 runner, or for another size of the KV cache.
+    """
     if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("0", "false", "False"):
         raise ValueError(
             f"VLLM_USE_V2_MODEL_RUNNER={os.environ['VLLM_USE_V2_MODEL_RUNNER']}: this engine needs "
@@ -550,6 +581,42 @@ def _prepare_environment(kv_cache_memory_bytes: int | None) -> bool:
                 "kv_cache_memory_bytes and VLLM_CPU_KVCACHE_SPACE both set the KV cache; use one"
             )
     return on_cpu
+
+
+def _check_tensor_parallel(model_dir: Path, size: int, on_cpu: bool) -> None:
+    """Raise ValueError unless `size` workers can share the model."""
+    config = json.loads((model_dir / "config.json").read_text())
+    heads = config.get("num_attention_heads")
+    if size < 1 or (isinstance(heads, int) and heads % size):
+        raise ValueError(
+            f"tensor_parallel_size={size} must be a divisor of the model's {heads} attention heads"
+        )
+    if not on_cpu and size > torch.cuda.device_count():
+        raise ValueError(
+            f"tensor_parallel_size={size} needs as many GPUs; {torch.cuda.device_count()} are "
+            "visible"
+        )
+    if on_cpu and size > 1 and not os.environ.get("VLLM_CPU_OMP_THREADS_BIND"):
+        raise ValueError(
+            f"tensor_parallel_size={size} on CPU: say which cores each worker gets, such as "
+            "VLLM_CPU_OMP_THREADS_BIND=0-3|4-7"
+        )
+
+
+def prompt_batches(
+    prompts: Sequence[Sequence[int]],
+    n_levels: int,
+    context: int,
+    batch_size: int,
+    vocab_size: int,
+) -> list[np.ndarray]:
+    """As `length_batches`, after a check that the model has the prompts' tokens."""
+    batches = length_batches(prompts, n_levels, context, batch_size)
+    if batches:
+        low, high = min(map(min, prompts)), max(map(max, prompts))
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"prompts hold tokens {low}..{high}; the model has {vocab_size}")
+    return batches
 
 
 def _write_sid_file(path: Path, trie: SidTrie, sid_ids: list[np.ndarray]) -> None:

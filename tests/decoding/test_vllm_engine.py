@@ -52,7 +52,7 @@ def setup(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     model.save_pretrained(folder)
     codes, ids = reference.random_codes(0, 60, 3), reference.sid_token_ids(3)
     trie = SidTrie.build(codes)
-    yield Setup(
+    made = Setup(
         codes=codes,
         ids=ids,
         trie=trie,
@@ -61,14 +61,18 @@ def setup(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         engine=VllmEngine(folder, trie, ids, batch_size=4, dtype="float32", enforce_eager=True),
         torch_engine=TorchEngine(model, trie, ids, 0),
     )
+    yield made
+    # An LLM that is collected later would tear down the state that it shares with the next one.
+    made.engine.llm.llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture(params=NORMALIZERS)
 def normalized(request: pytest.FixtureRequest, setup: Setup) -> Iterator[Setup]:
     """The same engines under each normaliser."""
-    setup.engine.normalizer = setup.torch_engine.normalizer = request.param
-    yield setup
-    setup.engine.normalizer = setup.torch_engine.normalizer = "full"
+    setup.engine.normalizer = request.param
+    theirs = TorchEngine(setup.model, setup.trie, setup.ids, 0, request.param)
+    yield Setup(**{**vars(setup), "torch_engine": theirs})
+    setup.engine.normalizer = "full"
 
 
 def assert_agree(ours: BeamResult, theirs: BeamResult) -> None:
@@ -112,7 +116,13 @@ def test_filters(normalized: Setup):
     rng = np.random.default_rng(0)
     seen = [rng.choice(n, size, replace=False) for size in (0, 1, 5, 20, 40, 0, 9, 9, 30)]
     view = s.trie.allow(rng.choice(n, n // 2, replace=False))
-    for what in ({"seen": seen}, {"view": view}, {"seen": seen, "view": view}):
+    candidates = [None, *(rng.choice(n, 10 + 4 * row, replace=False) for row in range(8))]
+    for what in (
+        {"seen": seen},
+        {"view": view},
+        {"candidates": candidates},
+        {"seen": seen, "view": view},
+    ):
         for k, width in ((5, 8), (5, n)):
             theirs = s.torch_engine.search(s.prompts, k, width, **what)
             assert_agree(s.engine.search(s.prompts, k, width, **what), theirs)
@@ -346,12 +356,30 @@ def test_versions():
 def test_the_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(ValueError, match="V1 runner"):
-        vllm_engine._prepare_environment(None)
+        vllm_engine.prepare_environment(None)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-    if vllm_engine._prepare_environment(None):
+    if vllm_engine.prepare_environment(None):
         monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         with pytest.raises(ValueError, match="both set the KV cache"):
-            vllm_engine._prepare_environment(2**30)
+            vllm_engine.prepare_environment(2**30)
+
+
+def test_tensor_parallelism_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    check = vllm_engine._check_tensor_parallel
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 6}')
+    for size in (0, -2, 4):
+        with pytest.raises(ValueError, match=f"size={size} must be a divisor.* 6 attention heads"):
+            check(tmp_path, size, True)
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    check(tmp_path, 1, True)
+    with pytest.raises(ValueError, match="size=3 on CPU.*VLLM_CPU_OMP_THREADS_BIND"):
+        check(tmp_path, 3, True)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    check(tmp_path, 2, True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check(tmp_path, 2, False)
+    with pytest.raises(ValueError, match="size=3 needs as many GPUs; 2 are visible"):
+        check(tmp_path, 3, False)
 
 
 def test_wrong_arguments_are_refused_before_a_model_is_loaded(setup: Setup, tmp_path: Path):
