@@ -219,11 +219,11 @@ def trie_bytes(work: Workload) -> int:
     """Upper bound of the trie's arrays on the device.
 
     Level l has ``min(n_items, product of the codebook sizes up to l)`` nodes at most, each with a
-    code, a first child and an alive bit (8 + 8 + 1 bytes); each item has its row (8 bytes).
+    code, a first child and an alive bit (4 + 4 + 1 bytes); each item has its row (4 bytes).
     """
     sizes = work.codebook_sizes
     nodes = [min(work.n_items, math.prod(sizes[: level + 1])) for level in range(work.levels)]
-    return 17 * sum(nodes) + 8 * work.n_items
+    return 9 * sum(nodes) + 4 * work.n_items
 
 
 def user_bytes(model: ModelShape, work: Workload) -> dict[str, float]:

@@ -51,7 +51,7 @@ class PipelineArgs:
 
     configs: str = "quickstart"  # a folder of <stage>.yaml, or a name below recipes/configs
     run_dir: str = "runs/quickstart"
-    engine: str | None = None  # torch or vllm; default: what recommend.yaml says
+    engine: str | None = None  # torch, vllm or vllm-inworker; default: what recommend.yaml says
     until: str | None = None  # stop after this stage
     overwrite_from: str | None = None  # redo this stage and all behind it; old folders are kept
     data_dir: str | None = None  # where relative dataset paths start; else here, then $GENREC_DATA
@@ -61,7 +61,7 @@ class PipelineArgs:
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is run."""
         if self.engine is not None:
-            check_choice("engine", self.engine, ("torch", "vllm"))
+            check_choice("engine", self.engine, ("torch", "vllm", "vllm-inworker"))
         if self.until is not None:
             check_choice("until", self.until, FOLDERS)
         if self.overwrite_from is not None:

@@ -28,7 +28,7 @@ class ServeArgs:
     run_dir: str = "runs/default"  # or a bundle that genrec export made
     model_run: str | None = None  # run that the model comes from; default: run_dir
     model_stage: str | None = None  # sft or grpo; default: grpo where it is complete
-    engine: str = "torch"  # torch or vllm; a swap holds two models for a moment
+    engine: str = "torch"  # torch, vllm or vllm-inworker; those on vLLM can't swap models
     normalizer: str | None = None  # full, level or trie; default: what the model declares
     dtype: str = "float32"  # others are faster, but a list may then depend on its batch
     host: str = "127.0.0.1"  # 0.0.0.0 to be reached from other machines
@@ -51,7 +51,13 @@ class ServeArgs:
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""
-        check_choice("engine", self.engine, ("torch", "vllm"))
+        check_choice("engine", self.engine, ("torch", "vllm", "vllm-inworker"))
+        if self.engine != "torch" and self.runs_root is not None:
+            raise ValueError(
+                f"runs_root is set, so that models can be swapped, but engine={self.engine!r}: two "
+                "vLLM engines can't share a process; serve with engine='torch', or drop runs_root "
+                "and start a second server for another model"
+            )
         if self.normalizer is not None:
             check_choice("normalizer", self.normalizer, NORMALIZERS)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))

@@ -77,7 +77,7 @@ def test_memory_of_a_user_and_of_the_trie():
         "kv": 24 * 4 * (10 + 4 + 5), "logits": 5 * 100 * 8, "activations": 10 * (32 + 32) * 4,
         "mask": 5 * 19 * 4,
     }  # fmt: skip
-    assert trie_bytes(WORK) == 17 * (4 + 16 + 60) + 8 * 60
+    assert trie_bytes(WORK) == 9 * (4 + 16 + 60) + 4 * 60
     one = replace(WORK, codebook_sizes=(100,), n_items=60)
     assert user_bytes(SMALL, one)["kv"] == 24 * 4 * 10
     assert len(phases(SMALL, one)) == 1
