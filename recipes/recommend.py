@@ -3,6 +3,7 @@
     genrec recommend --config recipes/configs/quickstart/recommend.yaml --run_dir runs/quickstart
     genrec recommend --run_dir runs/next --model_run runs/mine  # a later catalogue, an old model
     genrec recommend --run_dir runs/mine --users users.parquet --output_dir lists/today
+    genrec recommend … --one_per_title true --max_per_category 3      # with --users
     genrec recommend … --shard 1/8                    # one of eight jobs of a cluster, any order
     genrec recommend … --executor ray --num_actors 4  # needs genrec[ray]
 
@@ -24,7 +25,7 @@ as without the kill. With `shard` the last part that finishes writes the manifes
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -43,6 +44,7 @@ from genrec.artifacts import (
 from genrec.columns import ITEM_ID, ROW_ID, USER_ID
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
+from genrec.decoding.sampling import GumbelTopK, LevelSampling, Sampler
 from genrec.generation.allow_lists import allowed_rows
 from genrec.generation.jobs import (
     PROGRESS,
@@ -55,6 +57,7 @@ from genrec.generation.jobs import (
     locked,
     parse_part,
 )
+from genrec.generation.shaping import ListRules
 from genrec.generation.shards import DAMAGED, ShardInfo
 from genrec.generation.users import (
     UNKNOWN,
@@ -67,12 +70,14 @@ from genrec.generation.users import (
 )
 from genrec.normalizers import NORMALIZERS, Normalizer, declared_normalizer, mismatch
 from genrec.recommend import Recommender
+from genrec.tasks.mixing import named_numbers
 
 logger = logging.getLogger("genrec.recommend")
 
 # Settings that matter only with `users`, and those that can't change a list.
 OF_USERS = ("users_split", "users_subset", "user_column", "history_column", "exclude_column",
-    "candidates_column", "list_separator", "unknown_items")  # fmt: skip
+    "candidates_column", "list_separator", "unknown_items", "sampler", "temperature", "top_p",
+    "one_per_title", "title_variant", "max_per_category", "category_depth", "boosts")  # fmt: skip
 HOW = ("batch_size", "output_dir", "shard", "executor", "ray_address", "num_actors",
     "gpus_per_actor")  # fmt: skip
 
@@ -109,6 +114,15 @@ class RecommendArgs:
     list_separator: str = " "  # between the ids of a list that is text
     unknown_items: str = "error"  # items that the catalogue lacks: error, or drop (counted)
     output_dir: str | None = None  # where lists for `users` go; run_dir stays as it is
+    # Diversity and business rules, for `users` alone; what each costs: benchmarks/list_shaping.py.
+    sampler: str | None = None  # draw lists: gumbel (needs the trie normaliser) or levels
+    temperature: list[float] = field(default_factory=lambda: [1.0])  # of levels: one, or per level
+    top_p: list[float] = field(default_factory=lambda: [1.0])  # of levels: one, or per level
+    one_per_title: bool = False  # of items with the same title keep the best
+    title_variant: str | None = None  # regex of what titles of variants differ in, ",[^,]*$"
+    max_per_category: int | None = None  # items of one category in a list
+    category_depth: int = -1  # which part of the category path; negative counts from the end
+    boosts: list[str] = field(default_factory=list)  # "category=factor"
     # How the work is done; the result doesn't depend on it.
     shard: str = "1/1"  # i/n: make every n-th shard from the i-th on
     executor: str = "local"  # local, or ray (genrec[ray])
@@ -137,6 +151,13 @@ class RecommendArgs:
             )
         if self.users is not None and self.max_rows is not None:
             raise ValueError("max_rows samples a split; give --users a table of fewer users")
+        if self.sampler is not None:
+            check_choice("sampler", self.sampler, ("gumbel", "levels"))
+        if not list_rules(self).plain and self.users is None:
+            raise ValueError(
+                "lists that are drawn or shaped are for --users: those of a split are evaluated, "
+                "explained and replayed as the model's own"
+            )
         if not self.list_separator:
             raise ValueError("list_separator is empty; name what stands between two item ids")
         if self.num_actors < 1 or self.gpus_per_actor < 0:
@@ -144,6 +165,23 @@ class RecommendArgs:
                 f"num_actors={self.num_actors} must be at least 1, "
                 f"gpus_per_actor={self.gpus_per_actor} at least 0"
             )
+
+
+def list_rules(args: RecommendArgs) -> ListRules:
+    """The rules that the settings state."""
+    temperature, top_p = (v[0] if len(v) == 1 else v for v in (args.temperature, args.top_p))
+    if args.sampler != "levels" and (temperature, top_p) != (1.0, 1.0):
+        raise ValueError("temperature and top_p belong to sampler=levels")
+    sampler: Sampler | None = None
+    if args.sampler == "gumbel":
+        sampler = GumbelTopK(args.seed)
+    elif args.sampler == "levels":
+        sampler = LevelSampling(temperature, top_p, seed=args.seed)
+    boosts = named_numbers("boosts", args.boosts)
+    return ListRules(
+        sampler, args.one_per_title, args.title_variant, args.max_per_category,
+        args.category_depth, tuple(boosts.items()),
+    )  # fmt: skip
 
 
 def make_stage(args: RecommendArgs, model_stage: str) -> Stage:
@@ -158,7 +196,9 @@ def make_stage(args: RecommendArgs, model_stage: str) -> Stage:
         hashes = {f"model_run/{s}": require(source, s).content_hash for s in of_model}
     # What isn't in effect is no setting of this run.
     ignore += [name for name in ("allow", "deny", "users") if getattr(args, name) is None]
-    ignore += OF_USERS if args.users is None else ["split", "max_rows", "seed"]
+    ignore += OF_USERS if args.users is None else ["split", "max_rows"]
+    if args.users is not None and args.sampler is None:
+        ignore.append("seed")
     files: dict[str, Path | str] = {}
     for name in ("allow", "deny"):
         if (path := getattr(args, name)) is not None:
@@ -300,6 +340,7 @@ def main() -> None:
             stage.fingerprint,
             args.shard_size,
             allowed,
+            list_rules(args),
         )
         checked = check_users(job, len(catalog))
     if checked[UNKNOWN]:

@@ -29,6 +29,7 @@ from genrec.columns import CANDIDATES, HISTORY, SEEN, USER_ID
 from genrec.decoding.beam import BeamResult
 from genrec.decoding.trie import CatalogueView
 from genrec.generation.history_prompts import PromptEncoder, prompts_of
+from genrec.generation.shaping import ListMaker, ListRules
 from genrec.generation.shards import (
     PREFIX,
     ShardInfo,
@@ -61,6 +62,7 @@ class GenerationJob:
         fingerprint: of all settings and inputs that decide the result; a shard carries it.
         shard_size: rows per shard, the unit of resuming.
         allowed: catalogue rows that may be recommended at all, or None for all.
+        rules: how lists are drawn or shaped; by default they are the search's.
     """
 
     users: UserRows
@@ -70,6 +72,7 @@ class GenerationJob:
     fingerprint: str
     shard_size: int = 2048
     allowed: np.ndarray | None = None
+    rules: ListRules = ListRules()
 
     def __post_init__(self) -> None:
         """Reject sizes that can't work."""
@@ -193,12 +196,13 @@ class ShardMaker:
         job: what is to be made.
 
     Raises:
-        ValueError: the allow-list is empty.
+        ValueError: the allow-list is empty, or the rules don't fit the engine or the catalogue.
     """
 
     def __init__(self, recommender: Recommender, job: GenerationJob) -> None:
         self.recommender, self.job = recommender, job
         self._encoder = PromptEncoder(recommender)
+        self._lists = ListMaker(recommender.engine, recommender.catalog, job.rules)
         self.view: CatalogueView | None = None
         if job.allowed is not None:
             self.view = recommender.engine.trie.allow(job.allowed)
@@ -245,7 +249,7 @@ class ShardMaker:
         options: dict[str, Any] = {}
         if CANDIDATES in part.columns:
             options["candidates"] = _arrays(part[CANDIDATES])
-        return self.recommender.engine.search(
+        return self._lists.search(
             prompts,
             self.job.k,
             self.job.beam_width,

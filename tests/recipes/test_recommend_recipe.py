@@ -75,6 +75,31 @@ def test_users_of_a_table(in_process, run_dir, users, tmp_path: Path):
     assert "was made with other" in said and "input 'users'" in said
 
 
+def test_rules_for_lists(in_process, run_dir, users, tmp_path: Path):
+    def lists(name: str, *more: str) -> pl.DataFrame:
+        flags = [*FLAGS, "--users", str(users), "--output_dir", str(tmp_path / name), *more]
+        in_process("recommend", run_dir, *flags)
+        return lists_of(tmp_path / name)
+
+    catalog = pl.read_parquet(run_dir / "data" / "catalog.parquet")
+    kinds = catalog.select("item_id", kind=pl.col("categories").list.get(-1))
+    capped = lists("capped", "--max_per_category", "1").join(kinds, "item_id")
+    assert capped.group_by("user_id", "kind").len()["len"].max() == 1
+    boosted = lists("boosted", "--boosts", "Kind 1=1e12").join(kinds, "item_id")
+    assert set(boosted["kind"]) == {"Kind 1"}
+    drawn = lists("drawn", "--sampler", "levels", "--temperature", "3", "1", "1", "--seed", "1")
+    again = lists("again", "--sampler", "levels", "--temperature", "3", "1", "1", "--seed", "2")
+    assert drawn["item_id"].to_list() != again["item_id"].to_list()
+    for flags, message in (
+        (["--sampler", "gumbel"], "are for --users"),
+        (["--one_per_title", "true"], "are for --users"),
+        (["--temperature", "2"], "belong to sampler=levels"),
+        (["--sampler", "some"], "sampler='some' is not known"),
+        (["--boosts", "Kind 1"], "boosts"),
+    ):
+        assert message in in_process("recommend", run_dir, *FLAGS, *flags, fails=True)
+
+
 def test_text_files_and_unknown_items(in_process, run_dir, users, tmp_path: Path):
     table = pl.read_parquet(users).with_columns(pl.col("history").list.join("|"))
     changed = table.with_columns(

@@ -1,0 +1,132 @@
+"""Diversity and business rules of batch generation: drawn lists, variants, caps, boosts.
+
+What can be had of `genrec.decoding.sampling` and `genrec.list_shaping` by settings alone. The
+order of a shaped list is no longer that of its scores, and a drawn list is not the best one, so
+such lists are made for users, not for a split whose lists are evaluated, explained and replayed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from genrec.columns import CATEGORIES, TITLE
+from genrec.decoding.beam import BeamResult
+from genrec.decoding.sampling import Sampler
+from genrec.decoding.torch_engine import TorchEngine
+from genrec.list_shaping import (
+    Candidates,
+    Cap,
+    boosted,
+    capped,
+    category_at,
+    label_weights,
+    numbered,
+    title_groups,
+)
+from genrec.recommend import Engine
+
+
+@dataclass(frozen=True)
+class ListRules:
+    """How lists are drawn or shaped; the default is the plain search.
+
+    Attributes:
+        sampler: draws the lists; then nothing else may be set.
+        one_per_title: of items with the same title only the best is kept.
+        title_variant: regular expression of the part of a title that only names a variant.
+        max_per_category: most items of one category in a list.
+        category_depth: which part of the category path that is; negative counts from the end.
+        boosts: (category, factor): items rank as if they were so many times as probable.
+    """
+
+    sampler: Sampler | None = None
+    one_per_title: bool = False
+    title_variant: str | None = None
+    max_per_category: int | None = None
+    category_depth: int = -1
+    boosts: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Reject rules that can't work together."""
+        if self.max_per_category is not None and self.max_per_category < 1:
+            raise ValueError(f"max_per_category={self.max_per_category} must be at least 1")
+        if bad := [pair for pair in self.boosts if not 0 < pair[1] < math.inf]:
+            raise ValueError(
+                f"boost {bad[0][0]}={bad[0][1]} must be a finite factor above 0; to show none or "
+                "nothing else, use deny or allow"
+            )
+        if self.title_variant is not None and not self.one_per_title:
+            raise ValueError("title_variant needs one_per_title: it says what titles may differ in")
+        if self.sampler is not None and self.shapes:
+            raise ValueError("lists are either drawn (sampler) or shaped; set one of them")
+
+    @property
+    def shapes(self) -> bool:
+        """Whether lists are shaped after the search."""
+        return self.one_per_title or self.max_per_category is not None or bool(self.boosts)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the search is left as it is."""
+        return self.sampler is None and not self.shapes
+
+
+class ListMaker:
+    """A search under rules.
+
+    Args:
+        engine: of the search.
+        catalog: ``catalog.parquet``, row for row with the engine's trie.
+        rules: the rules.
+
+    Raises:
+        ValueError: the engine can't draw, or the catalogue lacks what a rule speaks of.
+    """
+
+    def __init__(self, engine: Engine, catalog: pl.DataFrame, rules: ListRules) -> None:
+        self.engine, self.rules = engine, rules
+        if rules.sampler is not None and not isinstance(engine, TorchEngine):
+            raise ValueError(
+                f"lists are drawn in process, which {type(engine).__name__} doesn't offer; use "
+                "engine='torch'"
+            )
+        self._caps: list[Cap] = []
+        self._weights: np.ndarray | None = None
+        if rules.one_per_title:
+            self._caps.append(Cap(title_groups(catalog[TITLE], rules.title_variant), 1))
+        if rules.max_per_category is not None or rules.boosts:
+            labels, names = numbered(category_at(catalog[CATEGORIES], rules.category_depth))
+            if rules.max_per_category is not None:
+                self._caps.append(Cap(labels, rules.max_per_category))
+            if rules.boosts:
+                weights = {name: math.log(factor) for name, factor in rules.boosts}
+                self._weights = label_weights(labels, names, weights)
+
+    def search(
+        self, prompts: Sequence[Sequence[int]], k: int, beam_width: int, **options: Any
+    ) -> BeamResult:
+        """Lists of at most `k` items; arguments as the engine's.
+
+        A shaped list is chosen among the `beam_width` candidates of the search. It keeps their
+        scores and is not `certified`.
+        """
+        if self.rules.sampler is not None:
+            options["sampler"] = self.rules.sampler
+        if not self.rules.shapes:
+            return self.engine.search(prompts, k, beam_width, **options)
+        found = self.engine.search(prompts, beam_width, beam_width, **options)
+        lists = Candidates.of(found.items, found.scores)
+        if self._weights is not None:
+            lists = boosted(lists, self._weights)
+        lists = capped(lists, self._caps).top(k)
+        levels = np.take_along_axis(
+            found.level_log_probs, np.maximum(lists.places, 0)[..., None], axis=1
+        )
+        levels = np.where(lists.places[..., None] >= 0, levels, -np.inf).astype(np.float32)
+        return BeamResult(lists.items, lists.scores, levels, np.zeros(len(lists.items), dtype=bool))
