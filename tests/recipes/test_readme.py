@@ -196,7 +196,7 @@ def test_lora_on_a_pretrained_model(run_dir, own_csv, tiny, tmp_path):
 
 
 def test_python_snippet(run_dir, capsys):
-    (snippet,) = [block for kind, block in BLOCKS if kind == "python" and "Recommender" in block]
+    (snippet,) = [block for kind, block in BLOCKS if "recommender.recommend(history" in block]
     catalog = pl.read_parquet(run_dir / "data" / "catalog.parquet")
     ids = catalog[ITEM_ID].to_list()
     snippet = snippet.replace("runs/quickstart", str(run_dir))
@@ -205,6 +205,45 @@ def test_python_snippet(run_dir, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert all(any(title in line for title in catalog[TITLE]) for line in lines)
+
+
+def test_decoding_snippet(run_dir):
+    (snippet,) = [block for kind, block in BLOCKS if "engine.search(prompts" in block]
+    values: dict = {}
+    snippet = snippet.replace("runs/quickstart", str(run_dir)).replace("range(100)", "range(20)")
+    exec(compile(snippet, "README.md", "exec"), values)
+    items, prices = values["result"].items, values["catalog"]["price"]
+    assert items.shape == (2, 5) and (items[0] >= 0).all()
+    real = items[items >= 0]
+    assert all(price < 30 for price in prices[real.tolist()])
+    assert (items[1] < 20).all()
+
+
+def test_lists_for_users_plan_and_export(run_dir, tmp_path):
+    """Batch generation on a table, its estimate, and a bundle, in the README's words."""
+    ids = pl.read_parquet(run_dir / "data" / "catalog.parquet")[ITEM_ID].to_list()
+    users = pl.DataFrame({"user_id": ["a", "b"], "history": [ids[:3], []]})
+    users.write_parquet(tmp_path / "users.parquet")
+    values = {
+        "runs/mine": str(run_dir), "runs/quickstart": str(run_dir),
+        "users.parquet": str(tmp_path / "users.parquet"), "lists/today": str(tmp_path / "today"),
+        "bundles/quickstart": str(tmp_path / "bundle"),
+    }  # fmt: skip
+    said = {}
+    for command in (c for c in COMMANDS if c[1] in ("plan", "export") or "--users" in c):
+        done = call([values.get(word, word) for word in command])
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        said[" ".join(command[1:3])] = done.stdout
+    assert list(said) == [
+        "plan --model",
+        "recommend --run_dir",
+        "export --run_dir",
+        "export --verify",
+    ]
+    assert "users/s" in said["plan --model"]
+    lists = read_shards(tmp_path / "today" / "recommendations", "recommendations")
+    assert lists.group_by("user_id").len()["len"].to_list() == [10, 10]
+    assert (tmp_path / "bundle" / "model" / "config.json").is_file()
 
 
 def test_quantizer_snippet():
