@@ -61,11 +61,13 @@ from genrec.generation.shaping import ListRules
 from genrec.generation.shards import DAMAGED, ShardInfo
 from genrec.generation.users import (
     UNKNOWN,
+    Marks,
     SplitRows,
     UserColumns,
     UserRows,
     UserTable,
     remove_copy,
+    source_marks,
     source_sha256,
 )
 from genrec.normalizers import NORMALIZERS, Normalizer, declared_normalizer, mismatch
@@ -215,8 +217,10 @@ def make_stage(args: RecommendArgs, model_stage: str) -> Stage:
     return Stage(root, "recommend", config, inputs, files, ignore, hashes)
 
 
-def make_users(args: RecommendArgs, stage: Stage, catalog: pl.DataFrame) -> UserRows:
-    """The rows that lists are made for."""
+def make_users(
+    args: RecommendArgs, stage: Stage, catalog: pl.DataFrame, marks: Marks | None
+) -> UserRows:
+    """The rows that lists are made for; `marks` of a table are from before it was hashed."""
     if args.users is None:
         rows = read_split(
             args.run_dir, args.split, "recommend", model_stage=stage.config["model_stage"]
@@ -243,6 +247,7 @@ def make_users(args: RecommendArgs, stage: Stage, catalog: pl.DataFrame) -> User
         stage.folder,
         args.users_split,
         args.users_subset,
+        marks,
     )
 
 
@@ -300,6 +305,8 @@ def finish(
         return
     if (stage.folder / MANIFEST).exists():
         return  # another part was the last
+    if isinstance(job.users, UserTable):
+        job.users.check_unchanged()
     remove_copy(stage.folder)
     speed = progress.users_per_s
     metrics = {"users_per_s": None if speed is None else round(speed, 1), **list_facts(job)}
@@ -322,6 +329,7 @@ def main() -> None:
     require(source, model_stage)
     declared = declared_normalizer(stage_folder(source, model_stage) / "model")
     args = replace(args, normalizer=args.normalizer or declared)
+    marks = None if args.users is None else source_marks(args.users)
     stage = make_stage(args, model_stage)
     catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet")
     allowed = allowed_rows(catalog[ITEM_ID], args.allow, args.deny)
@@ -333,7 +341,7 @@ def main() -> None:
         if rule not in (None, args.filter_seen):
             print(f"warning: {model_stage} was validated with filter_seen={rule}, this differs")
         job = GenerationJob(
-            make_users(args, stage, catalog),
+            make_users(args, stage, catalog, marks),
             stage.folder,
             args.k,
             args.beam_width,

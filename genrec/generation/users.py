@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +36,8 @@ UNKNOWN = "unknown_items"  # items of a row that are not in the catalogue
 UNKNOWN_RULES = ("error", "drop")
 WINDOW = 1 << 15  # rows of a table that are held at once
 _COPY = ".users.parquet"
+
+Marks = tuple[tuple[str, int, int, int], ...]
 
 
 class UserRows(Protocol):
@@ -113,9 +116,11 @@ class UserTable:
         scratch: folder for the Parquet copy of a text file; needed for text files only.
         split: of a Hugging Face dataset.
         subset: configuration of one.
+        marks: `source_marks` from before the source was hashed; default: from now.
 
     Raises:
-        ValueError: no such source, no rows, a missing column, or one of another type.
+        ValueError: no such source, no rows, a missing column, or one of another type, or the source
+            changed since its marks were taken (so do reads of it).
     """
 
     def __init__(
@@ -128,8 +133,10 @@ class UserTable:
         scratch: Path | str | None = None,
         split: str = "train",
         subset: str | None = None,
+        marks: Marks | None = None,
     ) -> None:
         self.source, self.columns = Path(source), columns or UserColumns()
+        self._marks = source_marks(source) if marks is None else marks
         self.unknown_items, self.filter_seen = unknown_items, filter_seen
         if unknown_items not in UNKNOWN_RULES:
             raise ValueError(
@@ -141,7 +148,7 @@ class UserTable:
         self._files: list[Path] = []
         self._dataset: Any = None
         if is_table(source):
-            self._files = _as_parquet(self.source, scratch)
+            self._files = _as_parquet(self.source, scratch, self.check_unchanged)
             frame = pl.scan_parquet(self._files, glob=False, hive_partitioning=False)
             with reading(self._files[0]):
                 self._n_rows = int(frame.select(pl.len()).collect().item())
@@ -160,6 +167,7 @@ class UserTable:
         if not self._n_rows:
             raise ValueError(f"{source} is empty: it has no rows")
         self._window_start, self._window = -1, pl.DataFrame()
+        self.check_unchanged()
 
     @property
     def n_rows(self) -> int:
@@ -189,8 +197,24 @@ class UserTable:
             start = end
         return pl.concat(parts)
 
+    def check_unchanged(self) -> None:
+        """Raise ValueError if the source's files aren't those that the marks were taken of.
+
+        Rows that were read before a change and after it would be lists for two different tables.
+        """
+        if source_marks(self.source) != self._marks:
+            raise ValueError(
+                f"{self.source} was changed while it was read; start again with a file that stays"
+            )
+
     def _raw(self, first: int) -> pl.DataFrame:
         """The named columns of a window of rows, as they lie in the source."""
+        try:
+            return self._scan(first)
+        finally:  # also where a half-written file could not be read
+            self.check_unchanged()
+
+    def _scan(self, first: int) -> pl.DataFrame:
         names = list(dict.fromkeys(name for name in self._wanted.values() if name is not None))
         if self._dataset is not None:
             table = self._dataset[first : min(first + WINDOW, self.n_rows)]
@@ -286,6 +310,23 @@ def is_table(source: Path | str) -> bool:
     return any(path.name.lower().endswith((e, f"{e}.gz")) for e in ENDINGS)
 
 
+def source_marks(source: Path | str) -> Marks:
+    """What shows a change of a source's files: path, inode, size and time of change of each.
+
+    A dataset that is no folder here has none: its cache is never written twice.
+    """
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    marks = []
+    for file in files:
+        try:
+            stat = file.stat()
+        except FileNotFoundError:  # removed since it was listed: no mark is a change, too
+            continue
+        marks.append((str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return tuple(marks)
+
+
 def source_sha256(source: Path | str, split: str = "train", subset: str | None = None) -> str:
     """Hash of the content of a source of users (of a dataset: its fingerprint)."""
     if not is_table(source):
@@ -299,8 +340,11 @@ def source_sha256(source: Path | str, split: str = "train", subset: str | None =
     return sha256_file(path)
 
 
-def _as_parquet(source: Path, scratch: Path | str | None) -> list[Path]:
-    """The Parquet files of a source; text is turned into one below `scratch`, once."""
+def _as_parquet(source: Path, scratch: Path | str | None, check: Callable[[], None]) -> list[Path]:
+    """The Parquet files of a source; text is turned into one below `scratch`, once.
+
+    `check` raises if the source has changed; its copy is then not kept.
+    """
     if source.is_dir():
         return parquet_files(source)
     if source.suffix.lower() == ".parquet":
@@ -313,6 +357,7 @@ def _as_parquet(source: Path, scratch: Path | str | None) -> list[Path]:
         partial = copy.with_name(f"{copy.name}.{os.getpid()}.partial")
         with reading(source):
             scan_file(source).sink_parquet(partial, row_group_size=WINDOW)
+        check()
         os.replace(partial, copy)
         logger.info("%s: read into %s", source, copy.name)
     return [copy]

@@ -20,6 +20,7 @@ from genrec.generation.users import (
     UserTable,
     count_allowed,
     remove_copy,
+    source_marks,
     source_sha256,
 )
 
@@ -224,6 +225,40 @@ def test_the_hash_of_a_source_is_of_its_content(parquet: Path, tmp_path: Path):
     assert source_sha256(folder) != whole
     USERS[:1].write_parquet(moved)
     assert source_sha256(moved) != first
+
+
+def test_a_source_that_changes_is_noticed(monkeypatch, tmp_path: Path):
+    """Before, while and after it is read: never rows of two tables."""
+    monkeypatch.setattr(genrec.generation.users, "WINDOW", 2)
+    path = tmp_path / "folder" / "users.parquet"
+    path.parent.mkdir()
+    plain = USERS.select("user_id", "history")
+    for source in (path, path.parent):
+        plain.write_parquet(path)
+        marks = source_marks(source)
+        users = UserTable(source, NUMBERS, marks=marks)
+        users.read(0, 2)
+        users.check_unchanged()
+        plain.reverse().write_parquet(path)
+        users.read(0, 2)  # held
+        for call in (
+            users.check_unchanged,
+            lambda users=users: users.read(2, 2),
+            lambda users=users: pickle.loads(pickle.dumps(users)).read(0, 1),
+            lambda source=source, marks=marks: UserTable(source, NUMBERS, marks=marks),
+        ):
+            with pytest.raises(ValueError, match="was changed while it was read; start again"):
+                call()
+    users = UserTable(path.parent, NUMBERS)
+    plain.write_parquet(path.with_name("more.parquet"))
+    with pytest.raises(ValueError, match="was changed while it was read"):
+        users.check_unchanged()
+    (tmp_path / "u.csv").write_text("user_id,history\na,10\n")
+    marks = source_marks(tmp_path / "u.csv")
+    (tmp_path / "u.csv").write_text("user_id,history\na,20\nb,20\n")
+    with pytest.raises(ValueError, match="was changed while it was read"):
+        UserTable(tmp_path / "u.csv", NUMBERS, scratch=tmp_path, marks=marks)
+    assert not (tmp_path / ".users.parquet").exists()  # no copy of what wasn't hashed
 
 
 def test_rows_of_a_split(tiny):

@@ -241,6 +241,24 @@ def test_a_full_disk(in_process, run_dir, users, tmp_path: Path, monkeypatch):
     assert kept.items() <= shards(out).items() and len(shards(out)) == 6
 
 
+def test_a_table_that_changes_meanwhile(in_process, run_dir, users, tmp_path: Path, monkeypatch):
+    """Replaced after its last row was read: the lists are whole, but of which table?"""
+    import genrec.generation.jobs
+
+    path, real = tmp_path / "users.parquet", genrec.generation.jobs.write_shard
+    path.write_bytes(users.read_bytes())
+
+    def and_replace(*args):
+        pl.read_parquet(users).reverse().write_parquet(path)
+        return real(*args)
+
+    monkeypatch.setattr(genrec.generation.jobs, "write_shard", and_replace)
+    flags = [*FLAGS, "--users", str(path), "--output_dir", str(tmp_path / "out")]
+    said = in_process("recommend", run_dir, *flags, fails=True)
+    assert "users.parquet was changed while it was read; start again with a file that" in said
+    assert load_manifest(tmp_path / "out", "recommend") is None
+
+
 @pytest.mark.slow
 def test_the_ray_executor_makes_the_same_files(in_process, recipe, run_dir, users, tmp_path: Path):
     flags = [*FLAGS, "--users", str(users), "--output_dir"]
