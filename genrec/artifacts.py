@@ -266,6 +266,26 @@ def machine() -> str:
     return text
 
 
+def _in_progress(folder: Path) -> dict[str, Any]:
+    """What unfinished work says about itself; empty where nothing or damage is there."""
+    try:
+        found = json.loads((folder / IN_PROGRESS).read_bytes())
+    except (FileNotFoundError, ValueError):  # damaged: of no known run, as if there were none
+        return {}
+    whole = isinstance(found, dict) and isinstance(found.get("config"), dict)
+    return found if whole else {}
+
+
+def folder_fingerprint(folder: Path | str) -> str | None:
+    """Fingerprint of the run that a stage folder is being written by, or was; None: of none."""
+    folder = Path(folder)
+    if found := _in_progress(folder).get("fingerprint"):
+        return str(found)
+    if (folder / MANIFEST).exists():
+        return str(read_json(folder / MANIFEST).get("fingerprint"))
+    return None
+
+
 class Stage:
     """One run of one stage: check, skip, write, finish.
 
@@ -323,24 +343,51 @@ class Stage:
                 logger.info("%s: complete, skipped (%s)", self.name, self.folder)
                 return True
             raise ValueError(
-                f"{self.folder} is complete but was made with other {self._difference(manifest)}; "
-                "use another --run_dir, or --overwrite true (the old folder is kept under a new "
-                "name)"
+                f"{self.folder} is complete but was made with other "
+                f"{self._difference(manifest.config, manifest.inputs)}; use another --run_dir, or "
+                "--overwrite true (the old folder is kept under a new name)"
             )
         progress = self.folder / IN_PROGRESS
-        same = progress.exists() and read_json(progress).get("fingerprint") == self.fingerprint
+        same = _in_progress(self.folder).get("fingerprint") == self.fingerprint
         # A damaged manifest isn't read here: overwriting is what mends it.
         kept = [p for p in self.folder.glob("*") if p.name != IN_PROGRESS]
         if complete or (kept and not same):
             self._set_aside()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(progress, {"fingerprint": self.fingerprint, "config": self.config})
+        state = {"fingerprint": self.fingerprint, "config": self.config, "inputs": self.inputs}
+        write_json(progress, state)
         return False
 
-    def _difference(self, manifest: Manifest) -> str:
-        keys = sorted(set(self.config) | set(manifest.config))
-        # Compared as JSON, since the manifest's values went through it (tuples became lists).
-        now, then = (json.loads(json.dumps(c, default=str)) for c in (self.config, manifest.config))
+    def check_shared(self) -> None:
+        """Refuse to set aside what others may still be writing, before `is_done`.
+
+        For work that several processes share: a part that was started with other settings must not
+        take away the folder of the rest.
+
+        Raises:
+            ValueError: the folder holds unfinished work of other settings or inputs.
+        """
+        kept = [p for p in self.folder.glob("*") if p.name != IN_PROGRESS]
+        then = _in_progress(self.folder)
+        if then.get("fingerprint") == self.fingerprint or (self.folder / MANIFEST).exists():
+            return
+        if then:
+            differs = self._difference(then["config"], then.get("inputs", self.inputs))
+            raise ValueError(
+                f"{self.folder} is being written with other {differs}; give all parts the same "
+                "settings, or use another folder"
+            )
+        if kept:
+            raise ValueError(
+                f"{self.folder} holds {min(kept).name} and doesn't say of which run; move it away, "
+                "or use another folder"
+            )
+
+    def _difference(self, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+        """What differs from the settings and inputs of earlier work, in words."""
+        keys = sorted(set(self.config) | set(config))
+        # Compared as JSON, since the earlier values went through it (tuples became lists).
+        now, then = (json.loads(json.dumps(c, default=str)) for c in (self.config, config))
         changes = [
             f"{key}={then.get(key)!r} (now {now.get(key)!r})"
             for key in keys
@@ -348,8 +395,8 @@ class Stage:
         ]
         changes += [
             f"input '{key}'"
-            for key in sorted(set(self.inputs) | set(manifest.inputs))
-            if self.inputs.get(key) != manifest.inputs.get(key)
+            for key in sorted(set(self.inputs) | set(inputs))
+            if self.inputs.get(key) != inputs.get(key)
         ]
         return "; ".join(changes) or "code schema"
 

@@ -294,7 +294,13 @@ def finish(
     notes: Sequence[str],
 ) -> None:
     """Write the manifest if every shard of every part is there, else say what is missing."""
+    job.check_folder()
     progress.write()
+    if own := [s for s in job.starts(parse_part(args.shard)) if not job.path(s).exists()]:
+        raise ValueError(
+            f"{len(own):,} finished shards of part {args.shard} are gone, the first is "
+            f"{job.path(own[0])}; start this command again"
+        )
     # The files first: checking their content reads all of them.
     if missing := job.absent() or job.missing():
         print(
@@ -335,6 +341,8 @@ def main() -> None:
     allowed = allowed_rows(catalog[ITEM_ID], args.allow, args.deny)
     # One process at a time begins or ends: parts may be started at the same moment.
     with locked(stage.run_dir):
+        if part != WHOLE:
+            stage.check_shared()
         if stage.is_done(args.overwrite):
             return
         rule = require(source, model_stage).config.get("filter_seen")

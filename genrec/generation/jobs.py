@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from genrec.artifacts import read_json, write_json
+from genrec.artifacts import folder_fingerprint, read_json, write_json
 from genrec.columns import CANDIDATES, HISTORY, SEEN, USER_ID
 from genrec.decoding.beam import BeamResult
 from genrec.decoding.trie import CatalogueView
@@ -118,6 +118,16 @@ class GenerationJob:
                 f"({len(others)} such files); move them away, or use another folder"
             )
         return [start for start in self.starts(part) if self.find(start) is None]
+
+    def check_folder(self) -> None:
+        """Raise ValueError if another run has taken the folder: its lists are not to be mixed."""
+        found = folder_fingerprint(self.folder)
+        if found not in (None, self.fingerprint):
+            raise ValueError(
+                f"{self.folder} now belongs to a run of other settings or inputs "
+                f"({str(found)[:12]}, this one is {self.fingerprint[:12]}); finished shards of "
+                f"this one lie in {self.folder.name}.old-…; use a folder for each"
+            )
 
     def absent(self) -> list[int]:
         """First rows of all shards that have no file, whole or not."""
@@ -215,7 +225,8 @@ class ShardMaker:
             progress: called with the number of users of each finished batch.
 
         Raises:
-            ValueError: a user's prompt is too long or nothing is left for one, or the disk is full.
+            ValueError: a user's prompt is too long or nothing is left for one, the disk is full, or
+                the folder was taken by another run.
         """
         job = self.job
         if (info := job.find(start)) is not None:
@@ -237,6 +248,7 @@ class ShardMaker:
             UNKNOWN: int(part[UNKNOWN].sum()),
         }
         table = self.recommender.table(part, prompts, result)
+        job.check_folder()
         info = ShardInfo(job.fingerprint, start, job.stop(start), counts)
         return write_shard(job.path(start), table, info)
 

@@ -147,6 +147,51 @@ def test_parts_in_any_order(in_process, run_dir, users, tmp_path: Path):
     assert "--overwrite with --shard" in in_process("recommend", run_dir, *again, fails=True)
 
 
+def test_a_part_with_other_settings_is_refused(in_process, run_dir, users, tmp_path: Path):
+    out = tmp_path / "out"
+    flags = [*FLAGS, "--users", str(users), "--output_dir", str(out), "--shard"]
+    in_process("recommend", run_dir, *flags, "1/2")
+    kept = shards(out)
+    said = in_process("recommend", run_dir, *flags, "2/2", "--k", "3", fails=True)
+    assert "is being written with other k=4 (now 3); give all parts the same settings" in said
+    assert shards(out) == kept and not list(out.glob("recommendations.old-*"))
+    (out / "recommendations" / "in_progress.json").write_text("{")
+    said = in_process("recommend", run_dir, *flags, "2/2", fails=True)
+    assert "doesn't say of which run; move it away" in said and shards(out) == kept
+    in_process("recommend", run_dir, *flags[:-1])  # alone, the whole job mends it
+    assert require(out, "recommend").rows == 88
+
+
+def test_a_folder_that_another_run_takes(in_process, run_dir, users, tmp_path: Path, monkeypatch):
+    """A part must not write into it, nor call itself done."""
+    import genrec.generation.jobs
+
+    out = tmp_path / "out" / "recommendations"
+    flags = [*FLAGS, "--users", str(users), "--output_dir", str(out.parent), "--shard", "1/2"]
+    real = genrec.generation.jobs.write_shard
+
+    def and_lose(path, table, info):
+        made = real(path, table, info)
+        path.unlink()
+        return made
+
+    with monkeypatch.context() as patched:
+        patched.setattr(genrec.generation.jobs, "write_shard", and_lose)
+        said = in_process("recommend", run_dir, *flags, fails=True)
+    assert "3 finished shards of part 1/2 are gone" in said and "part 1/2 is done" not in said
+
+    def and_take(path, table, info):
+        made = real(path, table, info)
+        state = {"fingerprint": "e" * 64, "config": {}}
+        (out / "in_progress.json").write_text(json.dumps(state))
+        return made
+
+    monkeypatch.setattr(genrec.generation.jobs, "write_shard", and_take)
+    said = in_process("recommend", run_dir, *flags, fails=True)
+    assert "now belongs to a run of other settings or inputs (eeeeeeeeeeee, this one is" in said
+    assert len(shards(out.parent)) == 1
+
+
 def test_allow_and_deny_lists(in_process, run_dir, users, tmp_path: Path):
     ids = pl.read_parquet(run_dir / "data" / "catalog.parquet")["item_id"].to_list()
     allow, deny = tmp_path / "allow.txt", tmp_path / "deny.txt"
