@@ -44,7 +44,7 @@ class ReasonArgs:
     top_p: float = 0.9  # 1 (and temperature 1): the model's own distribution
     max_tokens: int = 256  # of a chain
     exact: bool = False  # score every item of the list under every chain
-    filter_seen: bool = True
+    filter_seen: bool | None = None  # default: the rule under which the model was validated
     beam_width: int | None = None  # default: max(2k, 50)
     model_stage: str | None = None  # sft or grpo; default: grpo where it is complete
     seed: int = 0
@@ -57,6 +57,8 @@ class ReasonArgs:
         for name in ("k", "chains"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.beam_width is not None and self.beam_width < self.k:
+            raise ValueError(f"beam_width={self.beam_width} must be at least k={self.k}")
 
 
 def user_row(args: ReasonArgs, least: int) -> dict[str, Any]:
@@ -129,8 +131,14 @@ def main() -> None:
     sampling = TextSampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     recommender = Recommender.load(args.run_dir, args.model_stage)
     recommender.require_family(REASONING)  # before a reading of test rows is noted
+    if args.k > len(recommender.catalog):
+        raise ValueError(
+            f"k={args.k:,} exceeds the {len(recommender.catalog):,} items of the catalogue; use at "
+            "most that"
+        )
     row = user_row(args, FAMILIES[REASONING].least_history)
-    seen = [np.array(row[SEEN], dtype=np.int64)] if args.filter_seen else None
+    rule = recommender.filter_seen if args.filter_seen is None else args.filter_seen
+    seen = [np.array(row[SEEN], dtype=np.int64)] if rule else None
     (made,) = recommender.reason(
         [row[HISTORY]], args.k, args.chains, sampling, seen, args.beam_width, args.exact
     )

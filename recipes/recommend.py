@@ -24,6 +24,7 @@ as without the kill. With `shard` the last part that finishes writes the manifes
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -143,14 +144,12 @@ class RecommendArgs:
         check_choice("unknown_items", self.unknown_items, ("error", "drop"))
         if self.model_stage is not None:
             check_choice("model_stage", self.model_stage, ("sft", "grpo"))
-        if not 1 <= self.k <= self.beam_width:
-            raise ValueError(f"k={self.k} must lie between 1 and beam_width={self.beam_width}")
-        if self.shard_size < 1:
-            raise ValueError(f"shard_size={self.shard_size} must be at least 1")
         if (self.users is None) != (self.output_dir is None):
             raise ValueError(
                 "--users and --output_dir belong together: a run folder holds the lists of a split"
             )
+        check_folders(self)
+        check_numbers(self)
         if self.users is not None and self.max_rows is not None:
             raise ValueError("max_rows samples a split; give --users a table of fewer users")
         if self.sampler is not None:
@@ -162,11 +161,42 @@ class RecommendArgs:
             )
         if not self.list_separator:
             raise ValueError("list_separator is empty; name what stands between two item ids")
-        if self.num_actors < 1 or self.gpus_per_actor < 0:
+
+
+def check_folders(args: RecommendArgs) -> None:
+    """Reject folders that would mix lists with what they are made from."""
+    for name in ("users", "output_dir", "model_run"):
+        if getattr(args, name) == "":
+            raise ValueError(f"--{name} is empty; name a path, or leave the flag out")
+    if args.output_dir is None or args.users is None:
+        return
+    output = Path(args.output_dir).resolve()
+    lists = stage_folder(output, "recommend")
+    taken = {"run_dir": args.run_dir, "model_run": args.model_run}
+    if Path(args.users).is_dir():
+        taken["users"] = args.users
+    for name, folder in taken.items():
+        if folder is not None and output.is_relative_to(Path(folder).resolve()):
             raise ValueError(
-                f"num_actors={self.num_actors} must be at least 1, "
-                f"gpus_per_actor={self.gpus_per_actor} at least 0"
+                f"--output_dir {args.output_dir} lies in --{name} {folder}, which stays as it is; "
+                "name a folder outside of it"
             )
+    if Path(args.users).resolve().is_relative_to(lists):
+        raise ValueError(f"--users {args.users} lies in {lists}, where lists are written; move it")
+
+
+def check_numbers(args: RecommendArgs) -> None:
+    """Reject numbers that can't work."""
+    if not 1 <= args.k <= args.beam_width:
+        raise ValueError(f"k={args.k} must lie between 1 and beam_width={args.beam_width}")
+    for name in ("shard_size", "batch_size", "max_rows", "num_actors"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if not 0 <= args.seed < 1 << 63:
+        raise ValueError(f"seed={args.seed} must lie between 0 and 2^63 - 1")
+    if not 0 <= args.gpus_per_actor < math.inf:  # nan is in no range
+        raise ValueError(f"gpus_per_actor={args.gpus_per_actor} must be a number of at least 0")
 
 
 def list_rules(args: RecommendArgs) -> ListRules:
@@ -188,7 +218,7 @@ def list_rules(args: RecommendArgs) -> ListRules:
 
 def make_stage(args: RecommendArgs, model_stage: str) -> Stage:
     """The stage with all that decides its result."""
-    source = args.model_run or args.run_dir
+    source = args.run_dir if args.model_run is None else args.model_run
     inputs, of_model = ["prepare", "quantize"], ["build_dataset", model_stage]
     ignore, hashes = [*HOW], {}
     if args.model_run is None:
@@ -213,8 +243,16 @@ def make_stage(args: RecommendArgs, model_stage: str) -> Stage:
         hashes |= {f"run_dir/{s}": require(args.run_dir, s).content_hash for s in inputs}
         inputs = []
     config = {**asdict(args), "model_stage": model_stage}
-    root = args.output_dir or args.run_dir
+    root = args.run_dir if args.output_dir is None else args.output_dir
     return Stage(root, "recommend", config, inputs, files, ignore, hashes)
+
+
+def check_lengths(args: RecommendArgs, catalog: pl.DataFrame) -> None:
+    """Reject what this catalogue can't fulfil before users are read or a model is loaded."""
+    if args.k > len(catalog):
+        raise ValueError(
+            f"k={args.k:,} exceeds the {len(catalog):,} items of the catalogue; use at most that"
+        )
 
 
 def make_users(
@@ -330,7 +368,7 @@ def main() -> None:
     part = parse_part(args.shard)
     if args.overwrite and part != WHOLE:
         raise ValueError("--overwrite with --shard would set other parts' lists aside; drop one")
-    source = args.model_run or args.run_dir
+    source = args.run_dir if args.model_run is None else args.model_run
     model_stage = args.model_stage or ("grpo" if load_manifest(source, "grpo") else "sft")
     require(source, model_stage)
     declared = declared_normalizer(stage_folder(source, model_stage) / "model")
@@ -338,6 +376,7 @@ def main() -> None:
     marks = None if args.users is None else source_marks(args.users)
     stage = make_stage(args, model_stage)
     catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet")
+    check_lengths(args, catalog)
     allowed = allowed_rows(catalog[ITEM_ID], args.allow, args.deny)
     # One process at a time begins or ends: parts may be started at the same moment.
     with locked(stage.run_dir):
@@ -352,7 +391,7 @@ def main() -> None:
             make_users(args, stage, catalog, marks),
             stage.folder,
             args.k,
-            args.beam_width,
+            min(args.beam_width, len(catalog)),  # as many prefixes are all there are
             stage.fingerprint,
             args.shard_size,
             allowed,

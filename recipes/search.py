@@ -49,6 +49,8 @@ class SearchArgs:
             raise ValueError(f"query={self.query!r} says nothing; give some words")
         if self.k < 1:
             raise ValueError(f"k={self.k} must be at least 1")
+        if self.beam_width is not None and self.beam_width < self.k:
+            raise ValueError(f"beam_width={self.beam_width} must be at least k={self.k}")
         if self.model_stage is not None:
             check_choice("model_stage", self.model_stage, ("sft", "grpo"))
         of_text = (self.text_prompt, self.model_name_or_path)
@@ -99,7 +101,11 @@ def searched(args: SearchArgs, history: list[Any] | None) -> Table:
 
     recommender = Recommender.load(args.run_dir, args.model_stage)
     table = heading("log p")
-    for r in recommender.search(args.query, args.k, history, args.filter_seen, args.beam_width):
+    n_items = len(recommender.catalog)  # more prefixes there aren't
+    width = min(
+        recommender.width_of(args.k) if args.beam_width is None else args.beam_width, n_items
+    )
+    for r in recommender.search(args.query, args.k, history, args.filter_seen, width):
         add(table, r.rank, r.item_id, r.title, r.score)
     return table
 
@@ -123,6 +129,10 @@ def main() -> None:
     args = parse(SearchArgs)
     require(args.run_dir, "prepare")
     catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet", glob=False)
+    if args.k > len(catalog):
+        raise ValueError(
+            f"k={args.k:,} exceeds the {len(catalog):,} items of the catalogue; use at most that"
+        )
     history = None if args.history is None else item_ids(catalog, args.history)
     table = grounded(args, catalog, history or []) if args.ground else searched(args, history)
     console = Console(highlight=False, markup=False)

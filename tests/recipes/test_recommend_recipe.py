@@ -255,12 +255,38 @@ def test_other_bad_settings(in_process, run_dir, users, tmp_path: Path):
         (["--executor", "spark"], "executor='spark' is not known; choose one of local, ray"),
         (["--unknown_items", "skip"], "unknown_items='skip' is not known"),
         (["--num_actors", "0"], "num_actors=0 must be at least 1"),
+        (["--batch_size", "0"], "batch_size=0 must be at least 1"),
+        (["--seed", "-1"], "seed=-1 must lie between 0 and"),
+        (["--gpus_per_actor", "nan"], "gpus_per_actor=nan must be a number of at least 0"),
+        (["--k", "10000000000", "--beam_width", "20000000000"], "exceeds the 20 items of the"),
+        (["--model_run", ""], "--model_run is empty"),
+        (["--users", ""], "--users is empty"),
+        (["--output_dir", ""], "--output_dir is empty"),
+        (["--output_dir", str(run_dir)], "lies in --run_dir"),
+        (["--output_dir", str(run_dir / "x" / ".." / "lists")], "lies in --run_dir"),
+        (["--users", str(users.parent), "--output_dir", str(users.parent)], "lies in --users"),
+        (["--users", str(users.parent), "--output_dir", str(users.parent / "a")], "in --users"),
         (["--shard_size", "0"], "shard_size=0 must be at least 1"),
         (["--shard", "x"], "shard='x' must have the form i/n"),
     ):
         said = in_process("recommend", run_dir, *FLAGS, *out, *flags, fails=True)
         assert message in said
     assert not shards(tmp_path / "out")
+    inside = tmp_path / "out" / "recommendations" / "users.parquet"
+    inside.parent.mkdir(parents=True, exist_ok=True)
+    inside.write_bytes(users.read_bytes())
+    out[1] = str(inside)
+    said = in_process("recommend", run_dir, *FLAGS, *out, fails=True)
+    assert "where lists are written; move it" in said and inside.exists()
+    said = in_process("recommend", run_dir, *FLAGS, "--max_rows", "0", fails=True)
+    assert "max_rows=0 must be at least 1" in said
+
+
+def test_a_beam_wider_than_the_catalogue(in_process, run_dir, users, tmp_path: Path):
+    for name, width in (("all", "20"), ("wider", "100000000000")):
+        flags = ["--k", "20", "--beam_width", width, "--users", str(users), "--output_dir"]
+        in_process("recommend", run_dir, *flags, str(tmp_path / name))
+    assert_frame_equal(lists_of(tmp_path / "wider"), lists_of(tmp_path / "all"))
 
 
 def test_a_full_disk(in_process, run_dir, users, tmp_path: Path, monkeypatch):

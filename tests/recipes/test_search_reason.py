@@ -100,6 +100,30 @@ def test_reasoning_prints_the_list_and_its_chains(trained, in_process):
     assert other.partition("Loading")[0] != said.partition("Loading")[0]
 
 
+def test_reasoning_follows_the_rule_of_the_run(trained, in_process, monkeypatch):
+    """Without the flag, what the user has is left out where the run was validated so."""
+    asked = []
+
+    class Asked(ValueError):
+        pass
+
+    def reason(self, histories, k, chains, sampling, seen, *more):
+        asked.append(seen)
+        raise Asked("enough")
+
+    monkeypatch.setattr(Recommender, "reason", reason)
+    init = Recommender.__init__
+    for rule in (True, False):
+        monkeypatch.setattr(
+            Recommender,
+            "__init__",
+            lambda self, *args, rule=rule: init(self, *args[:8], rule, *args[9:]),
+        )
+        for flags in ((), ("--filter_seen", "true"), ("--filter_seen", "false")):
+            assert "enough" in in_process("reason", trained, *flags, fails=True)
+    assert [seen is not None for seen in asked] == [True, True, False, False, True, False]
+
+
 def test_what_search_and_reason_refuse(trained, untrained, in_process):
     def refused(name: str, run: Path, *flags: str) -> str:
         return in_process(name, run, *flags, fails=True)
@@ -115,6 +139,11 @@ def test_what_search_and_reason_refuse(trained, untrained, in_process):
     said = refused("search", trained, "--query", "hat", "--popularity", "2")
     assert "model_name_or_path belong to --ground true" in said
     assert "k=0 must be at least 1" in refused("search", trained, "--query", "hat", "--k", "0")
+    for name, flags in (("search", ("--query", "hat")), ("reason", ())):
+        said = refused(name, trained, *flags, "--beam_width", "0")
+        assert "beam_width=0 must be at least k=10" in said
+        said = refused(name, trained, *flags, "--k", "10000000000")
+        assert "k=10,000,000,000 exceeds the 20 items of the catalogue" in said
     assert "'prepare' has not finished" in refused("search", trained / "no", "--query", "hat")
     said = refused("reason", trained, "--user", "nobody")
     assert "user 'nobody' has no row in the test split; users look like" in said
