@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -140,6 +141,7 @@ class Recommender:
         dtype: Any = "float32",
         batch_size: int = 64,
         model_run: Path | str | None = None,
+        engine_options: Mapping[str, Any] | None = None,
     ) -> Recommender:
         """Load a run folder, or a bundle that `genrec export` made of one.
 
@@ -155,13 +157,24 @@ class Recommender:
             model_run: run that the model comes from, with its tokenizer, templates and length of
                 histories; `run_dir` then gives the catalogue and a SID map that extends the
                 model's. None: `run_dir`.
+            engine_options: further settings of a vLLM engine, such as tensor_parallel_size,
+                gpu_memory_utilization or max_model_len: the keyword arguments of
+                `genrec.decoding.vllm_engine.VllmEngine` or
+                `genrec.decoding.vllm_inworker.InWorkerEngine`. They change no list.
 
         Raises:
-            ValueError: a stage is missing, broken, or was built from other inputs, the map does
-                not extend the model's, or a bundle isn't what was exported.
+            ValueError: an engine has no such option, a stage is missing, broken, or was built from
+                other inputs, the map does not extend the model's, or a bundle isn't what was
+                exported.
         """
         if engine not in ENGINES:
             raise ValueError(f"engine={engine!r} is not known; choose one of {', '.join(ENGINES)}")
+        options = dict(engine_options or {})
+        if options and engine == "torch":
+            raise ValueError(
+                f"engine_options ({', '.join(options)}) are those of vLLM; leave them out with "
+                "engine='torch'"
+            )
         if is_bundle(run_dir):
             if model_run is not None:
                 raise ValueError(f"{run_dir} is a bundle and holds its model; leave model_run out")
@@ -185,11 +198,17 @@ class Recommender:
         if engine == "vllm":
             from genrec.decoding.vllm_engine import VllmEngine
 
-            built = VllmEngine(parts.model, trie, token_ids, scores, batch_size, dtype=dtype)
+            _check_options(VllmEngine, options)
+            built = VllmEngine(
+                parts.model, trie, token_ids, scores, batch_size, dtype=dtype, **options
+            )
         elif engine == "vllm-inworker":
             from genrec.decoding.vllm_inworker import InWorkerEngine
 
-            built = InWorkerEngine(parts.model, trie, token_ids, scores, batch_size, dtype=dtype)
+            _check_options(InWorkerEngine, options)
+            built = InWorkerEngine(
+                parts.model, trie, token_ids, scores, batch_size, dtype=dtype, **options
+            )
         else:
             model, _, _ = load_model(parts.model, semantic_ids, dtype)
             pad = tokenizer.pad_token_id
@@ -468,6 +487,17 @@ class Recommender:
                 CERTIFIED: result.certified[row],
                 PROMPT_SHA256: hashes[row],
             }
+        )
+
+
+def _check_options(engine: type, options: Mapping[str, Any]) -> None:
+    """Raise ValueError if an engine doesn't take an option, or takes it from elsewhere."""
+    parameters = inspect.signature(engine).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "dtype"]
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(
+            f"engine_options name {unknown[0]!r}, which {engine.__name__} doesn't take; it takes "
+            f"{', '.join(known)}"
         )
 
 

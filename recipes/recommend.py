@@ -82,7 +82,8 @@ OF_USERS = ("users_split", "users_subset", "user_column", "history_column", "exc
     "candidates_column", "list_separator", "unknown_items", "sampler", "temperature", "top_p",
     "one_per_title", "title_variant", "max_per_category", "category_depth", "boosts")  # fmt: skip
 HOW = ("batch_size", "output_dir", "shard", "executor", "ray_address", "num_actors",
-    "gpus_per_actor")  # fmt: skip
+    "gpus_per_actor", "tensor_parallel_size", "gpu_memory_utilization",
+    "max_model_len")  # fmt: skip
 
 
 @dataclass
@@ -131,7 +132,10 @@ class RecommendArgs:
     executor: str = "local"  # local, or ray (genrec[ray])
     ray_address: str | None = None  # of a running cluster; default: one on this machine
     num_actors: int = 1  # engines at once under ray
-    gpus_per_actor: float = 0
+    gpus_per_actor: float = 0  # above 1 it is that of tensor_parallel_size
+    tensor_parallel_size: int | None = None  # of vllm: GPUs that share a model; default 1
+    gpu_memory_utilization: float | None = None  # of vllm: share of a GPU; default: the engine's
+    max_model_len: int | None = None  # of both vLLM engines: tokens; default: the model's
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""
@@ -152,6 +156,7 @@ class RecommendArgs:
         check_numbers(self)
         if self.users is not None and self.max_rows is not None:
             raise ValueError("max_rows samples a split; give --users a table of fewer users")
+        check_engine_options(self)
         if self.sampler is not None:
             check_choice("sampler", self.sampler, ("gumbel", "levels"))
         if not list_rules(self).plain and self.users is None:
@@ -197,6 +202,32 @@ def check_numbers(args: RecommendArgs) -> None:
         raise ValueError(f"seed={args.seed} must lie between 0 and 2^63 - 1")
     if not 0 <= args.gpus_per_actor < math.inf:  # nan is in no range
         raise ValueError(f"gpus_per_actor={args.gpus_per_actor} must be a number of at least 0")
+
+
+def engine_options(args: RecommendArgs) -> dict[str, float]:
+    """The engine's settings that were named."""
+    names = ("tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def check_engine_options(args: RecommendArgs) -> None:
+    """Reject settings that the engine doesn't have, and GPUs that it wouldn't use."""
+    options = engine_options(args)
+    known = {"torch": (), "vllm": tuple(options), "vllm-inworker": ("max_model_len",)}
+    if foreign := [name for name in options if name not in known[args.engine]]:
+        raise ValueError(f"{foreign[0]} is no setting of engine={args.engine}; leave it out")
+    share = args.gpu_memory_utilization
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"gpu_memory_utilization={share} must lie in (0, 1]")
+    for name in ("tensor_parallel_size", "max_model_len"):
+        if name in options and options[name] < 1:
+            raise ValueError(f"{name}={options[name]} must be at least 1")
+    size, gpus = args.tensor_parallel_size or 1, args.gpus_per_actor
+    if args.executor == "ray" and (size > 1 or gpus > 1) and size != gpus:
+        raise ValueError(
+            f"gpus_per_actor={gpus:g} with tensor_parallel_size={size}: an engine uses one GPU or "
+            "tensor_parallel_size (engine=vllm) of them; set both to the same number"
+        )
 
 
 def list_rules(args: RecommendArgs) -> ListRules:
@@ -304,6 +335,7 @@ def make_lists(
         args.dtype,
         args.batch_size,
         args.model_run,
+        engine_options(args) or None,
     )
     label = f"recommend ({args.engine}{'' if part == WHOLE else f', part {args.shard}'})"
     done = progress.total - job.n_users(todo)

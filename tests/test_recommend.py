@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +135,32 @@ def test_what_load_refuses(world, tiny, tmp_path: Path):
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(ValueError, match=f"{weights.name} has .* bytes, its manifest says"):
         Recommender.load(tmp_path)
+
+
+def test_options_of_an_engine(world, monkeypatch):
+    """They reach the engine by name; one that it doesn't have is refused before anything starts."""
+    run, _, _ = world
+    made = {}
+
+    class Built:
+        def __init__(self, model, trie, ids, scores, batch_size, *, dtype, max_model_len=None):
+            made.update(dtype=dtype, max_model_len=max_model_len)
+
+    for engine, module, name in (
+        ("vllm", "vllm_engine", "VllmEngine"), ("vllm-inworker", "vllm_inworker", "InWorkerEngine"),
+    ):  # fmt: skip
+        stub = types.ModuleType(f"genrec.decoding.{module}")
+        setattr(stub, name, Built)
+        monkeypatch.setitem(sys.modules, stub.__name__, stub)
+        Recommender.load(run, engine=engine, engine_options={"max_model_len": 77})
+        assert made == {"dtype": "float32", "max_model_len": 77}
+        Recommender.load(run, engine=engine)
+        assert made["max_model_len"] is None
+        for bad in ("dtype", "tensor_size"):
+            with pytest.raises(ValueError, match=f"name '{bad}', which Built doesn't take; it ta"):
+                Recommender.load(run, engine=engine, engine_options={bad: 2})
+    with pytest.raises(ValueError, match=r"engine_options \(max_model_len\) are those of vLLM"):
+        Recommender.load(run, engine_options={"max_model_len": 77})
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import time
@@ -16,6 +17,7 @@ from polars.testing import assert_frame_equal
 from genrec.artifacts import load_manifest, read_json, require
 from genrec.recommend import Recommender
 
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "recommend.py"
 FLAGS = "--k 4 --beam_width 10 --shard_size 4".split()
 MAX_HISTORY = 6
 
@@ -255,6 +257,14 @@ def test_other_bad_settings(in_process, run_dir, users, tmp_path: Path):
         (["--executor", "spark"], "executor='spark' is not known; choose one of local, ray"),
         (["--unknown_items", "skip"], "unknown_items='skip' is not known"),
         (["--num_actors", "0"], "num_actors=0 must be at least 1"),
+        (["--tensor_parallel_size", "2"], "tensor_parallel_size is no setting of engine=torch"),
+        (
+            ["--engine", "vllm-inworker", "--gpu_memory_utilization", "0.5"],
+            "gpu_memory_utilization is no setting of engine=vllm-inworker",
+        ),
+        (["--engine", "vllm", "--max_model_len", "0"], "max_model_len=0 must be at least 1"),
+        (["--engine", "vllm", "--gpu_memory_utilization", "nan"], "must lie in (0, 1]"),
+        (["--executor", "ray", "--gpus_per_actor", "2"], "with tensor_parallel_size=1: an engine"),
         (["--batch_size", "0"], "batch_size=0 must be at least 1"),
         (["--seed", "-1"], "seed=-1 must lie between 0 and"),
         (["--gpus_per_actor", "nan"], "gpus_per_actor=nan must be a number of at least 0"),
@@ -280,6 +290,17 @@ def test_other_bad_settings(in_process, run_dir, users, tmp_path: Path):
     assert "where lists are written; move it" in said and inside.exists()
     said = in_process("recommend", run_dir, *FLAGS, "--max_rows", "0", fails=True)
     assert "max_rows=0 must be at least 1" in said
+
+
+def test_settings_of_the_engine_are_no_others_of_the_lists():
+    recipe = runpy.run_path(str(RECIPE))
+    args = recipe["RecommendArgs"](engine="vllm", tensor_parallel_size=2, max_model_len=512)
+    assert recipe["engine_options"](args) == {"tensor_parallel_size": 2, "max_model_len": 512}
+    assert {"tensor_parallel_size", "gpu_memory_utilization", "max_model_len"} < set(recipe["HOW"])
+    args = recipe["RecommendArgs"](
+        engine="vllm", tensor_parallel_size=2, executor="ray", gpus_per_actor=2
+    )
+    assert args.gpus_per_actor == 2
 
 
 def test_a_beam_wider_than_the_catalogue(in_process, run_dir, users, tmp_path: Path):
