@@ -45,7 +45,7 @@ from genrec.artifacts import (
 from genrec.columns import ITEM_ID, ROW_ID, USER_ID
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
-from genrec.decoding.sampling import GumbelTopK, LevelSampling, Sampler
+from genrec.decoding.sampling import GumbelTopK, LevelSampling, Sampler, check_sampler
 from genrec.generation.allow_lists import allowed_rows
 from genrec.generation.jobs import (
     PROGRESS,
@@ -58,7 +58,7 @@ from genrec.generation.jobs import (
     locked,
     parse_part,
 )
-from genrec.generation.shaping import ListRules
+from genrec.generation.shaping import ListRules, caps_and_weights, parse_boosts
 from genrec.generation.shards import DAMAGED, ShardInfo
 from genrec.generation.users import (
     UNKNOWN,
@@ -73,7 +73,7 @@ from genrec.generation.users import (
 )
 from genrec.normalizers import NORMALIZERS, Normalizer, declared_normalizer, mismatch
 from genrec.recommend import Recommender
-from genrec.tasks.mixing import named_numbers
+from genrec.semantic_ids import SemanticIds
 
 logger = logging.getLogger("genrec.recommend")
 
@@ -159,6 +159,8 @@ class RecommendArgs:
         check_engine_options(self)
         if self.sampler is not None:
             check_choice("sampler", self.sampler, ("gumbel", "levels"))
+            if self.engine != "torch":
+                raise ValueError(f"sampler={self.sampler} needs engine=torch, not {self.engine}")
         if not list_rules(self).plain and self.users is None:
             raise ValueError(
                 "lists that are drawn or shaped are for --users: those of a split are evaluated, "
@@ -240,10 +242,9 @@ def list_rules(args: RecommendArgs) -> ListRules:
         sampler = GumbelTopK(args.seed)
     elif args.sampler == "levels":
         sampler = LevelSampling(temperature, top_p, seed=args.seed)
-    boosts = named_numbers("boosts", args.boosts)
     return ListRules(
         sampler, args.one_per_title, args.title_variant, args.max_per_category,
-        args.category_depth, tuple(boosts.items()),
+        args.category_depth, parse_boosts(args.boosts),
     )  # fmt: skip
 
 
@@ -278,12 +279,22 @@ def make_stage(args: RecommendArgs, model_stage: str) -> Stage:
     return Stage(root, "recommend", config, inputs, files, ignore, hashes)
 
 
-def check_lengths(args: RecommendArgs, catalog: pl.DataFrame) -> None:
+def check_catalogue(args: RecommendArgs, catalog: pl.DataFrame) -> None:
     """Reject what this catalogue can't fulfil before users are read or a model is loaded."""
     if args.k > len(catalog):
         raise ValueError(
             f"k={args.k:,} exceeds the {len(catalog):,} items of the catalogue; use at most that"
         )
+    rules = list_rules(args)
+    caps_and_weights(catalog, rules)
+    if isinstance(rules.sampler, GumbelTopK) and args.normalizer != "trie":
+        raise ValueError(
+            f"sampler=gumbel needs normalizer=trie: under {args.normalizer} the scores are no "
+            "distribution over items; set --normalizer trie, or --sampler levels"
+        )
+    if rules.sampler is not None:
+        n_levels = SemanticIds.load(stage_folder(args.run_dir, "quantize")).n_levels
+        check_sampler(rules.sampler, cast(Normalizer, args.normalizer), n_levels)
 
 
 def make_users(
@@ -408,7 +419,7 @@ def main() -> None:
     marks = None if args.users is None else source_marks(args.users)
     stage = make_stage(args, model_stage)
     catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet")
-    check_lengths(args, catalog)
+    check_catalogue(args, catalog)
     allowed = allowed_rows(catalog[ITEM_ID], args.allow, args.deny)
     # One process at a time begins or ends: parts may be started at the same moment.
     with locked(stage.run_dir):

@@ -8,7 +8,8 @@ such lists are made for users, not for a split whose lists are evaluated, explai
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,68 @@ class ListRules:
         return self.sampler is None and not self.shapes
 
 
+def caps_and_weights(
+    catalog: pl.DataFrame, rules: ListRules
+) -> tuple[list[Cap], np.ndarray | None]:
+    """What the rules mean for a catalogue.
+
+    Args:
+        catalog: ``catalog.parquet``.
+        rules: the rules.
+
+    Returns:
+        Caps, and the log-weight of each item, ``(n_items,)``, or None without boosts.
+
+    Raises:
+        ValueError: a pattern is none, or a depth or a category is not in the catalogue.
+    """
+    caps: list[Cap] = []
+    weights: np.ndarray | None = None
+    if rules.one_per_title:
+        with _in_terms_of(f"title_variant={rules.title_variant!r}"):
+            caps.append(Cap(title_groups(catalog[TITLE], rules.title_variant), 1))
+    if rules.max_per_category is not None or rules.boosts:
+        with _in_terms_of(f"category_depth={rules.category_depth}"):
+            labels, names = numbered(category_at(catalog[CATEGORIES], rules.category_depth))
+        if rules.max_per_category is not None:
+            caps.append(Cap(labels, rules.max_per_category))
+        if rules.boosts:
+            logs = {name: math.log(factor) for name, factor in rules.boosts}
+            with _in_terms_of(f"boosts, categories at category_depth={rules.category_depth}"):
+                weights = label_weights(labels, names, logs)
+    return caps, weights
+
+
+@contextmanager
+def _in_terms_of(setting: str) -> Iterator[None]:
+    """Say which setting a ValueError is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from error
+
+
+def parse_boosts(values: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """``["Hats=2", "A=B=0.5"]`` -> (("Hats", 2.0), ("A=B", 0.5)): the last "=" divides.
+
+    Raises:
+        ValueError: another form, or a category twice.
+    """
+    found: dict[str, float] = {}
+    for value in values:
+        name, _, text = value.rpartition("=")
+        try:
+            factor = float(text)
+        except ValueError:
+            factor = math.nan
+        if not name or math.isnan(factor) or name in found:
+            raise ValueError(
+                f"boosts: {value!r} should read category=factor, such as Hats=2, each category once"
+            )
+        found[name] = factor
+    return tuple(found.items())
+
+
 class ListMaker:
     """A search under rules.
 
@@ -96,17 +159,7 @@ class ListMaker:
                 f"lists are drawn in process, which {type(engine).__name__} doesn't offer; use "
                 "engine='torch'"
             )
-        self._caps: list[Cap] = []
-        self._weights: np.ndarray | None = None
-        if rules.one_per_title:
-            self._caps.append(Cap(title_groups(catalog[TITLE], rules.title_variant), 1))
-        if rules.max_per_category is not None or rules.boosts:
-            labels, names = numbered(category_at(catalog[CATEGORIES], rules.category_depth))
-            if rules.max_per_category is not None:
-                self._caps.append(Cap(labels, rules.max_per_category))
-            if rules.boosts:
-                weights = {name: math.log(factor) for name, factor in rules.boosts}
-                self._weights = label_weights(labels, names, weights)
+        self._caps, self._weights = caps_and_weights(catalog, rules)
 
     def search(
         self, prompts: Sequence[Sequence[int]], k: int, beam_width: int, **options: Any

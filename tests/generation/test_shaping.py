@@ -10,7 +10,7 @@ import pytest
 
 from genrec.decoding.sampling import GumbelTopK, LevelSampling
 from genrec.decoding.torch_engine import TorchEngine
-from genrec.generation.shaping import ListMaker, ListRules
+from genrec.generation.shaping import ListMaker, ListRules, caps_and_weights, parse_boosts
 from genrec.modeling import encode_prompts
 from genrec.recommend import Recommender
 
@@ -83,6 +83,28 @@ def test_boosts_reorder_and_filters_hold(world):
         assert set(kinds[items]) == {"Kind 1"} and not set(items) & set(gone)
     with pytest.raises(ValueError, match="no item is labelled 'Kind 7'"):
         made(world, ListRules(boosts=(("Kind 7", 2.0),)))
+
+
+def test_boosts_of_the_command_line():
+    assert parse_boosts(["Hats=2", "A=B=0.5", "=x=1"]) == (("Hats", 2), ("A=B", 0.5), ("=x", 1))
+    assert parse_boosts([]) == ()
+    for bad in (["Hats"], ["Hats="], ["=2"], ["Hats=two"], ["Hats=nan"], ["Hats=1", "Hats=2"]):
+        with pytest.raises(ValueError, match="should read category=factor") as said:
+            parse_boosts(bad)
+        assert "family" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (ListRules(one_per_title=True, title_variant="("), r"title_variant='\('"),
+        (ListRules(max_per_category=1, category_depth=9), "category_depth=9: .* beyond every"),
+        (ListRules(boosts=(("Kind 7", 2.0),)), "boosts, .*depth=-1: no item is labelled 'Kind 7'"),
+    ],
+)
+def test_rules_that_the_catalogue_lacks_are_named_by_their_setting(world, rules, message):
+    with pytest.raises(ValueError, match=message):
+        caps_and_weights(world[0].catalog, rules)
 
 
 @pytest.mark.parametrize("sampler", [GumbelTopK(3), LevelSampling(2.0, 0.9, seed=3)])

@@ -15,6 +15,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from genrec.artifacts import load_manifest, read_json, require
+from genrec.generation.users import UserTable
 from genrec.recommend import Recommender
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "recommend.py"
@@ -100,6 +101,24 @@ def test_rules_for_lists(in_process, run_dir, users, tmp_path: Path):
         (["--boosts", "Kind 1"], "boosts"),
     ):
         assert message in in_process("recommend", run_dir, *FLAGS, *flags, fails=True)
+
+
+def test_rules_are_checked_before_users_are_read(
+    in_process, run_dir, users, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(UserTable, "__init__", None)  # reading would fail otherwise
+    flags = [*FLAGS, "--users", str(users), "--output_dir", str(tmp_path / "out")]
+    for more, message in (
+        (["--sampler", "gumbel", "--normalizer", "full"], "sampler=gumbel needs normalizer=trie"),
+        (["--sampler", "levels", "--temperature", "1", "2"], "has 2 numbers for 3 levels"),
+        (["--sampler", "levels", "--top_p", "1", "1", "1", "1"], "has 4 numbers for 3 levels"),
+        (["--sampler", "levels", "--engine", "vllm"], "sampler=levels needs engine=torch, not"),
+        (["--boosts", "a=b=2"], "no item is labelled 'a=b'"),
+        (["--max_per_category", "1", "--category_depth", "5"], "category_depth=5: "),
+        (["--one_per_title", "true", "--title_variant", "("], "title_variant='('"),
+    ):
+        assert message in in_process("recommend", run_dir, *flags, *more, fails=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_text_files_and_unknown_items(in_process, run_dir, users, tmp_path: Path):
