@@ -155,16 +155,31 @@ def dataset_path(path: str, data_dir: str | None = None) -> Path:
 def run(main: Callable[[], None]) -> None:
     """Run a recipe's main: set up logging, and end on the user's mistakes with a message.
 
-    `ValueError` and missing files print one line and exit with status 2; anything else is a defect
-    and keeps its traceback.
+    `ValueError`, files that can't be read or written, and extras that aren't installed print one
+    line and exit with status 2; anything else is a defect and keeps its traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "faiss", "filelock", "fsspec", "datasets", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get("GENREC_DEBUG"):
+    except (ValueError, OSError, ImportError) as error:
+        message = _said_to_users(error)
+        if message is None or os.environ.get("GENREC_DEBUG"):
             raise
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {message}\n")
         raise SystemExit(2) from error
+
+
+def _said_to_users(error: ValueError | OSError | ImportError) -> str | None:
+    """What an error tells a user about their settings or files; None for a defect."""
+    if isinstance(error, ImportError):  # ours name an extra, others are broken installations
+        return str(error) if "genrec[" in str(error) else None
+    if isinstance(error, OSError) and error.filename is not None:
+        path = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        return (
+            f"{path} can't be read or written ({error.strerror}); check that it exists, what kind "
+            "of file it is and whose, and that there is space"
+        )
+    # Other errors of the system (a network's, a pipe's) have a history that the traceback tells.
+    return str(error) if isinstance(error, ValueError | FileNotFoundError) else None

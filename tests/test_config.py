@@ -169,11 +169,36 @@ def test_run_ends_user_mistakes_with_one_line_and_status_2(error: Exception, cap
         run(main)
 
 
-def test_run_keeps_the_traceback_of_a_defect():
-    def main() -> None:
-        raise KeyError("ours")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "a/b"), "a/b can't be read or written (Perm"),
+        (IsADirectoryError(21, "Is a directory", b"a"), "a can't be read or written (Is a dir"),
+        (FileNotFoundError(2, "No such file", "x"), "x can't be read or written (No such file)"),
+        (ImportError('needs Ray: pip install "genrec[ray]"'), 'needs Ray: pip install "genrec[r'),
+    ],
+)
+def test_run_says_which_file_or_extra(error: Exception, said: str, capsys, monkeypatch):
+    monkeypatch.delenv("GENREC_DEBUG", raising=False)
 
-    with pytest.raises(KeyError):
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {said}") and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("ours"), ImportError("cannot import name 'x'"), BrokenPipeError(32, "pipe")]
+)
+def test_run_keeps_the_traceback_of_a_defect(error: Exception):
+    def main() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
         run(main)
 
 

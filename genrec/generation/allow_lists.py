@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from genrec.columns import ITEM_ID
-from genrec.data.readers.files import collect, require_columns, scan_file
+from genrec.data.readers.files import ENDINGS, collect, require_columns, scan_file, text_of
 
 
 def read_item_ids(path: Path | str, column: str = ITEM_ID) -> pl.Series:
@@ -19,21 +19,22 @@ def read_item_ids(path: Path | str, column: str = ITEM_ID) -> pl.Series:
 
     Args:
         path: .parquet, .csv, .tsv, .jsonl or .ndjson with the column `column`; any other file is
-            read as lines.
+            read as lines. Text files may be gzipped (.gz).
         column: of a table.
 
     Raises:
-        ValueError: no such file, or it names no item.
+        ValueError: no such file, one that isn't UTF-8, or it names no item.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; name a list of item ids")
-    if path.is_dir() or path.suffix.lower() in (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson"):
+    plain = path.name.lower().removesuffix(".gz")
+    if path.is_dir() or plain.endswith(tuple(ENDINGS)):
         frame = scan_file(path)
         require_columns(frame.collect_schema().names(), path, {"item column": column})
         ids = collect(frame, path, [column])[column].drop_nulls()
     else:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = text_of(path).splitlines()
         ids = pl.Series(column, [line.strip() for line in lines if line.strip()], dtype=pl.String)
     if ids.is_empty():
         raise ValueError(f"{path} names no item; an empty list would allow or deny nothing")
@@ -61,7 +62,13 @@ def catalogue_rows(ids: pl.Series, catalog_ids: pl.Series, path: Path | str) -> 
     if ids.dtype == pl.String and known.dtype != pl.String:
         known = known.cast(pl.String)
     elif ids.dtype.is_integer() and known.dtype.is_integer():
-        ids = ids.cast(known.dtype)
+        try:
+            ids = ids.cast(known.dtype)
+        except pl.exceptions.InvalidOperationError as error:
+            raise ValueError(
+                f"{path} ({ids.dtype}) holds an id beyond 63 bits, which no item of the catalogue "
+                "has; remove it"
+            ) from error
     example = f"ids look like {catalog_ids[0]!r}"
     if ids.dtype != known.dtype:
         raise ValueError(

@@ -172,10 +172,8 @@ def check_users(job: GenerationJob, n_items: int) -> dict[str, int]:
         ValueError: a row can't be read (see `UserRows`), or has no item that it may get.
     """
     kept = job.folder / CHECKED
-    if kept.exists():
-        found = read_json(kept)
-        if found.get("fingerprint") == job.fingerprint:
-            return dict(found["counts"])
+    if (found := _kept_counts(kept, job.fingerprint)) is not None:
+        return found
     allowed = np.zeros(n_items, dtype=bool)
     allowed[slice(None) if job.allowed is None else job.allowed] = True
     counts = {"rows": job.users.n_rows, "without_history": 0, UNKNOWN: 0, "rows_with_unknown": 0}
@@ -196,6 +194,18 @@ def check_users(job: GenerationJob, n_items: int) -> dict[str, int]:
     with enough_space(kept):
         write_json(kept, {"fingerprint": job.fingerprint, "counts": counts})
     return counts
+
+
+def _kept_counts(path: Path, fingerprint: str) -> dict[str, int] | None:
+    """Counts of an earlier check of the same run; None if there are none, or damaged ones."""
+    if not path.exists():
+        return None
+    try:
+        found = read_json(path)
+        return dict(found["counts"]) if found["fingerprint"] == fingerprint else None
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged (%s); the users are checked again", path, error)
+        return None
 
 
 class ShardMaker:

@@ -292,7 +292,13 @@ class UserTable:
         if isinstance(column.dtype, pl.Array):
             column = column.arr.to_list()
         if inner is not None and inner.is_integer() and kind == pl.Int64:
-            return column.cast(pl.List(pl.Int64))
+            try:
+                return column.cast(pl.List(pl.Int64))
+            except pl.exceptions.InvalidOperationError as error:
+                raise ValueError(
+                    f"{self.source}: {column.name!r} ({column.dtype}) holds an id beyond 63 bits, "
+                    "which no item of the catalogue has; remove it"
+                ) from error
         if inner == pl.String and kind == pl.String:
             return column
         raise ValueError(
@@ -353,6 +359,9 @@ def _as_parquet(source: Path, scratch: Path | str | None, check: Callable[[], No
     if scratch is None:
         raise ValueError(f"{source} is text: name a folder for its Parquet copy")
     copy = Path(scratch) / _COPY
+    if copy.exists() and not _is_parquet(copy):
+        logger.warning("%s is damaged; %s is read again", copy, source)
+        copy.unlink()
     if not copy.exists():
         partial = copy.with_name(f"{copy.name}.{os.getpid()}.partial")
         with reading(source):
@@ -361,6 +370,15 @@ def _as_parquet(source: Path, scratch: Path | str | None, check: Callable[[], No
         os.replace(partial, copy)
         logger.info("%s: read into %s", source, copy.name)
     return [copy]
+
+
+def _is_parquet(path: Path) -> bool:
+    """Whether a file is a Parquet file with an end, that is, not cut short."""
+    try:
+        pl.read_parquet_schema(path)
+    except (pl.exceptions.PolarsError, OSError):
+        return False
+    return True
 
 
 def remove_copy(scratch: Path | str) -> None:

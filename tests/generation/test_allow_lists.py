@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import polars as pl
@@ -26,6 +27,22 @@ def test_lines_and_tables(tmp_path: Path):
     pl.DataFrame({"item_id": pl.Series([10, None, 20], dtype=pl.Int32)}).write_parquet(table)
     assert allowed_rows(NUMBERS, table, None).tolist() == [1, 2]
     assert allowed_rows(NUMBERS, text(tmp_path / "a.csv", "item_id\n10\n"), None).tolist() == [1]
+
+
+def test_gzip_other_bytes_and_wide_numbers(tmp_path: Path):
+    (tmp_path / "deny.txt.gz").write_bytes(gzip.compress("\ufeff20\n30\n".encode()))
+    assert allowed_rows(NUMBERS, None, tmp_path / "deny.txt.gz").tolist() == [1]
+    (tmp_path / "deny.csv.gz").write_bytes(gzip.compress(b"item_id\n20\n"))
+    assert allowed_rows(NUMBERS, None, tmp_path / "deny.csv.gz").tolist() == [0, 1]
+    (tmp_path / "bad.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match="bad.txt is not utf-8: byte 0xe9 at offset 0"):
+        read_item_ids(tmp_path / "bad.txt")
+    wide = pl.DataFrame({"item_id": pl.Series([20, 1 << 63], dtype=pl.UInt64)})
+    wide.write_parquet(tmp_path / "wide.parquet")
+    with pytest.raises(ValueError, match="wide.parquet .*holds an id beyond 63 bits"):
+        allowed_rows(NUMBERS, None, tmp_path / "wide.parquet")
+    with pytest.raises(ValueError, match="the first is '9223372036854775808'"):
+        allowed_rows(NUMBERS, None, text(tmp_path / "wide.txt", str(1 << 63)))
 
 
 def test_deny_lists_take_away(tmp_path: Path):

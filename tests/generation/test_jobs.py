@@ -205,6 +205,9 @@ def test_the_check_is_made_once_for_a_fingerprint(world, tmp_path: Path):
     kept["counts"]["rows"] = 7
     (tmp_path / "input_check.json").write_text(json.dumps(kept))
     assert check_users(job, 20)["rows"] == 7
+    for damaged in ("{", "[]", "{}", '{"fingerprint": 1}', '"' + "f" * 64 + '"'):
+        (tmp_path / "input_check.json").write_text(damaged)
+        assert check_users(job, 20) == found
     kept["fingerprint"] = "another"
     (tmp_path / "input_check.json").write_text(json.dumps(kept))
     assert check_users(job, 20) == found

@@ -261,6 +261,29 @@ def test_a_source_that_changes_is_noticed(monkeypatch, tmp_path: Path):
     assert not (tmp_path / ".users.parquet").exists()  # no copy of what wasn't hashed
 
 
+def test_a_damaged_copy_is_made_again(tmp_path: Path):
+    (tmp_path / "u.csv").write_text("user_id,history\na,10\nb,20\n")
+    wanted = UserTable(tmp_path / "u.csv", NUMBERS, scratch=tmp_path).read(0, 2)
+    copy = tmp_path / ".users.parquet"
+    for damaged in (b"", copy.read_bytes()[:-9], b"PAR1"):
+        copy.write_bytes(damaged)
+        again = UserTable(tmp_path / "u.csv", NUMBERS, scratch=tmp_path)
+        assert_frame_equal(again.read(0, 2), wanted)
+
+
+def test_numbers_beyond_63_bits(tmp_path: Path):
+    wide = pl.Series([[1 << 63], [10]], dtype=pl.List(pl.UInt64))
+    table = pl.DataFrame({"user_id": [1, 2], "history": wide})
+    table.write_parquet(tmp_path / "u.parquet")
+    with pytest.raises(ValueError, match="'history' .*holds an id beyond 63 bits"):
+        histories(UserTable(tmp_path / "u.parquet", NUMBERS))
+    users = pl.Series([1 << 63, 2], dtype=pl.UInt64)
+    table = pl.DataFrame({"user_id": users, "history": [[10], [20]]})
+    table.write_parquet(tmp_path / "u.parquet")
+    with pytest.raises(ValueError, match="'user_id'"):
+        histories(UserTable(tmp_path / "u.parquet", NUMBERS))
+
+
 def test_rows_of_a_split(tiny):
     rows = tiny.shop().splits.test
     part = SplitRows(rows, True).read(3, 4)
