@@ -376,14 +376,16 @@ def finish(
 ) -> None:
     """Write the manifest if every shard of every part is there, else say what is missing."""
     job.check_folder()
-    progress.write()
-    if own := [s for s in job.starts(parse_part(args.shard)) if not job.path(s).exists()]:
-        raise ValueError(
-            f"{len(own):,} finished shards of part {args.shard} are gone, the first is "
-            f"{job.path(own[0])}; start this command again"
-        )
     # The files first: checking their content reads all of them.
-    if missing := job.absent() or job.missing():
+    missing = job.absent() or job.missing()
+    own = job.starts(parse_part(args.shard))
+    if gone := [start for start in missing if start in own]:
+        raise ValueError(
+            f"{len(gone):,} finished shards of part {args.shard} are gone or damaged, the first is "
+            f"{job.path(gone[0])}; start this command again"
+        )
+    progress.write()
+    if missing:
         print(
             f"part {args.shard} is done; the stage is not: {len(missing):,} of "
             f"{len(job.starts()):,} shards are missing, the first is {job.path(missing[0]).name}; "

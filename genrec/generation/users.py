@@ -323,6 +323,8 @@ def source_marks(source: Path | str) -> Marks:
     """
     path = Path(source)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    if path.is_dir() and is_table(path):  # what else lies there is not read
+        files = parquet_files(path)
     marks = []
     for file in files:
         try:
