@@ -3,8 +3,8 @@
 The driver sends the first rows of the missing shards through Ray Data to a pool of actors, each of
 which holds an engine and writes shards itself (`genrec.generation.ShardMaker`). A shard appears
 whole or not at all and is made once, so an actor that dies is started again and its shards are
-retried without loss or doubles. The run folder, the model and the users' table must be at the same
-place on all machines (a shared file system).
+retried without loss or doubles, a few times: one that keeps dying ends the job. The run folder, the
+model and the users' table must be at the same place on all machines (a shared file system).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from genrec.recommend import Recommender
 logger = logging.getLogger(__name__)
 
 MAX_TASKS = 4096  # of Ray Data; with more shards than that a task makes several
+MAX_RESTARTS = 3  # of an actor, and tries of a shard behind its first
 STORE_BYTES = 100 << 20  # of the object store of a cluster started here: it carries row numbers
 
 
@@ -87,9 +89,9 @@ def generate_with_ray(
 ) -> int:
     """Make shards on a Ray cluster.
 
-    Ray Data starts an actor that dies again, however often, and retries its shards. A cluster that
-    this process is connected to is used as it is; else one is joined (`address`) or started on this
-    machine.
+    An actor that dies is started again `MAX_RESTARTS` times, and its shards are retried. A cluster
+    that this process is connected to is used as it is; else one is joined (`address`) or started
+    on this machine, and what its actors write to stderr is shown.
 
     Args:
         load: makes a recommender in each actor.
@@ -105,31 +107,48 @@ def generate_with_ray(
 
     Raises:
         ImportError: Ray is not installed.
-        ValueError: bad input, as `ShardMaker` raises it in an actor, or the cluster is too small.
+        ValueError: bad input, as `ShardMaker` raises it in an actor, the cluster is too small, or
+            an actor keeps dying.
     """
     if n_actors < 1:
         raise ValueError(f"num_actors={n_actors} must be at least 1")
     if not starts:
         return 0
     with _cluster(address, n_actors, gpus_per_actor) as ray:
-        ray.data.DataContext.get_current().enable_progress_bars = False  # `finished` tells
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False  # `finished` tells
+        # Ray would replace an actor whose restarts are used up by another one, without end.
+        context.max_consecutive_actor_init_deaths = 0
         rows = ray.data.from_items(
             [{"start": start} for start in starts],
             override_num_blocks=min(len(starts), MAX_TASKS),
         )
-        made = rows.map_batches(
-            ShardActor,
-            fn_constructor_args=(load, job, os.getcwd()),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(n_actors, len(starts))),
-            num_gpus=gpus_per_actor,
-            num_cpus=0 if gpus_per_actor else 1,
-        )
-        for row in made.iter_rows():
-            if row["fault"]:
-                raise ValueError(row["fault"])
-            if finished is not None:
-                finished(ShardInfo(**json.loads(row["info"])))
+        with warnings.catch_warnings():
+            # Ray 2.60 warns of these two arguments, up to 2.63 it has no other way to bound deaths.
+            warnings.filterwarnings("ignore", message=".*ray_remote_args")
+            made = rows.map_batches(
+                ShardActor,
+                fn_constructor_args=(load, job, os.getcwd()),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=min(n_actors, len(starts))),
+                num_gpus=gpus_per_actor,
+                num_cpus=0 if gpus_per_actor else 1,
+                max_restarts=MAX_RESTARTS,
+                max_task_retries=MAX_RESTARTS,
+            )
+        try:
+            for row in made.iter_rows():
+                if row["fault"]:
+                    raise ValueError(row["fault"])
+                if finished is not None:
+                    finished(ShardInfo(**json.loads(row["info"])))
+        except ray.exceptions.RayActorError as error:
+            raise ValueError(
+                f"a Ray actor died again and again, {MAX_RESTARTS + 1} times on one shard or in "
+                f"all ({str(error).strip().splitlines()[-1]}); a model or a batch that doesn't fit "
+                "into memory does that: use fewer num_actors or a smaller batch_size, or look at "
+                "the actors' stderr above; the same command goes on behind the finished shards"
+            ) from error
     return job.n_users(starts)
 
 
@@ -139,6 +158,7 @@ def _cluster(address: str | None, n_actors: int, gpus_per_actor: float) -> Itera
     try:
         import ray
         import ray.data
+        import ray.exceptions
     except ModuleNotFoundError as error:
         if error.name not in ("ray", "pandas"):
             raise
@@ -156,7 +176,8 @@ def _cluster(address: str | None, n_actors: int, gpus_per_actor: float) -> Itera
         root = str(Path(genrec.__file__).resolve().parent.parent)
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
-        ray.init(**place, runtime_env=env, log_to_driver=False, logging_level=logging.WARNING)
+        # Workers' stderr is shown: it is where a library or the system says why one died.
+        ray.init(**place, runtime_env=env, log_to_driver=True, logging_level=logging.WARNING)
     try:
         gpus = float(ray.cluster_resources().get("GPU", 0))
         if gpus < n_actors * gpus_per_actor:

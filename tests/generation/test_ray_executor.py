@@ -14,6 +14,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+import genrec.generation.ray_executor
 from genrec.generation.jobs import GenerationJob, generate
 from genrec.generation.ray_executor import ShardActor, generate_with_ray
 from genrec.generation.shards import ShardInfo
@@ -125,6 +126,49 @@ def workers_below(pid: int) -> dict[int, str]:
         if above == pid and title.startswith("ray::"):
             found[child] = title.rstrip("\0")
     return found
+
+
+@pytest.mark.slow
+def test_workers_that_keep_dying(run_dir, users, tmp_path: Path, monkeypatch):
+    """At load, and on a shard that kills whoever makes it: an error that says so, not a loop."""
+    import ray
+
+    ray.init(
+        num_cpus=2, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}},
+    )  # fmt: skip
+    monkeypatch.setattr(genrec.generation.ray_executor, "MAX_RESTARTS", 1)
+    job, loads = job_of(users, tmp_path / "lists", 80), tmp_path / "loads"
+
+    def die():
+        with open(loads, "a") as stream:
+            stream.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def poisoned() -> Recommender:
+        import genrec.generation.jobs
+
+        real = genrec.generation.jobs.write_shard
+
+        def write(path, table, info):
+            if info.start == 160:
+                die()
+            return real(path, table, info)
+
+        genrec.generation.jobs.write_shard = write
+        return Recommender.load(run_dir)
+
+    try:
+        with pytest.raises(ValueError, match=r"died again and again, 2 times .*fewer num_actors"):
+            generate_with_ray(die, job, job.missing(), 1)
+        assert len(loads.read_text()) == 2 and not shards(job.folder)
+        loads.unlink()
+        with pytest.raises(ValueError, match="the same command goes on behind the finished"):
+            generate_with_ray(poisoned, job, job.missing(), 1)
+        assert len(loads.read_text()) == 2
+        assert job.missing() == [160]
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.slow
