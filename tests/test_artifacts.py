@@ -14,6 +14,7 @@ from genrec.artifacts import (
     IN_PROGRESS,
     MANIFEST,
     Stage,
+    folder_fingerprint,
     load_manifest,
     require,
     stage_folder,
@@ -279,3 +280,23 @@ def test_readers_never_see_half_a_file(tmp_path: Path, monkeypatch):
     )
     write_json(path, {"a": 2})
     assert seen == [{"a": 1}] and json.loads(path.read_text()) == {"a": 2}
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "{}", '{"fingerprint": "x", "config": 1}'])
+def test_a_damaged_note_of_work_in_progress_is_no_dead_end(tmp_path: Path, damaged: str):
+    """What it was of can't be known: the work is set aside, parts of a shared one are refused."""
+    stage = Stage(tmp_path, "prepare", {"n": 1})
+    assert not stage.is_done()
+    (stage.folder / "half").write_text("x")
+    (stage.folder / "in_progress.json").write_text(damaged)
+    with pytest.raises(ValueError, match="holds half and doesn't say of which run"):
+        stage.check_shared()
+    assert not stage.is_done()
+    assert (tmp_path / "data.old-1" / "half").exists() and not (stage.folder / "half").exists()
+    stage.check_shared()
+    with pytest.raises(ValueError, match=r"is being written with other n=1 \(now 2\)"):
+        Stage(tmp_path, "prepare", {"n": 2}).check_shared()
+    assert folder_fingerprint(stage.folder) == stage.fingerprint
+    stage.finish(rows=1)
+    assert folder_fingerprint(stage.folder) == stage.fingerprint
+    assert folder_fingerprint(tmp_path) is None

@@ -222,8 +222,16 @@ class UserTable:
             assert isinstance(frame, pl.DataFrame)
             return frame
         scanned = pl.scan_parquet(self._files, glob=False, hive_partitioning=False)
-        with reading(self._files[0]):
-            return scanned.select(names).slice(first, WINDOW).collect()
+        try:
+            with reading(self._files[0]):
+                return scanned.select(names).slice(first, WINDOW).collect()
+        except ValueError as error:
+            if self._files[0].name != _COPY:
+                raise
+            self._files[0].unlink(missing_ok=True)
+            raise ValueError(
+                f"{error}; this copy of {self.source} is removed, start again to make another"
+            ) from error
 
     def _resolve(self, raw: pl.DataFrame, first: int) -> pl.DataFrame:
         """Item ids -> catalogue rows."""

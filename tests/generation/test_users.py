@@ -271,6 +271,11 @@ def test_a_damaged_copy_is_made_again(tmp_path: Path):
         copy.write_bytes(damaged)
         again = UserTable(tmp_path / "u.csv", NUMBERS, scratch=tmp_path)
         assert_frame_equal(again.read(0, 2), wanted)
+    data = copy.read_bytes()
+    copy.write_bytes(data[:4] + b"\xff" * 60 + data[64:])  # its end is whole
+    with pytest.raises(ValueError, match="this copy of .*u.csv is removed, start again"):
+        UserTable(tmp_path / "u.csv", NUMBERS, scratch=tmp_path).read(0, 2)
+    assert_frame_equal(UserTable(tmp_path / "u.csv", NUMBERS, scratch=tmp_path).read(0, 2), wanted)
 
 
 def test_numbers_beyond_63_bits(tmp_path: Path):
