@@ -15,9 +15,9 @@ prompts. All engines get the same prompts in turns, `--rounds` times; a figure i
 - `vllm-step`, `vllm-inworker`: genrec's engines on vLLM; `vllm-beam`: vLLM's own beam search, which
   can't be constrained: the share of catalogue items among its results is in `valid`.
 
-Beside the timings: `valid` is the share of results that are catalogue items (what the user has is
-filtered and counts as invalid for genrec's engines), over `--valid_users` lists as well; of those, a
-sample is scored again by plain forward passes (`rescored_max_abs_diff`). `step_cost` is a whole
+Beside the timings: `valid` is the share of results that are catalogue items (of genrec's engines
+also: that the user doesn't have), over `--valid_users` lists as well; of those, a sample is scored
+again by plain forward passes (`rescored_max_abs_diff`). `step_cost` is a whole
 search without its model (children, filters, selection) from 10k to 10M items, and the trie's build
 time and size. Raw lists go to `--out_dir`, so that validity can be counted again. vLLM engines stay
 alive to the end, since they share a process: one catalogue at a time. Top-level ratios are medians
