@@ -55,6 +55,7 @@ K = 10
 LEVELS, CODES = 4, 256
 TEXT_TOKENS = 2000  # of the small shapes; the large ones have their own vocabulary
 HISTORY = 20  # seen items per user
+CACHE_BYTES = 1 << 30  # of each vLLM engine's keys and values
 # hidden, layers, heads, key-value heads, head size, feed-forward, vocabulary: Qwen2.5's sizes.
 LARGE = {
     "0.5b": (896, 24, 14, 2, 64, 4864, 151_936),
@@ -243,7 +244,7 @@ class VllmEngines:
 
         setting.model.save_pretrained(folder)
         options: dict[str, Any] = {"batch_size": setting.batch, "dtype": "float32"}
-        options["max_model_len"] = 256
+        options |= {"max_model_len": 256, "kv_cache_memory_bytes": CACHE_BYTES}
         self.step = VllmEngine(folder, setting.trie, setting.sid_ids, **options)
         self.inworker = InWorkerEngine(folder, setting.trie, setting.sid_ids, **options)
         import vllm
@@ -251,6 +252,7 @@ class VllmEngines:
         self.own = vllm.LLM(
             str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=256,
             max_logprobs=128, generation_config="vllm", enable_prefix_caching=True,
+            kv_cache_memory_bytes=CACHE_BYTES,
         )  # fmt: skip
 
     def run(self, setting: Setting, engine: Any) -> Lists:
