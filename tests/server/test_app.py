@@ -299,6 +299,16 @@ def test_the_description_has_every_endpoint(client):
     assert set(paths["/recommend"]["post"]["responses"]) == {
         "200", "400", "409", "413", "422", "503", "504"
     }  # fmt: skip
+    view, model = (
+        paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        for path in ("/admin/view", "/admin/model")
+    )
+    assert set(view["properties"]) == {"allow", "deny", "all"}
+    place = model["properties"]["view"]["anyOf"][0]["$ref"]
+    found = client.get("/openapi.json").json()
+    for step in place.removeprefix("#/").split("/"):
+        found = found[step.replace("~1", "/")]
+    assert found == view
 
 
 def test_metrics_count_what_happened(world):
