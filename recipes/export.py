@@ -36,6 +36,9 @@ class ExportArgs:
             check_choice("model_stage", self.model_stage, ("sft", "grpo"))
         if self.dtype is not None:
             check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        for name in ("output_dir", "verify"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is empty; name a folder, or leave --{name} out")
         for name in ("k", "beam_width"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -70,7 +73,7 @@ def main() -> None:
     from genrec.bundle.files import read_manifest
     from genrec.bundle.writing import ExportSettings, write_bundle
 
-    target = Path(args.output_dir or Path(args.run_dir) / "bundle")
+    target = Path(args.run_dir) / "bundle" if args.output_dir is None else Path(args.output_dir)
     settings = ExportSettings(
         args.model_stage, args.model_run, args.dtype, args.k, args.beam_width, args.license
     )
