@@ -26,7 +26,7 @@ class ExportArgs:
     # float32, bfloat16 or float16: round the stored weights, and lists can differ from the run's.
     dtype: str | None = None
     k: int | None = None  # list length of who asks without one; default: recommend's, else 10
-    beam_width: int | None = None  # default: recommend's, else max(2k, 50)
+    beam_width: int | None = None  # default: recommend's, else by k
     license: str | None = None  # of the model, for its card: an SPDX name or "other"
     verify: str | None = None  # hash every file of this bundle instead
 

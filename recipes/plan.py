@@ -51,7 +51,7 @@ class PlanArgs:
     model: str | None = None  # a named shape, or a folder with config.json
     model_stage: str | None = None  # sft or grpo; default: grpo where it is complete
     k: int = 10
-    beam_width: int | None = None  # default: by k, as the engines do
+    beam_width: int | None = None  # default: the next of 50, 100, 200, … from 2k on
     codebook_sizes: list[int] | None = None  # one per level; default 256 256 256
     normalizer: str | None = None  # default: what the run's model declares, else full
     dtype: str = "bfloat16"

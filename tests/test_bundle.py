@@ -124,7 +124,7 @@ def test_decoding_settings_are_the_defaults_of_who_loads_it(run: Path, tmp_path:
     assert len(loaded.recommend([], 15)) == 15  # longer than its own lists: the width grows
     assert len(Recommender.load(run).recommend([])) == 10
     write_bundle(run, tmp_path / "long", ExportSettings(k=40))
-    assert json.loads((tmp_path / "long" / "decoding.json").read_text())["beam_width"] == 80
+    assert json.loads((tmp_path / "long" / "decoding.json").read_text())["beam_width"] == 100
 
 
 def test_model_is_a_plain_checkpoint(bundle: Path, run: Path):

@@ -48,7 +48,7 @@ def test_a_named_model(plan):
         "--model", "qwen3-0.6b", "--n_items", "1000", "--prompt_tokens", "300", "--n_users",
         "5000000", "--price_per_hour", "2", "--devices", "4", "--k", "30",
     )  # fmt: skip
-    work = Workload(60, (256,) * 3, 300, 1000, 5_000_000)
+    work = Workload(100, (256,) * 3, 300, 1000, 5_000_000)
     made = estimate(SHAPES["qwen3-0.6b"], work, HARDWARE["h100-80"], devices=4)
     assert "Estimate (a roofline, nothing was run)" in said and "40% of its peaks assumed" in said
     assert "596.0 M parameters, bfloat16" in said and "h100-80 x 4" in said
