@@ -97,3 +97,5 @@ def test_the_default_place_and_what_is_refused(in_process, listed: Path, tmp_pat
     in_process("export", listed, "--k", "2")
     assert Recommender.load(listed / "bundle").k == 2
     assert "never overwrites" in in_process("export", listed, fails=True)
+    again = ("--output_dir", str(tmp_path / "again"))
+    assert "this command needs a run" in in_process("export", listed / "bundle", *again, fails=True)
