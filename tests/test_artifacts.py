@@ -15,6 +15,7 @@ from genrec.artifacts import (
     MANIFEST,
     Stage,
     load_manifest,
+    read_json,
     require,
     stage_folder,
     write_bytes,
@@ -279,3 +280,18 @@ def test_readers_never_see_half_a_file(tmp_path: Path, monkeypatch):
     )
     write_json(path, {"a": 2})
     assert seen == [{"a": 1}] and json.loads(path.read_text()) == {"a": 2}
+
+
+def test_a_bundle_is_no_run(tmp_path):
+    """What is said must not make anybody run a stage inside of it."""
+    write_json(tmp_path / "manifest.json", {"kind": "genrec-bundle"})
+    for stage in ("sft", "quantize"):
+        with pytest.raises(ValueError, match="is a bundle; this command needs a run") as told:
+            require(tmp_path, stage)
+        assert "overwrite" not in str(told.value)
+
+
+def test_bytes_that_are_no_text_are_no_json(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ValueError, match="a.json is not valid JSON .*restore it or rerun"):
+        read_json(tmp_path / "a.json")

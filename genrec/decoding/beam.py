@@ -28,8 +28,15 @@ _CHILDREN_AT_ONCE = 1 << 22  # bounds the memory of a step; some ten arrays of t
 
 
 def default_beam_width(k: int) -> int:
-    """Search width for a list of k items: wide enough that the top k rarely changes beyond it."""
-    return max(2 * k, 50)
+    """Search width for a list of k items: the next of 50, 100, 200, 400, … from 2k on.
+
+    Wide enough that the top k rarely changes beyond it, and of so few values that users who ask for
+    lists of different lengths can be searched together.
+    """
+    width = 50
+    while width < 2 * k:
+        width *= 2
+    return width
 
 
 def check_sid_token_ids(
