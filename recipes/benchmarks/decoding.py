@@ -42,7 +42,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from genrec import modeling
 from genrec.artifacts import write_json, write_parquet
@@ -249,14 +257,19 @@ class VllmEngines:
         self.inworker = InWorkerEngine(folder, setting.trie, setting.sid_ids, **options)
         import vllm
 
+        # Its own beam search asks for a tokenizer, and reads only the end token from it.
+        words = {str(token): token for token in range(setting.model.config.vocab_size)}
+        PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")), eos_token="1"
+        ).save_pretrained(folder)
         self.own = vllm.LLM(
-            str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=256,
-            max_logprobs=128, generation_config="vllm", enable_prefix_caching=True,
+            str(folder), dtype="float32", max_model_len=256, block_size=32, max_logprobs=128, generation_config="vllm", enable_prefix_caching=True,
             kv_cache_memory_bytes=CACHE_BYTES,
         )  # fmt: skip
 
     def run(self, setting: Setting, engine: Any) -> Lists:
-        """One of genrec's two."""
+        """One of genrec's two, on a cold prefix cache."""
+        engine.llm.reset_prefix_cache()
         return lists_of(
             setting, engine.search(setting.prompts, K, setting.width, setting.seen).items
         )
@@ -269,6 +282,7 @@ class VllmEngines:
             beam_width=setting.width, max_tokens=LEVELS, ignore_eos=True, length_penalty=0.0
         )
         prompts = [{"prompt_token_ids": prompt} for prompt in setting.prompts]
+        self.own.reset_prefix_cache()
         outputs = self.own.beam_search(prompts, params)
         tokens = [[s.tokens[-LEVELS:] for s in out.sequences[:K]] for out in outputs]
         return codes_of(np.array(tokens), setting.sid_ids)
