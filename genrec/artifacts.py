@@ -105,7 +105,7 @@ def read_json(path: Path | str) -> Any:
     """Read a JSON file; a damaged one raises ValueError naming the file."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is not valid JSON ({error}); restore it or rerun its stage"
         ) from error
@@ -199,6 +199,14 @@ def require(run_dir: Path | str, stage: str) -> Manifest:
     folder = stage_folder(run_dir, stage)
     manifest = load_manifest(run_dir, stage)
     if manifest is None:
+        whole = Path(run_dir) / MANIFEST  # a run folder has none of its own
+        about = read_json(whole) if whole.is_file() else None
+        if isinstance(about, dict) and "kind" in about:
+            # Rerunning a stage there would spoil it.
+            raise ValueError(
+                f"{run_dir} is a bundle; this command needs a run: name the one that it was "
+                "exported from"
+            )
         raise ValueError(
             f"{folder} has no {MANIFEST}: stage '{stage}' has not finished; run: "
             f"genrec {stage} --config <its yaml> --run_dir {run_dir}"

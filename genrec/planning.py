@@ -18,6 +18,9 @@ from typing import Any
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MEMORY_SHARE = 0.9  # of an accelerator's memory that is planned with
+LOGITS_AT_ONCE = 1 << 26  # of the full vocabulary, for a whole batch: genrec.decoding.lm_head's
+MOST_DEVICES = 1_000_000
+_MOST_SIZE = 1 << 31  # of anything in a config.json
 
 
 @dataclass(frozen=True)
@@ -143,17 +146,21 @@ class Workload:
         """Reject what can't be.
 
         Raises:
-            ValueError: a number below its least, or more items than semantic ids.
+            ValueError: a number below its least or beyond any that is real, or more items than
+                semantic ids.
         """
-        for name, value, least in (
-            ("beam_width", self.beam_width, 1),
-            ("prompt_tokens", self.prompt_tokens, 1),
-            ("n_items", self.n_items, 1),
-            ("n_users", self.n_users, 1),
-            ("codebook_sizes", min(self.codebook_sizes, default=0), 1),
+        for name, value, most in (
+            ("beam_width", self.beam_width, 10**6),
+            ("prompt_tokens", self.prompt_tokens, 10**7),
+            ("n_items", self.n_items, 10**11),
+            ("n_users", self.n_users, 10**12),
+            ("codebook_sizes", min(self.codebook_sizes, default=0), 10**7),
+            ("codebook_sizes", max(self.codebook_sizes, default=0), 10**7),
         ):
-            if not value >= least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+            if not value >= 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+            if value > most:
+                raise ValueError(f"{name}={value} must be at most {most:,}")
         if self.dtype not in BYTES:
             raise ValueError(f"dtype={self.dtype!r} is not known; choose one of {', '.join(BYTES)}")
         if self.n_items > math.prod(self.codebook_sizes):
@@ -230,23 +237,38 @@ def user_bytes(model: ModelShape, work: Workload) -> dict[str, float]:
     """Memory of one user of a batch.
 
     ``kv``: ``kv_numbers·bytes`` for the prompt and every decoded position, P + Σ beams (at most
-    (L-1)·B). ``logits``: the widest level's beams × columns, once in the model's dtype and once in
-    float32, in which scores are made. ``activations``: of one block, the larger of P and B tokens
+    (L-1)·B). ``logits``: the widest level's beams × codes in float32, before and after they are
+    normalised; of an engine that computes every column, beams × vocabulary, once in the model's
+    dtype and once in float32. ``activations``: of one block, the larger of P and B tokens
     × (2·intermediate + 4·hidden). ``mask``: beams × (P + decoded).
     """
     size = BYTES[work.dtype]
     beams = [work.beams(level) for level in range(work.levels - 1)]
     positions = work.prompt_tokens + sum(beams)
-    widest = max(
-        count * work.columns(level, model.vocab) for level, count in enumerate([1, *beams])
-    )
+    if work.head_columns == "all":
+        logits = max([1, *beams]) * model.vocab * (size + 4)
+    else:
+        sizes = work.codebook_sizes
+        logits = max(n * codes for n, codes in zip([1, *beams], sizes, strict=True)) * 8
     tokens = max(work.prompt_tokens, max(beams, default=1))
     return {
         "kv": model.kv_numbers * size * positions,
-        "logits": widest * (size + 4),
+        "logits": logits,
         "activations": tokens * (2 * model.intermediate + 4 * model.hidden) * size,
         "mask": max(beams, default=1) * positions * size,
     }
+
+
+def normaliser_bytes(model: ModelShape, work: Workload, users: int) -> int:
+    """Memory of a batch in which the full normaliser is summed; 0 for the others.
+
+    Logits of the whole vocabulary, in the model's dtype and in float32, of as many beams at a time
+    as make `LOGITS_AT_ONCE`. (An engine that computes every column holds them per user.)
+    """
+    if work.normalizer != "full" or work.head_columns == "all":
+        return 0
+    beams = max([1, *(work.beams(level) for level in range(work.levels - 1))])
+    return min(users * beams * model.vocab, LOGITS_AT_ONCE) * (BYTES[work.dtype] + 4)
 
 
 @dataclass(frozen=True)
@@ -257,6 +279,7 @@ class Estimate:
         weights: bytes of the model.
         trie: bytes of the trie.
         per_user: bytes of one user of a batch, by kind.
+        normaliser: bytes of the batch in which the full normaliser is summed.
         largest_batch: users that fit together.
         batch: users per batch that the rate is for.
         flops_per_user: operations of one user.
@@ -269,6 +292,7 @@ class Estimate:
     weights: int
     trie: int
     per_user: dict[str, float]
+    normaliser: int
     largest_batch: int
     batch: int
     flops_per_user: float
@@ -304,16 +328,24 @@ def estimate(
     """
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation={utilisation} must lie in (0, 1]")
-    if devices < 1:
-        raise ValueError(f"devices={devices} must be at least 1")
+    if not 1 <= devices <= MOST_DEVICES:
+        raise ValueError(
+            f"devices={devices} must be at least 1"
+            if devices < 1
+            else f"devices={devices} must be at most {MOST_DEVICES:,}"
+        )
+    _check_hardware(hardware, work.dtype)
     weights, trie = model.parameters * BYTES[work.dtype], trie_bytes(work)
     per_user = user_bytes(model, work)
+    each, one = sum(per_user.values()), normaliser_bytes(model, work, 1)
     room = MEMORY_SHARE * hardware.memory - weights - trie
-    largest = math.floor(room / sum(per_user.values()))
+    # The normaliser's memory grows with the batch up to its limit: whichever holds more users.
+    full = normaliser_bytes(model, work, LOGITS_AT_ONCE)
+    largest = max(math.floor(room / (each + one)), math.floor((room - full) / each))
     if largest < 1:
         raise ValueError(
             f"weights ({weights / 1e9:.1f} GB), trie ({trie / 1e9:.1f} GB) and one user "
-            f"({sum(per_user.values()) / 1e9:.2f} GB) exceed {MEMORY_SHARE:.0%} of the device's "
+            f"({(each + one) / 1e9:.2f} GB) exceed {MEMORY_SHARE:.0%} of the device's "
             f"{hardware.memory / 1e9:.0f} GB; take a larger device, a smaller model or dtype, or a "
             "smaller beam_width"
         )
@@ -333,6 +365,7 @@ def estimate(
         weights=weights,
         trie=trie,
         per_user=per_user,
+        normaliser=normaliser_bytes(model, work, users),
         largest_batch=largest,
         batch=users,
         flops_per_user=sum(phase.flops for phase in passes),
@@ -343,6 +376,21 @@ def estimate(
     )
 
 
+def _check_hardware(hardware: Hardware, dtype: str) -> None:
+    """Raise ValueError unless the peaks are numbers that a device can have."""
+    for name, value, unit in (
+        ("memory", hardware.memory / 1e9, "GB"),
+        ("bandwidth", hardware.bandwidth / 1e9, "GB/s"),
+        ("tflops", hardware.flops.get(dtype, 0) / 1e12, "TFLOP/s"),
+    ):
+        if not 0 < value:
+            raise ValueError(f"{name}={value} must be above 0 ({unit})")
+        if not 1e-6 <= value <= 1e9:
+            raise ValueError(f"{name}={value} must lie between 1e-06 and 1e+09 {unit}")
+    if hardware.price is not None and not 0 <= hardware.price <= 1e9:
+        raise ValueError(f"price={hardware.price} of an hour must lie between 0 and 1e+09")
+
+
 def shape_of_config(config: Mapping[str, Any], source: object = "the config") -> ModelShape:
     """Sizes from a Hugging Face ``config.json``.
 
@@ -351,28 +399,47 @@ def shape_of_config(config: Mapping[str, Any], source: object = "the config") ->
         source: what messages call it.
 
     Raises:
-        ValueError: a size is missing, or the model has experts, whose arithmetic is another.
+        ValueError: a size is missing or can't be, or the model has experts, whose arithmetic is
+            another.
     """
     config = config.get("text_config", config)
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{source}: text_config={config!r} is no JSON object")
     if any("expert" in key and config[key] for key in config):
         raise ValueError(f"{source} has experts; this estimate is for dense decoders")
-    try:
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        return ModelShape(
-            layers=int(config["num_hidden_layers"]),
-            hidden=hidden,
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            intermediate=int(config["intermediate_size"]),
-            vocab=int(config["vocab_size"]),
-            tied=bool(config.get("tie_word_embeddings", True)),
-        )
-    except KeyError as error:
+
+    def size(name: str, default: int | None = None) -> int:
+        value = config.get(name)
+        if value is None and default is not None:
+            return default
+        if name not in config:
+            raise ValueError(
+                f"{source} has no {name}: it describes no decoder of the Llama kind; name one of "
+                f"{', '.join(SHAPES)}"
+            )
+        if type(value) is not int or not 1 <= value < _MOST_SIZE:
+            raise ValueError(
+                f"{source}: {name}={value!r} must be an integer of at least 1 and below "
+                f"{_MOST_SIZE}; restore the file"
+            )
+        return value
+
+    hidden, heads = size("hidden_size"), size("num_attention_heads")
+    if config.get("head_dim") is None and hidden < heads:
         raise ValueError(
-            f"{source} has no {error.args[0]}: it describes no decoder of the Llama kind; name one "
-            f"of {', '.join(SHAPES)}"
-        ) from error
+            f"{source}: num_attention_heads={heads} exceeds hidden_size={hidden}, and it has no "
+            "head_dim; restore the file"
+        )
+    return ModelShape(
+        layers=size("num_hidden_layers"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=size("num_key_value_heads", heads),
+        head_dim=size("head_dim", hidden // heads),
+        intermediate=size("intermediate_size"),
+        vocab=size("vocab_size"),
+        tied=bool(config.get("tie_word_embeddings", True)),
+    )
 
 
 def find_shape(name: str) -> ModelShape:
@@ -392,7 +459,7 @@ def find_shape(name: str) -> ModelShape:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no JSON object")

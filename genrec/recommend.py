@@ -274,8 +274,8 @@ class Recommender:
             history: the user's item ids.
             k: length of the list; default 10, or the bundle's.
             filter_seen: leave out items of the history; default: the rule of the run.
-            beam_width: prefixes kept per level; default max(2k, 50), or for lists no longer than
-                its own the bundle's.
+            beam_width: prefixes kept per level; default `default_beam_width`, or for lists no
+                longer than its own the bundle's.
         """
         k = self.k if k is None else k
         width = beam_width or self.width_of(k)
@@ -287,7 +287,7 @@ class Recommender:
         return self.recommendations(result, 0)
 
     def width_of(self, k: int) -> int:
-        """Search width of a list of k items: the bundle's, else max(2k, 50)."""
+        """Search width of a list of k items: the bundle's, else `default_beam_width`."""
         return (self.beam_width if k <= self.k else None) or default_beam_width(k)
 
     def recommendations(self, result: BeamResult, row: int) -> list[Recommendation]:
@@ -327,7 +327,7 @@ class Recommender:
             history: the user's item ids, oldest first, perhaps none yet; None: a search that knows
                 no user.
             filter_seen: leave out items of the history. A searcher may look for what they have.
-            beam_width: prefixes kept per level; default max(2k, 50).
+            beam_width: prefixes kept per level; default `default_beam_width`.
 
         Raises:
             ValueError: the model was not trained on that family, the query says nothing, or an item
@@ -365,7 +365,7 @@ class Recommender:
             n_chains: chains that are sampled.
             sampling: temperature, top_p, limit and seed; default: the model's own distribution.
             filter_seen: leave out items of the history; default: the rule of the run.
-            beam_width: prefixes kept per level; default max(2k, 50).
+            beam_width: prefixes kept per level; default `default_beam_width`.
             exact: score each candidate under every chain.
 
         Raises:

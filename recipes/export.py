@@ -26,7 +26,7 @@ class ExportArgs:
     # float32, bfloat16 or float16: round the stored weights, and lists can differ from the run's.
     dtype: str | None = None
     k: int | None = None  # list length of who asks without one; default: recommend's, else 10
-    beam_width: int | None = None  # default: recommend's, else max(2k, 50)
+    beam_width: int | None = None  # default: recommend's, else by k
     license: str | None = None  # of the model, for its card: an SPDX name or "other"
     verify: str | None = None  # hash every file of this bundle instead
 
@@ -36,6 +36,9 @@ class ExportArgs:
             check_choice("model_stage", self.model_stage, ("sft", "grpo"))
         if self.dtype is not None:
             check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        for name in ("output_dir", "verify"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is empty; name a folder, or leave --{name} out")
         for name in ("k", "beam_width"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -70,7 +73,7 @@ def main() -> None:
     from genrec.bundle.files import read_manifest
     from genrec.bundle.writing import ExportSettings, write_bundle
 
-    target = Path(args.output_dir or Path(args.run_dir) / "bundle")
+    target = Path(args.run_dir) / "bundle" if args.output_dir is None else Path(args.output_dir)
     settings = ExportSettings(
         args.model_stage, args.model_run, args.dtype, args.k, args.beam_width, args.license
     )

@@ -23,6 +23,7 @@ from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
 from genrec.decoding.beam import default_beam_width
 from genrec.modeling import encode_prompts, load_tokenizer
+from genrec.normalizers import NORMALIZERS, declared_normalizer
 from genrec.planning import (
     BYTES,
     HARDWARE,
@@ -50,9 +51,9 @@ class PlanArgs:
     model: str | None = None  # a named shape, or a folder with config.json
     model_stage: str | None = None  # sft or grpo; default: grpo where it is complete
     k: int = 10
-    beam_width: int | None = None  # default max(2k, 50)
+    beam_width: int | None = None  # default: the next of 50, 100, 200, … from 2k on
     codebook_sizes: list[int] | None = None  # one per level; default 256 256 256
-    normalizer: str = "full"
+    normalizer: str | None = None  # default: what the run's model declares, else full
     dtype: str = "bfloat16"
     prompt_tokens: float | None = None  # mean length; needed without a run
     n_items: int | None = None  # needed without a run
@@ -69,12 +70,16 @@ class PlanArgs:
 
     def __post_init__(self) -> None:
         """Reject settings that can't work."""
-        check_choice("normalizer", self.normalizer, ("full", "level", "trie"))
+        if self.normalizer is not None:
+            check_choice("normalizer", self.normalizer, NORMALIZERS)
         check_choice("dtype", self.dtype, BYTES)
         check_choice("hardware", self.hardware, (*HARDWARE, "own"))
         check_choice("head_columns", self.head_columns, ("needed", "all"))
         if self.model_stage is not None:
             check_choice("model_stage", self.model_stage, ("sft", "grpo"))
+        for name in ("run_dir", "model"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is empty; name a folder, or leave --{name} out")
         if self.run_dir is None and self.model is None:
             raise ValueError(f"give --run_dir, or --model: a folder or one of {', '.join(SHAPES)}")
         if self.k < 1 or (self.beam_width is not None and self.beam_width < self.k):
@@ -83,8 +88,10 @@ class PlanArgs:
             value = getattr(self, name)
             if value is None and self.hardware == "own":
                 raise ValueError(f"--hardware own needs --{name}")
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be above 0")
+        for name in ("prompt_tokens", "n_items", "n_users", "batch_size", "devices"):
+            value = getattr(self, name)
+            if value is not None and not value >= 1:
+                raise ValueError(f"{name}={value} must be at least 1")
         if self.price_per_hour is not None and not self.price_per_hour >= 0:
             raise ValueError(f"price_per_hour={self.price_per_hour} must be at least 0")
 
@@ -97,7 +104,12 @@ def facts_of_run(args: PlanArgs) -> dict[str, Any]:
     require(args.run_dir, stage)
     ids = SemanticIds.load(stage_folder(args.run_dir, "quantize"))
     folder = stage_folder(args.run_dir, stage) / "model"
-    facts = {"model": str(folder), "codebook_sizes": ids.codebook_sizes, "n_items": ids.n_items}
+    facts = {
+        "model": str(folder),
+        "codebook_sizes": ids.codebook_sizes,
+        "n_items": ids.n_items,
+        "normalizer": declared_normalizer(folder),
+    }
     if args.prompt_tokens is not None:
         return facts
     rows = read_split(args.run_dir, "valid", "plan")
@@ -125,18 +137,17 @@ def make_hardware(args: PlanArgs) -> Hardware:
 
 def make_workload(args: PlanArgs, facts: dict[str, Any]) -> Workload:
     """What is asked of the model, from the settings and else from the run."""
-    found: dict[str, Any] = {
-        "codebook_sizes": args.codebook_sizes or facts.get("codebook_sizes") or (256, 256, 256),
-        "prompt_tokens": args.prompt_tokens or facts.get("prompt_tokens"),
-        "n_items": args.n_items or facts.get("n_items"),
-    }
+    defaults = {"codebook_sizes": (256, 256, 256), "normalizer": "full"} | facts
+    found: dict[str, Any] = {}
+    for name in ("codebook_sizes", "normalizer", "prompt_tokens", "n_items"):
+        value = getattr(args, name)
+        found[name] = defaults.get(name) if value is None else value
     for name, value in found.items():
         if value is None:
             raise ValueError(f"--{name} is needed without --run_dir")
     return Workload(
-        beam_width=args.beam_width or default_beam_width(args.k),
+        beam_width=default_beam_width(args.k) if args.beam_width is None else args.beam_width,
         n_users=args.n_users,
-        normalizer=args.normalizer,
         dtype=args.dtype,
         head_columns=args.head_columns,
         **found,
@@ -155,12 +166,14 @@ def lines(
         (
             "work",
             f"{work.n_users:,} users, {work.prompt_tokens:,.0f} prompt tokens, B = "
-            f"{work.beam_width}, {work.levels} levels, {work.n_items:,} items",
+            f"{work.beam_width}, {work.levels} levels, {work.n_items:,} items, scores over "
+            f"{work.normalizer}",
         ),
         ("device", f"{args.hardware}{many}, {args.utilisation:.0%} of its peaks assumed"),
         ("weights", f"{made.weights / 1e9:,.2f} GB"),
         ("trie", f"{made.trie / 1e6:,.1f} MB at most"),
         ("per user", f"{sum(made.per_user.values()) / 1e6:,.1f} MB ({each})"),
+        ("normaliser", f"{made.normaliser / 1e6:,.1f} MB a batch, for logits of the vocabulary"),
         ("largest batch", f"{made.largest_batch:,} users in {MEMORY_SHARE:.0%} of the memory"),
         ("per user", f"{made.flops_per_user / 1e9:,.2f} GFLOP"),
         (
@@ -191,7 +204,7 @@ def main() -> None:
     """Run the command."""
     args = parse(PlanArgs)
     facts = facts_of_run(args)
-    model = find_shape(args.model or facts["model"])
+    model = find_shape(facts["model"] if args.model is None else args.model)
     work = make_workload(args, facts)
     made = estimate(
         model, work, make_hardware(args), args.utilisation, args.batch_size, args.devices

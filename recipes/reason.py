@@ -45,7 +45,7 @@ class ReasonArgs:
     max_tokens: int = 256  # of a chain
     exact: bool = False  # score every item of the list under every chain
     filter_seen: bool | None = None  # default: the rule under which the model was validated
-    beam_width: int | None = None  # default: max(2k, 50)
+    beam_width: int | None = None  # default: the next of 50, 100, 200, … from 2k on
     model_stage: str | None = None  # sft or grpo; default: grpo where it is complete
     seed: int = 0
 

@@ -41,7 +41,7 @@ class SearchArgs:
     text_prompt: str | None = None  # ground: put before the query, such as "query: " for E5
     model_name_or_path: str | None = None  # ground: the local model that embedded the items
     model_stage: str | None = None  # sft or grpo; default: grpo where it is complete
-    beam_width: int | None = None  # default: max(2k, 50)
+    beam_width: int | None = None  # default: the next of 50, 100, 200, … from 2k on
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""

@@ -13,6 +13,7 @@ business of a proxy in front of it.
 """
 
 import functools
+import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class ServeArgs:
     max_wait_ms: float = 2.0  # how long an idle server waits for others to join a batch
     max_queue: int = 1024  # users that may wait; more get 503
     timeout_s: float = 10.0  # for an answer; then 504
-    beam_width: int | None = None  # prefixes kept per level; default max(2k, 50)
+    beam_width: int | None = None  # default: the next of 50, 100, 200, … from 2k on
     max_k: int = 100
     max_history: int = 1000  # items of a request's history
     max_exclude: int = 1000
@@ -70,6 +71,27 @@ class ServeArgs:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.runs_root is not None and not Path(self.runs_root).is_dir():
             raise ValueError(f"runs_root={self.runs_root} is no folder")
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket at that address, so that one in use is found before a model is loaded.
+
+    It doesn't listen yet: who connects meanwhile is refused rather than kept waiting.
+
+    Raises:
+        ValueError: the address is in use, not of this machine, or the port needs other rights.
+    """
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+    except (OSError, UnicodeError) as error:
+        made.close()
+        raise ValueError(
+            f"host={host}, port={port} can't be listened at ({error}); choose another --port or "
+            "--host"
+        ) from error
+    return made
 
 
 def main() -> None:
@@ -109,17 +131,16 @@ def main() -> None:
         dtype=args.dtype,
         batch_size=args.max_batch,
     )
-    config = uvicorn.Config(
-        create_app(load, settings),
-        args.host,
-        args.port,
-        access_log=False,  # /metrics counts; a line per request would cost more than it tells
-        server_header=False,
-        limit_concurrency=args.max_connections,
-        timeout_graceful_shutdown=args.drain_s,
-    )
-    with suppress(KeyboardInterrupt):  # uvicorn raises it once more when it has ended
-        uvicorn.Server(config).run()
+    with bound_socket(args.host, args.port) as bound:
+        config = uvicorn.Config(
+            create_app(load, settings),
+            access_log=False,  # /metrics counts; a line per request would cost more than it tells
+            server_header=False,
+            limit_concurrency=args.max_connections,
+            timeout_graceful_shutdown=args.drain_s,
+        )
+        with suppress(KeyboardInterrupt):  # uvicorn raises it once more when it has ended
+            uvicorn.Server(config).run(sockets=[bound])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from genrec.artifacts import (
     Stage,
     folder_fingerprint,
     load_manifest,
+    read_json,
     require,
     stage_folder,
     write_bytes,
@@ -300,3 +301,18 @@ def test_a_damaged_note_of_work_in_progress_is_no_dead_end(tmp_path: Path, damag
     stage.finish(rows=1)
     assert folder_fingerprint(stage.folder) == stage.fingerprint
     assert folder_fingerprint(tmp_path) is None
+
+
+def test_a_bundle_is_no_run(tmp_path):
+    """What is said must not make anybody run a stage inside of it."""
+    write_json(tmp_path / "manifest.json", {"kind": "genrec-bundle"})
+    for stage in ("sft", "quantize"):
+        with pytest.raises(ValueError, match="is a bundle; this command needs a run") as told:
+            require(tmp_path, stage)
+        assert "overwrite" not in str(told.value)
+
+
+def test_bytes_that_are_no_text_are_no_json(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ValueError, match="a.json is not valid JSON .*restore it or rerun"):
+        read_json(tmp_path / "a.json")

@@ -124,7 +124,7 @@ def test_decoding_settings_are_the_defaults_of_who_loads_it(run: Path, tmp_path:
     assert len(loaded.recommend([], 15)) == 15  # longer than its own lists: the width grows
     assert len(Recommender.load(run).recommend([])) == 10
     write_bundle(run, tmp_path / "long", ExportSettings(k=40))
-    assert json.loads((tmp_path / "long" / "decoding.json").read_text())["beam_width"] == 80
+    assert json.loads((tmp_path / "long" / "decoding.json").read_text())["beam_width"] == 100
 
 
 def test_model_is_a_plain_checkpoint(bundle: Path, run: Path):
@@ -219,7 +219,9 @@ def test_an_edited_card_is_no_finding(copied: Path):
     assert verify_bundle(copied) == [] and card_was_edited(copied)
     assert len(Recommender.load(copied).recommend([], 3)) == 3
     card.unlink()
-    assert verify_bundle(copied) == [] and card_was_edited(copied)
+    assert verify_bundle(copied) == ["README.md is missing"]
+    with pytest.raises(ValueError, match="README.md is missing"):
+        Recommender.load(copied)
 
 
 # Refusals
@@ -294,14 +296,93 @@ def test_a_grown_sid_map_without_its_catalogue_is_refused(copied: Path):
         Recommender.load(copied)
 
 
-def restate(folder: Path) -> None:
+def restate(folder: Path, whole: bool = True) -> None:
     """Make the manifest state what is there now."""
     manifest = json.loads((folder / "manifest.json").read_text())
+    about = json.loads((folder / "semantic_ids" / "semantic_ids.json").read_text())
+    manifest["sid_map_sha256"] = about["sha256"]
     for name in manifest["files"]:
         path = folder / name
         manifest["files"][name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert verify_bundle(folder) == []
+    assert not whole or verify_bundle(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": -3}, "k=-3 must be an integer of at least 1"),
+        ({"k": True}, "k=True must be an integer"),
+        ({"beam_width": "9"}, "beam_width='9' must be an integer of at least 1"),
+        ({"k": 60}, "beam_width=50 must be at least k=60"),
+        ({"families": None}, "families=None must be a list of names"),
+        ({"families": [1]}, r"families=\[1\] must be a list"),
+        ({"normalizer": []}, "normalizer=.* must be one of full, level, trie"),
+        ({"filter_seen": 1}, "filter_seen=1 must be true or false"),
+        ({"max_history": 0}, "max_history=0 must be"),
+        ({"serving_template": ""}, "serving_template='' must name"),
+        ({"model_stage": "dpo"}, "model_stage='dpo' must be one of sft, grpo"),
+        ({"trained_on_target": "no"}, "trained_on_target='no' must be true, false or null"),
+        ({}, "has no normalizer"),
+        (None, "holds no JSON object"),
+    ],
+)
+def test_settings_of_serving_that_cannot_be(copied: Path, change: dict | None, message: str):
+    """Whoever also rewrites the manifest still can't have them served."""
+    path = copied / "decoding.json"
+    old = json.loads(path.read_text())
+    path.write_text(json.dumps({**old, **change} if change else change))
+    restate(copied, whole=False)
+    with pytest.raises(ValueError, match=rf"decoding.json:? {message}"):
+        Recommender.load(copied)
+    (problem,) = verify_bundle(copied)
+    assert re.search(message, problem)
+
+
+@pytest.mark.parametrize("name", ["decoding.json", "README.md", "catalog.parquet"])
+def test_a_manifest_must_name_what_serving_needs(copied: Path, name: str):
+    manifest = read_manifest(copied)
+    del manifest["files"][name]
+    (copied / name).unlink()
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    assert verify_bundle(copied) == [f"its manifest lacks {name}"]
+    with pytest.raises(ValueError, match=f"its manifest lacks {name}"):
+        Recommender.load(copied)
+
+
+def test_the_manifest_names_another_map(copied: Path):
+    manifest = read_manifest(copied)
+    (copied / "manifest.json").write_text(json.dumps({**manifest, "sid_map_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match="semantic_ids.json is a map with .* says 000000000000"):
+        Recommender.load(copied)
+    (problem,) = verify_bundle(copied)
+    assert (
+        "semantic_ids/semantic_ids.json" in problem and manifest["sid_map_sha256"][:12] in problem
+    )
+
+
+@pytest.mark.parametrize("start", [0, 9])
+def test_weights_without_their_header(copied: Path, start: int):
+    """Seen at loading although weights aren't hashed there."""
+    weights = copied / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[start : start + 4] = b"\xff" * 4
+    weights.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="model.safetensors has a damaged header"):
+        Recommender.load(copied)
+
+
+def test_a_bundle_is_no_part_of_a_stage_or_of_a_bundle(run: Path, copied: Path, tmp_path: Path):
+    for target in (run / "sft/b", run / "sft/model/deep/b", run / "grpo", run / "data/../sft/b"):
+        with pytest.raises(ValueError, match="the folder of stage '(sft|grpo)'"):
+            write_bundle(run, target, ExportSettings())
+    (tmp_path / "link").symlink_to(run / "sft")
+    with pytest.raises(ValueError, match="the folder of stage 'sft'"):
+        write_bundle(run, tmp_path / "link" / "b", ExportSettings())
+    for target in (copied / "b", copied / "model" / "b"):
+        with pytest.raises(ValueError, match="lies in the bundle"):
+            write_bundle(run, target, ExportSettings())
+    assert verify_bundle(copied) == []
 
 
 def test_a_manifest_that_is_none(copied: Path, run: Path, tmp_path: Path):
@@ -314,7 +395,10 @@ def test_a_manifest_that_is_none(copied: Path, run: Path, tmp_path: Path):
         ({"schema_version": 99}, "schema_version 99"),
         ({"files": None}, "is damaged"),
         ({"files": {"a": 1}}, "is damaged"),
-        ({"sid_map_sha256": None}, "is damaged"),
+        ({"sid_map_sha256": None}, "is damaged: sid_map_sha256"),
+        ({"name": None}, "is damaged: name"),
+        ({"model_stage": 1}, "is damaged: model_stage"),
+        ({"files": {"a": {"sha256": "0", "bytes": "1"}}}, "is damaged: files"),
     ):
         (copied / "manifest.json").write_text(json.dumps({**whole, **change}))
         with pytest.raises(ValueError, match=message):

@@ -10,12 +10,14 @@ import pytest
 
 from genrec.planning import (
     HARDWARE,
+    LOGITS_AT_ONCE,
     SHAPES,
     Hardware,
     ModelShape,
     Workload,
     estimate,
     find_shape,
+    normaliser_bytes,
     phases,
     shape_of_config,
     trie_bytes,
@@ -70,11 +72,30 @@ def test_a_level_needs_its_own_columns_alone():
     assert gap == [2 * 8 * 96 * n for n in (1, 4, 5)]
     assert phases(SMALL, replace(level, head_columns="all")) == phases(SMALL, WORK)
     assert user_bytes(SMALL, level)["logits"] == 5 * 4 * 8
+    assert user_bytes(SMALL, replace(level, head_columns="all"))["logits"] == 5 * 100 * 8
+
+
+def test_the_full_normaliser_is_summed_in_a_bounded_memory():
+    from genrec.decoding import lm_head
+
+    assert lm_head._LOGITS_AT_ONCE == LOGITS_AT_ONCE
+    assert normaliser_bytes(SMALL, WORK, 3) == 3 * 5 * 100 * 8
+    assert normaliser_bytes(SMALL, replace(WORK, dtype="bfloat16"), 10**9) == LOGITS_AT_ONCE * 6
+    for other in ({"normalizer": "level"}, {"normalizer": "trie"}, {"head_columns": "all"}):
+        assert normaliser_bytes(SMALL, replace(WORK, **other), 3) == 0
+    # Far beyond the limit each user costs only its own bytes.
+    big = replace(DEVICE, memory=10e9)
+    made = estimate(SMALL, WORK, big, batch=1)
+    room = 0.9 * 10e9 - made.weights - made.trie - LOGITS_AT_ONCE * 8
+    assert made.largest_batch == int(room // sum(made.per_user.values()))
+    assert made.normaliser == 4000
+    last = estimate(SMALL, WORK, big, batch=made.largest_batch)
+    assert last.normaliser == LOGITS_AT_ONCE * 8
 
 
 def test_memory_of_a_user_and_of_the_trie():
     assert user_bytes(SMALL, WORK) == {
-        "kv": 24 * 4 * (10 + 4 + 5), "logits": 5 * 100 * 8, "activations": 10 * (32 + 32) * 4,
+        "kv": 24 * 4 * (10 + 4 + 5), "logits": 5 * 4 * 8, "activations": 10 * (32 + 32) * 4,
         "mask": 5 * 19 * 4,
     }  # fmt: skip
     assert trie_bytes(WORK) == 9 * (4 + 16 + 60) + 4 * 60
@@ -107,7 +128,7 @@ def test_a_roofline_by_hand():
     assert made.flops_per_user == sum(p.flops for p in passes)
     assert made.hours == pytest.approx(1000 * seconds / 10 / 2 / 3600)
     assert made.cost == pytest.approx(made.hours * 2 * 3.0)
-    each = 24 * 4 * 19 + 4000 + 2560 + 380
+    each = 24 * 4 * 19 + 160 + 2560 + 380 + 4000  # the last: of the normaliser
     assert made.largest_batch == int((0.9e6 - weights - trie_bytes(WORK)) // each)
     fast = estimate(SMALL, WORK, replace(DEVICE, bandwidth=1e12), 0.5, batch=10)
     assert fast.bound == "compute" and fast.cost is None
@@ -143,6 +164,9 @@ def test_what_does_not_fit():
         ({"n_users": 0}, "n_users=0 must be"),
         ({"codebook_sizes": ()}, "codebook_sizes=0 must be at least 1"),
         ({"codebook_sizes": (4, 0)}, "codebook_sizes=0"),
+        ({"prompt_tokens": float("inf")}, "prompt_tokens=inf must be at most 10,000,000"),
+        ({"n_items": 10**400}, "must be at most 100,000,000,000"),
+        ({"codebook_sizes": (4, 10**9)}, "codebook_sizes=1000000000 must be at most"),
         ({"n_items": 65}, "n_items=65 exceeds the 64 semantic ids"),
         ({"dtype": "int8"}, "dtype='int8' is not known"),
     ],
@@ -158,6 +182,17 @@ def test_other_settings_that_can_not_be():
             estimate(SMALL, WORK, DEVICE, share)
     with pytest.raises(ValueError, match="devices=0 must be at least 1"):
         estimate(SMALL, WORK, DEVICE, devices=0)
+    with pytest.raises(ValueError, match="must be at most 1,000,000"):
+        estimate(SMALL, WORK, DEVICE, devices=10**400)
+    for changes, message in (
+        ({"memory": float("inf")}, "memory=inf must lie between 1e-06 and"),
+        ({"bandwidth": float("nan")}, "bandwidth=nan must be above 0"),
+        ({"flops": {"float32": 1e-308}}, "tflops=.* must lie between 1e-06 and"),
+        ({"flops": {}}, "tflops=0.0 must be above 0"),
+        ({"price": float("inf")}, "price=inf of an hour must lie"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            estimate(SMALL, WORK, replace(DEVICE, **changes))
 
 
 def test_models_by_name_and_by_folder(tmp_path: Path, tiny):
@@ -177,3 +212,27 @@ def test_models_by_name_and_by_folder(tmp_path: Path, tiny):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             find_shape(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size=None must be an integer of at least 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be"),
+        ({"vocab_size": -5}, "vocab_size=-5 must be"),
+        ({"intermediate_size": "64"}, "intermediate_size='64' must be"),
+        ({"num_attention_heads": True}, "num_attention_heads=True must be"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be"),
+        ({"hidden_size": 10**400}, "must be an integer .* below"),
+        ({"head_dim": None, "num_attention_heads": 99}, "=99 exceeds hidden_size=32"),
+        ({"text_config": None}, "text_config=None is no JSON object"),
+    ],
+)
+def test_sizes_that_can_not_be(change, message):
+    config = {
+        "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 320,
+        "intermediate_size": 64,
+    }  # fmt: skip
+    assert shape_of_config(config) == ModelShape(2, 32, 2, 2, 16, 64, 320, True)
+    with pytest.raises(ValueError, match=f"own: .*{message}"):
+        shape_of_config({**config, **change}, "own")

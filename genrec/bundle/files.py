@@ -3,7 +3,7 @@
 ``manifest.json`` lists every file with its size and SHA-256. Loading checks all sizes, the content
 of all files but the weights (hashing gigabytes would delay each start), and that no file was added;
 `verify_bundle` hashes the weights, too. Only the model card may be edited: its licence is for the
-user to fill in, and it decides nothing.
+user to fill in, and it decides nothing; it must be there.
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from genrec.artifacts import MANIFEST, read_json, sha256_file
+from genrec.bundle.decoding import DECODING as DECODING
+from genrec.bundle.decoding import read_decoding
+from genrec.semantic_ids import SemanticIds
 
 KIND = "genrec-bundle"
 SCHEMA_VERSION = 1
-CARD, DECODING = "README.md", "decoding.json"
+CARD, SID_MAP = "README.md", "semantic_ids/semantic_ids.json"
+NEEDED = (CARD, DECODING, SID_MAP, "semantic_ids/items.parquet", "catalog.parquet",
+    "model/config.json")  # fmt: skip
 _WEIGHTS = ".safetensors"
 
 
@@ -47,10 +52,19 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
         )
     listed = manifest.get("files")
     whole = isinstance(listed, dict) and all(
-        isinstance(value, dict) and {"sha256", "bytes"} <= value.keys() for value in listed.values()
+        isinstance(value, dict)
+        and isinstance(value.get("sha256"), str)
+        and isinstance(value.get("bytes"), int)
+        for value in listed.values()
     )
-    if not whole or not isinstance(manifest.get("sid_map_sha256"), str):
-        raise ValueError(f"{folder}/{MANIFEST} is damaged; restore it or export again")
+    missing = [] if whole else ["files"]
+    texts = ("name", "model_stage", "sid_map_sha256")
+    missing += [name for name in texts if not isinstance(manifest.get(name), str)]
+    if missing:
+        raise ValueError(
+            f"{folder}/{MANIFEST} is damaged: {missing[0]} is missing or of another type; restore "
+            "it or export again"
+        )
     return manifest
 
 
@@ -75,26 +89,37 @@ def check_bundle(folder: Path | str) -> None:
 def verify_bundle(folder: Path | str) -> list[str]:
     """Hash every file of a bundle; what differs from the manifest, in words. Empty: nothing.
 
+    The settings of serving are read and the SID map is loaded, too: files with the right hashes may
+    still have been made wrong.
+
     Raises:
         ValueError: as `read_manifest`.
     """
-    return _problems(Path(folder), read_manifest(folder), weights=True)
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    problems = _problems(folder, manifest, weights=True)
+    if not problems:
+        try:
+            read_decoding(folder)
+            loaded = SemanticIds.load(folder / "semantic_ids").sha256
+        except ValueError as error:
+            return [str(error)]
+        problems = _map_problems(manifest, loaded)
+    return problems
 
 
 def card_was_edited(folder: Path | str) -> bool:
     """Whether the model card is another one than that which was exported."""
     stated = read_manifest(folder)["files"].get(CARD, {}).get("sha256")
-    path = Path(folder) / CARD
-    return not path.is_file() or sha256_file(path) != stated
+    return sha256_file(Path(folder) / CARD) != stated
 
 
 def _problems(folder: Path, manifest: dict[str, Any], weights: bool) -> list[str]:
     listed = manifest["files"]
     present = set(list_files(folder))
     problems = [f"{name} is not one of its files" for name in sorted(present - listed.keys())]
+    problems += [f"its manifest lacks {name}" for name in NEEDED if name not in listed]
     for name, stated in sorted(listed.items()):
-        if name == CARD:
-            continue
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts:
             problems.append(f"its manifest names {name}, which lies outside")
@@ -103,8 +128,40 @@ def _problems(folder: Path, manifest: dict[str, Any], weights: bool) -> list[str
         size = path.stat().st_size if path.is_file() else None
         if size is None:
             problems.append(f"{name} is missing")
+        elif name == CARD:
+            continue
         elif size != stated["bytes"]:
             problems.append(f"{name} has {size} bytes, its manifest says {stated['bytes']}")
         elif (weights or path.suffix != _WEIGHTS) and sha256_file(path) != stated["sha256"]:
             problems.append(f"{name} was changed (same size, another SHA-256)")
+        elif path.suffix == _WEIGHTS and (why := _header_problem(path)):
+            problems.append(f"{name} has a damaged header ({why})")
+    if not problems:
+        about = read_json(folder / SID_MAP)
+        problems = _map_problems(manifest, about.get("sha256") if isinstance(about, dict) else None)
     return problems
+
+
+def _header_problem(path: Path) -> str | None:
+    """What is wrong with the header of a file of weights, which says what is where; None: nothing.
+
+    Loading doesn't hash the weights, but without their header nothing in them can be found.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np"):
+            return None
+    except SafetensorError as error:
+        return str(error)
+
+
+def _map_problems(manifest: dict[str, Any], sha256: object) -> list[str]:
+    """Whether the SID map is the one that the manifest names (loading it checks its own hash)."""
+    stated = manifest["sid_map_sha256"]
+    if sha256 == stated:
+        return []
+    return [
+        f"{SID_MAP} is a map with SHA-256 {str(sha256)[:12]}, its manifest says {stated[:12]} "
+        "(sid_map_sha256)"
+    ]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from genrec.artifacts import load_manifest, read_json, require, stage_folder
-from genrec.bundle.files import DECODING, check_bundle, is_bundle
+from genrec.artifacts import load_manifest, require, stage_folder
+from genrec.bundle.decoding import MODEL_STAGES as MODEL_STAGES
+from genrec.bundle.decoding import read_decoding
+from genrec.bundle.files import check_bundle, is_bundle
 
-MODEL_STAGES = ("sft", "grpo")
 DEFAULT_K = 10
 
 
@@ -97,12 +98,12 @@ class ServedParts:
             stage: None, or the stage that the bundle's model came from.
 
         Raises:
-            ValueError: a file is missing, cut short, changed or not the bundle's, or its model came
-                from another stage.
+            ValueError: a file is missing, cut short, changed or not the bundle's, a setting of
+                ``decoding.json`` can't be, or its model came from another stage.
         """
         folder = Path(folder)
         check_bundle(folder)
-        decoding = read_json(folder / DECODING)
+        decoding = read_decoding(folder)
         if stage not in (None, decoding["model_stage"]):
             raise ValueError(
                 f"stage={stage!r}: the bundle {folder} holds the model of "

@@ -17,6 +17,7 @@ import polars as pl
 
 from genrec.artifacts import (
     ABOUT,
+    FOLDERS,
     MANIFEST,
     Manifest,
     git_commit,
@@ -31,7 +32,7 @@ from genrec.artifacts import (
     write_text,
 )
 from genrec.bundle.card import model_card
-from genrec.bundle.files import CARD, DECODING, KIND, SCHEMA_VERSION, list_files
+from genrec.bundle.files import CARD, DECODING, KIND, SCHEMA_VERSION, is_bundle, list_files
 from genrec.bundle.parts import DEFAULT_K, ServedParts
 from genrec.columns import BRAND, CATEGORIES, ITEM_ID, ITEM_INDEX, PRICE, TITLE, TRAIN_COUNT
 from genrec.decoding.beam import default_beam_width
@@ -72,10 +73,13 @@ def write_bundle(run_dir: Path | str, target: Path | str, settings: ExportSettin
     It is built in a hidden folder beside `target` and renamed when whole.
 
     Raises:
-        ValueError: `target` exists, a stage is missing or was changed, or the settings don't fit.
+        ValueError: `target` exists or lies in a stage's folder or a bundle, a stage is missing or
+            was changed, or the settings don't fit.
     """
     target = Path(target)
     _refuse_existing(target)
+    for run in {str(run_dir), str(settings.model_run or run_dir)}:
+        _refuse_inside(target, Path(run))
     parts = ServedParts.of_run(run_dir, settings.model_stage, settings.model_run)
     semantic_ids = SemanticIds.load(parts.semantic_ids)
     load_tokenizer(parts.model, semantic_ids)  # refuses a map that isn't the model's
@@ -127,6 +131,24 @@ def _refuse_existing(target: Path) -> None:
             f"{target} exists, and a bundle never overwrites anything; name another folder or move "
             "that one away"
         )
+
+
+def _refuse_inside(target: Path, run_dir: Path) -> None:
+    """Refuse a place where a bundle would be taken for a part of something else."""
+    place = target.resolve()
+    for stage in FOLDERS:
+        folder = stage_folder(run_dir, stage)
+        if folder.resolve() in (place, *place.parents):
+            raise ValueError(
+                f"{target} lies in {folder}, the folder of stage '{stage}', which holds nothing "
+                "but that stage's output; name a folder outside of it"
+            )
+    for parent in place.parents:
+        if is_bundle(parent):
+            raise ValueError(
+                f"{target} lies in the bundle {parent}, which would no longer be what was "
+                "exported; name a folder outside of it"
+            )
 
 
 def _copy(run_dir: Path | str, stage: str, prefix: str, target: Path) -> list[str]:

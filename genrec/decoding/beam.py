@@ -28,8 +28,15 @@ _CHILDREN_AT_ONCE = 1 << 22  # bounds the memory of a step; some ten arrays of t
 
 
 def default_beam_width(k: int) -> int:
-    """Search width for a list of k items: wide enough that the top k rarely changes beyond it."""
-    return max(2 * k, 50)
+    """Search width for a list of k items: the next of 50, 100, 200, 400, … from 2k on.
+
+    Wide enough that the top k rarely changes beyond it, and of so few values that users who ask for
+    lists of different lengths can be searched together.
+    """
+    width = 50
+    while width < 2 * k:
+        width *= 2
+    return width
 
 
 def check_sid_token_ids(
@@ -190,14 +197,50 @@ class TrieTensors:
             allowed = self._alive[level][child]
         if users is None:
             return allowed
-        rows = torch.arange(first, first + len(child), device=self.device)
-        key = rows.view(-1, 1, 1) * self.n_nodes[level] + child
         if len(users.dead):
-            allowed &= ~_holds(users.dead, key)
+            allowed = self._marked(level, child, users.dead, first, allowed, False)
         if users.restricted is not None:
             restricted = users.restricted[first : first + len(child)].view(-1, 1, 1)
-            allowed &= ~restricted | _holds(users.only, key)
+            nothing = allowed & ~restricted
+            # Opened again are candidates: `only` holds none that the view or `dead` excludes.
+            allowed = self._marked(level, child, users.only, first, nothing, True)
         return allowed
+
+    def _marked(
+        self, level: int, child: Tensor, keys: Tensor, first: int, mask: Tensor, value: bool
+    ) -> Tensor:
+        """`mask` with `value` where a child is one of the keys' nodes of its user, (U, B, M).
+
+        Children are ranges, so each key's place is found by arithmetic, beam by beam. Where users
+        have more keys than there are children, children are looked up among the keys instead.
+
+        Args:
+            level: level of the children.
+            child: ids, (U, B, M).
+            keys: ``user * n_nodes + node``.
+            first: row of the batch's first user.
+            mask: what to start from.
+            value: what to set.
+        """
+        n_users, n_beams, n_child = child.shape
+        if len(keys) > n_users * n_child:
+            rows = torch.arange(first, first + n_users, device=self.device).view(-1, 1, 1)
+            found = _holds(keys, rows * self.n_nodes[level] + child)
+            return mask | found if value else mask & ~found
+        row = keys // self.n_nodes[level] - first  # (K,)
+        node = (keys % self.n_nodes[level]).unsqueeze(1)
+        own = ((row >= 0) & (row < n_users)).unsqueeze(1)
+        row = row.clamp(0, n_users - 1)
+        place = node - child[row, :, 0]  # (K, B)
+        inside = own & (place >= 0) & (place < n_child)
+        place = place.clamp(0, n_child - 1)
+        beam = torch.arange(n_beams, device=self.device)
+        at = (row.unsqueeze(1) * n_beams + beam) * n_child + place
+        # What lies below no beam goes to a spare place at the end: no look at the device is needed.
+        spare = mask.numel()
+        flat = torch.cat([mask.flatten(), mask.new_zeros(1)])
+        flat[torch.where(inside, at, spare).flatten()] = value
+        return flat[:spare].view(child.shape)
 
     def exclusions(
         self,
@@ -239,9 +282,7 @@ def _row_pairs(lists: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _holds(sorted_keys: Tensor, key: Tensor) -> Tensor:
-    """Whether each key is among the sorted ones."""
-    if not len(sorted_keys):
-        return torch.zeros_like(key, dtype=torch.bool)
+    """Whether each key is among the sorted ones, of which there is one at least."""
     at = torch.searchsorted(sorted_keys, key).clamp_(max=len(sorted_keys) - 1)
     return sorted_keys[at] == key
 

@@ -2,8 +2,9 @@
 
 A level has a few hundred codes, a vocabulary some 150,000 tokens. Where the score is normalised
 over the level or the trie, only the level's columns are computed; over the full vocabulary the
-normaliser is summed in blocks, so that no (beams x vocabulary) matrix is ever held in fp32. The
-columns themselves are computed in fp32 whatever the model's dtype: bfloat16 logits tie.
+normaliser is summed in blocks, so that no (beams x vocabulary) matrix is ever held in fp32. Both
+are computed in fp32 whatever the model's dtype: bfloat16 logits tie, and a normaliser of rounded
+logits would make log-probabilities positive.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from genrec.decoding.beam import Normalizer, normalize
 logger = logging.getLogger(__name__)
 
 _LOGITS_AT_ONCE = 1 << 26  # of the full vocabulary, in fp32: 256 MiB
+_TOKENS_AT_ONCE = 1 << 14  # rows of a half-precision head that are held in fp32
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative; half precision: see below
 
 
@@ -96,9 +98,20 @@ class SidHead:
         """Log of the summed exponentials over the vocabulary, (U, B, 1)."""
         head = self._head
         assert head is not None
-        rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
-        parts = states.flatten(0, -2).split(rows)
-        sums = [F.linear(part, head.weight, head.bias).float().logsumexp(-1) for part in parts]
+        weight, bias = head.weight, head.bias
+        tokens = len(weight) if weight.dtype == torch.float32 else _TOKENS_AT_ONCE
+        rows = max(1, _LOGITS_AT_ONCE // min(tokens, len(weight)))
+        sums = []
+        for part in states.flatten(0, -2).split(rows):
+            blocks = [
+                F.linear(
+                    part.float(),
+                    weight[at : at + tokens].float(),
+                    None if bias is None else bias[at : at + tokens].float(),
+                ).logsumexp(-1)
+                for at in range(0, len(weight), tokens)
+            ]
+            sums.append(blocks[0] if len(blocks) == 1 else torch.stack(blocks).logsumexp(0))
         return torch.cat(sums).view(*states.shape[:-1], 1)
 
 

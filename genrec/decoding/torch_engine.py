@@ -2,12 +2,17 @@
 
 All beams of a user are query positions of one sequence. Keys and values are appended in place to
 memory that is taken once per batch, and a 4-D mask of ancestors says what each beam sees, so
-nothing is copied or reordered between levels. Works on unmodified Hugging Face decoders, with or
-without adapters.
+nothing is reordered or copied between levels. (Inside a layer, transformers repeats the keys and
+values of grouped-query attention for its kernel.)
+
+Works on unmodified Hugging Face decoders that attend by such a mask over everything before, with or
+without adapters. Not all do (ALiBi, local windows, recurrent models): each model is tried out once
+against its own plain forward pass, and refused if the two differ.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -28,12 +33,15 @@ from genrec.decoding.beam import (
     child_log_probs,
     finish,
     length_batches,
+    normalize,
     search_in_batches,
     step,
 )
 from genrec.decoding.lm_head import SidHead
 from genrec.decoding.sampling import Draws, Sampler, check_sampler
 from genrec.decoding.trie import CatalogueView, SidTrie
+
+_TRIED: weakref.WeakSet[Any] = weakref.WeakSet()  # models whose tree attention was tried out
 
 
 class TorchEngine:
@@ -74,6 +82,13 @@ class TorchEngine:
             raise ValueError(
                 f"the model attends through a sliding window of {window}; this engine's ancestor "
                 "mask needs full attention (set use_sliding_window=false if prompts fit the window)"
+            )
+        # Other names for windows, which a short trial can't see.
+        local = [kind for kind in getattr(model.config, "attention_layers", ()) if kind != "global"]
+        if local or getattr(model.config, "attention_chunk_size", None):
+            raise ValueError(
+                "the model has local or chunked attention; this engine's ancestor mask needs full "
+                "attention"
             )
 
     @property
@@ -130,7 +145,54 @@ class TorchEngine:
         if self._head is None or self._head.normalizer != self.normalizer:
             with _EvalMode(self.model):
                 self._head = SidHead(self.model, self.sid_ids, self.normalizer)
+                if self.model not in _TRIED:
+                    self._try_out(self._head)
+                    _TRIED.add(self.model)
         return self._head
+
+    @torch.inference_mode()
+    def _try_out(self, head: SidHead) -> None:
+        """Compare a small tree of beams with plain forward passes over its paths.
+
+        Raises:
+            ValueError: they differ: the model doesn't attend by mask, position and cache alone.
+        """
+        some = [int(ids[i % len(ids)]) for i in range(4) for ids in self.sid_ids]
+        prompts = [(some * 8)[:7], (some[::-1] * 8)[:3]]  # of unequal length
+        first = torch.tensor([some[:1] + some[-1:]] * 2, device=self.device)
+        then = torch.tensor([some[-1:] + some[1:2]] * 2, device=self.device)
+        own = torch.eye(2, dtype=torch.bool, device=self.device).expand(2, -1, -1)
+        swapped = own.flip(1)  # each goes on from the other's place
+        try:
+            forward = Forward(head, prompts, self.pad_token_id, 4)
+            forward.append(first, own)
+            forward.append(then, torch.cat([swapped, own], dim=-1))
+            made = head.columns(0, forward.states)
+            paths = [
+                [*prompt, int(first[0, 1 - beam]), int(then[0, beam])]
+                for prompt in prompts
+                for beam in (0, 1)
+            ]
+            plain = [
+                self.model(input_ids=torch.tensor([p], device=self.device), use_cache=False).logits
+                for p in paths
+            ]
+        except (TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"{type(self.model).__name__} can't be decoded by this engine: it fails on a cache "
+                f"and a 4-D attention mask ({error})"
+            ) from error
+        last = torch.stack([logits[0, -1] for logits in plain]).view(2, 2, -1)
+        true = normalize(last, self.sid_ids[0], self.normalizer)
+        half = self.model.dtype in (torch.bfloat16, torch.float16)
+        near = (0.1 if half else 1e-3) * max(1.0, float(true.abs().max()))
+        if not bool(((made - true).abs() <= near).all()) and not bool(true.isnan().any()):
+            raise ValueError(
+                f"{type(self.model).__name__} can't be decoded by this engine: over a tree of "
+                f"beams its log-probabilities differ by {float((made - true).abs().max()):.2g} "
+                "from a plain forward pass; it doesn't attend by mask and position over all that "
+                "is before"
+            )
 
     def _filtered(self, view: CatalogueView | None) -> TrieTensors:
         """The trie's tensors under a view; those of the last one are kept."""

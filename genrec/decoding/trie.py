@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from genrec.artifacts import read_json, write_json
+from genrec.artifacts import read_json, sha256_file, write_json
 from genrec.semantic_ids import SemanticIds
 
 FOLDER = "trie"  # below the quantize stage
@@ -143,10 +143,13 @@ class SidTrie:
         try:
             for name, array in self._arrays():
                 np.save(partial / f"{name}.npy", array)
-            sizes = {name: len(array) for name, array in self._arrays()}
+            files = {
+                name: {"size": len(array), "sha256": sha256_file(partial / f"{name}.npy")}
+                for name, array in self._arrays()
+            }
             about = {"format": _FORMAT, "n_levels": self.n_levels, "end_code": self.end_code}
             write_json(
-                partial / _ABOUT, {**about, "sid_map_sha256": sid_map_sha256, "sizes": sizes}
+                partial / _ABOUT, {**about, "sid_map_sha256": sid_map_sha256, "files": files}
             )
             os.replace(partial, folder)
         finally:
@@ -154,7 +157,9 @@ class SidTrie:
 
     @classmethod
     def load(cls, folder: Path | str, sid_map_sha256: str) -> SidTrie:
-        """Map a saved trie into memory: nothing is read before it is used, and processes share it.
+        """Map a saved trie into memory, where all processes of a machine share it.
+
+        Its files are read once, to compare their hashes.
 
         Args:
             folder: from `save`.
@@ -172,17 +177,17 @@ class SidTrie:
         if about["sid_map_sha256"] != sid_map_sha256:
             raise ValueError(
                 f"{folder} is the trie of SID map {about['sid_map_sha256'][:12]}, not of "
-                f"{sid_map_sha256[:12]}; delete it, it is made again"
+                f"{sid_map_sha256[:12]}; run quantize again"
             )
         arrays = {}
-        for name, size in about["sizes"].items():
-            try:
-                # Copy-on-write: torch wants writable memory, and nobody writes.
-                array = np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{folder / name}.npy is missing or damaged ({error})") from error
-            if array.shape != (size,):
-                raise ValueError(f"{folder / name}.npy has shape {array.shape}, not ({size},)")
+        for name, stated in about["files"].items():
+            path = folder / f"{name}.npy"
+            if not path.is_file() or sha256_file(path) != stated["sha256"]:
+                raise ValueError(f"{path} is missing or damaged; run quantize again")
+            # Copy-on-write: torch wants writable memory, and nobody writes.
+            array = np.load(path, mmap_mode="c", allow_pickle=False)
+            if array.shape != (stated["size"],):
+                raise ValueError(f"{path} has shape {array.shape}, not ({stated['size']},)")
             arrays[name] = np.asarray(array)
         tokens, children, leaves = (
             tuple(arrays[f"{kind}-{level}"] for level in range(about["n_levels"]))

@@ -366,7 +366,7 @@ def locked(folder: Path | str) -> Iterator[None]:
     """Hold the lock of a run folder: only one process at a time begins or ends a job there."""
     path = Path(folder) / ".recommend.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as stream:
+    with open(path, "a") as stream:  # a rerun leaves the file as it is
         try:
             fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError as error:  # a file system without locks

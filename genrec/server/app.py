@@ -7,7 +7,9 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from genrec import __version__
 from genrec.recommend import Recommendation
@@ -46,6 +48,7 @@ from genrec.server.serving import (
     Snapshot,
     SwapInProgress,
     SwapRefused,
+    ViewRule,
     path_below,
 )
 from genrec.server.settings import ServerSettings
@@ -54,6 +57,10 @@ logger = logging.getLogger(__name__)
 
 MAX_DETAIL = 2000  # characters of an error message
 RETRY_AFTER_S = 1
+# Where the description of the API has a view; the body of /admin/model refers to it.
+_VIEW_SCHEMA = "#/paths/~1admin~1view/post/requestBody/content/application~1json/schema"
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
 def create_app(load: Load, settings: ServerSettings) -> FastAPI:
@@ -113,10 +120,12 @@ def _add_routes(app: FastAPI, endpoints: Endpoints) -> None:
         return
     guard = [Depends(HTTPBearer(auto_error=False)), Depends(endpoints.require_admin)]
     refused = {status: text for status, text in problems.items() if status not in (503, 504)}
-    for path, function in (
-        ("/admin/view", endpoints.swap_view),
-        ("/admin/model", endpoints.swap_model),
+    for path, function, body in (
+        ("/admin/view", endpoints.swap_view, ViewBody),
+        ("/admin/model", endpoints.swap_model, ModelBody),
     ):
+        schema = body.model_json_schema(ref_template=_VIEW_SCHEMA)
+        schema = schema.pop("$defs", {}).get(body.__name__, schema)
         app.add_api_route(
             path,
             function,
@@ -124,6 +133,12 @@ def _add_routes(app: FastAPI, endpoints: Endpoints) -> None:
             dependencies=guard,
             response_model=SwapResponse,
             responses=refused,
+            openapi_extra={
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": schema}},
+                }
+            },
         )
 
 
@@ -187,7 +202,7 @@ class Endpoints:
             HTTPException: 504, the time is up.
         """
         self.batcher.submit(jobs)
-        together = asyncio.gather(*(job.answer for job in jobs))
+        together = asyncio.create_task(_together(jobs))
         gone = asyncio.create_task(_gone(request))
         either: set[asyncio.Future[Any]] = {together, gone}
         try:
@@ -228,18 +243,23 @@ class Endpoints:
         if token is None or not authorised(request.headers.get("authorization"), token):
             raise HTTPException(401, "this endpoint needs the admin's bearer token")
 
-    async def swap_view(self, body: ViewBody) -> dict[str, Any]:
+    async def swap_view(self, request: Request) -> dict[str, Any]:
         """Serve another view of the catalogue from now on."""
+        body = await request.body()
+        # A view may name a million items: read on the loop, it would hold up every request.
+        rule = await asyncio.to_thread(lambda: view_rule(_parsed(ViewBody, body)))
         try:
-            new = await self.serving.swap_view(view_rule(body))
+            new = await self.serving.swap_view(rule)
         except SwapRefused:
             self.monitoring.swap("view", done=False)
             raise
         self.monitoring.swap("view", done=True)
         return self._swapped(new)
 
-    async def swap_model(self, body: ModelBody) -> dict[str, Any]:
+    async def swap_model(self, request: Request) -> dict[str, Any]:
         """Load a run while the present one serves, then serve it."""
+        content = await request.body()
+        body, rule = await asyncio.to_thread(lambda: _model_and_rule(content))
         try:
             root = self.settings.runs_root
             if root is None:
@@ -249,7 +269,6 @@ class Endpoints:
                 for name in (body.run_dir, body.model_run)
             ]
             assert folders[0] is not None
-            rule = None if body.view is None else view_rule(body.view)
             new = await self.serving.swap_model(folders[0], folders[1], rule)
         except (SwapRefused, SwapInProgress):
             self.monitoring.swap("model", done=False)
@@ -259,6 +278,24 @@ class Endpoints:
 
     def _swapped(self, snapshot: Snapshot) -> dict[str, Any]:
         return {**served(snapshot), "catalogue_items": snapshot.n_items}
+
+
+async def _together(jobs: Sequence[Job]) -> list[Answer]:
+    """All answers; a coroutine, since asyncio logs a `gather` that was cancelled and not read."""
+    return await asyncio.gather(*(job.answer for job in jobs))
+
+
+def _parsed(kind: type[Body], content: bytes) -> Body:
+    """A body read from JSON; what is wrong with it is told as FastAPI's own parsing is."""
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+
+
+def _model_and_rule(content: bytes) -> tuple[ModelBody, ViewRule | None]:
+    body = _parsed(ModelBody, content)
+    return body, None if body.view is None else view_rule(body.view)
 
 
 async def _gone(request: Request) -> None:

@@ -8,15 +8,18 @@ requests before it finish on the old snapshot, requests after it start on the ne
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 
 from genrec.artifacts import FOLDERS, load_manifest, sha256_json, stage_folder
 from genrec.bundle.files import is_bundle, read_manifest
@@ -74,10 +77,21 @@ class ViewRule:
     kind: Literal["all", "allow", "deny"] = "all"
     item_ids: tuple[Any, ...] = ()
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        """Hash of the rule; the order of its ids and repetitions don't matter."""
-        return sha256_json([self.kind, sorted(set(self.item_ids), key=lambda i: (str(type(i)), i))])
+        """Hash of the rule; the order of its ids and repetitions don't matter.
+
+        A rule may name every item: integers and strings are sorted apart, in NumPy and Polars.
+        """
+        texts = pl.Series([i for i in self.item_ids if isinstance(i, str)], dtype=pl.String)
+        texts = texts.unique().sort()
+        numbers = np.unique([i for i in self.item_ids if not isinstance(i, str)]).astype("<i8")
+        digest = hashlib.sha256(f"{self.kind} {len(numbers)} {len(texts)} ".encode())
+        digest.update(numbers.tobytes())
+        # Their lengths tell ("ab", "c") from ("a", "bc").
+        digest.update(texts.str.len_bytes().to_numpy().astype("<u8").tobytes())
+        digest.update((texts.str.join("").item() if len(texts) else "").encode())
+        return digest.hexdigest()
 
     def apply(self, recommender: Recommender) -> CatalogueView:
         """The view of a catalogue.
@@ -207,7 +221,7 @@ class Serving:
     def __init__(self, load: Load, first: LoadedModel, rule: ViewRule | None = None) -> None:
         self._load = load
         _probe(first.recommender)
-        rule = rule or ViewRule()
+        rule = ViewRule() if rule is None else rule
         self.current = Snapshot(
             first,
             1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,8 @@ class ServerSettings:
         model_run: run that its model comes from, if not `run_dir`.
         view: the first view.
         max_batch: users decoded together; 1 turns batching off.
-        max_wait_ms: how long the oldest waiting user is kept for others to join the batch.
+        max_wait_ms: how long the oldest waiting user is kept for others to join the batch; below
+            `timeout_s`.
         max_queue: users that may wait; more are refused with 503.
         timeout_s: from a request's arrival to its answer; then 504.
         beam_width: prefixes kept per level; None: by k, as `Recommender.recommend` does.
@@ -66,6 +68,13 @@ class ServerSettings:
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        if self.max_wait_ms / 1000 >= self.timeout_s:  # infinity, too
+            raise ValueError(
+                f"max_wait_ms={self.max_wait_ms} must be below timeout_s={self.timeout_s:g} "
+                f"({1000 * self.timeout_s:g} ms): nobody would be answered in time; lower it"
+            )
+        if not math.isfinite(self.max_wait_ms):
+            raise ValueError(f"max_wait_ms={self.max_wait_ms} must be finite")
         for name in ("max_wait_ms", "max_history", "max_exclude"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")

@@ -15,10 +15,14 @@ prompts. All engines get the same prompts in turns, `--rounds` times; a figure i
 - `vllm-step`, `vllm-inworker`: genrec's engines on vLLM; `vllm-beam`: vLLM's own beam search, which
   can't be constrained: the share of catalogue items among its results is in `valid`.
 
-Beside the timings: `--valid_users` lists whose items are checked against the catalogue, the cost of
-one search step (children, filters, selection) from 10k to 10M items, and the trie's build time and
-size. Raw lists go to `--out_dir`, so that validity can be counted again. The last line is one JSON
-object.
+Beside the timings: `valid` is the share of results that are catalogue items (of genrec's engines
+also: that the user doesn't have), over `--valid_users` lists as well; of those, a sample is scored
+again by plain forward passes (`rescored_max_abs_diff`). `step_cost` is a whole
+search without its model (children, filters, selection) from 10k to 10M items, and the trie's build
+time and size. Raw lists go to `--out_dir`, so that validity can be counted again. vLLM engines stay
+alive to the end, since they share a process: one catalogue at a time. Top-level ratios are medians
+over the catalogues at width 20 (or the widths given), `users_per_s` those of the first. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -38,7 +42,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from genrec import modeling
 from genrec.artifacts import write_json, write_parquet
@@ -51,12 +63,13 @@ K = 10
 LEVELS, CODES = 4, 256
 TEXT_TOKENS = 2000  # of the small shapes; the large ones have their own vocabulary
 HISTORY = 20  # seen items per user
+CACHE_BYTES = 1 << 30  # of each vLLM engine's keys and values
 # hidden, layers, heads, key-value heads, head size, feed-forward, vocabulary: Qwen2.5's sizes.
 LARGE = {
     "0.5b": (896, 24, 14, 2, 64, 4864, 151_936),
     "1.5b": (1536, 28, 12, 2, 128, 8960, 151_936),
 }
-Lists = np.ndarray  # (users, K, LEVELS) codes; −1 where a result is no SID at all
+Lists = np.ndarray  # (users, K, LEVELS) codes; −1 where a result is no SID, or no item at all
 
 
 @dataclass
@@ -120,7 +133,15 @@ def build_model(args: argparse.Namespace) -> tuple[Any, list[list[int]]]:
 def run_torch(setting: Setting, normalizer: Any = "full") -> Lists:
     """Lists of genrec's engine."""
     engine = TorchEngine(setting.model, setting.trie, setting.sid_ids, 0, normalizer, setting.batch)
-    return setting.codes[engine.search(setting.prompts, K, setting.width, setting.seen).items]
+    return lists_of(setting, engine.search(setting.prompts, K, setting.width, setting.seen).items)
+
+
+def lists_of(setting: Setting, items: np.ndarray) -> Lists:
+    """Codes of an engine's items; −1 for no item, and for what the user has already."""
+    bad = items < 0
+    for row, gone in enumerate(setting.seen[: len(items)]):
+        bad[row] |= np.isin(items[row], gone)
+    return np.where(bad[..., None], -1, setting.codes[items])
 
 
 def run_floor(setting: Setting) -> None:
@@ -226,25 +247,32 @@ class VllmEngines:
     """genrec's vLLM engines and vLLM's own beam search on one saved model, in turns."""
 
     def __init__(self, setting: Setting, folder: Path) -> None:
-        from genrec.decoding.vllm_inworker import InWorkerEngine
-
         from genrec.decoding.vllm_engine import VllmEngine
+        from genrec.decoding.vllm_inworker import InWorkerEngine
 
         setting.model.save_pretrained(folder)
         options: dict[str, Any] = {"batch_size": setting.batch, "dtype": "float32"}
-        options["max_model_len"] = 256
+        options |= {"max_model_len": 256, "kv_cache_memory_bytes": CACHE_BYTES}
         self.step = VllmEngine(folder, setting.trie, setting.sid_ids, **options)
         self.inworker = InWorkerEngine(folder, setting.trie, setting.sid_ids, **options)
         import vllm
 
+        # Its own beam search asks for a tokenizer, and reads only the end token from it.
+        words = {str(token): token for token in range(setting.model.config.vocab_size)}
+        PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")), eos_token="1"
+        ).save_pretrained(folder)
         self.own = vllm.LLM(
-            str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=256,
-            max_logprobs=128, generation_config="vllm", enable_prefix_caching=True,
+            str(folder), dtype="float32", max_model_len=256, block_size=32, max_logprobs=128, generation_config="vllm", enable_prefix_caching=True,
+            kv_cache_memory_bytes=CACHE_BYTES,
         )  # fmt: skip
 
     def run(self, setting: Setting, engine: Any) -> Lists:
-        """One of genrec's two."""
-        return setting.codes[engine.search(setting.prompts, K, setting.width, setting.seen).items]
+        """One of genrec's two, on a cold prefix cache."""
+        engine.llm.reset_prefix_cache()
+        return lists_of(
+            setting, engine.search(setting.prompts, K, setting.width, setting.seen).items
+        )
 
     def run_own(self, setting: Setting) -> Lists:
         """Beam search of vLLM itself: unconstrained, for it takes no constraint."""
@@ -254,6 +282,7 @@ class VllmEngines:
             beam_width=setting.width, max_tokens=LEVELS, ignore_eos=True, length_penalty=0.0
         )
         prompts = [{"prompt_token_ids": prompt} for prompt in setting.prompts]
+        self.own.reset_prefix_cache()
         outputs = self.own.beam_search(prompts, params)
         tokens = [[s.tokens[-LEVELS:] for s in out.sequences[:K]] for out in outputs]
         return codes_of(np.array(tokens), setting.sid_ids)
@@ -345,9 +374,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--catalogues", type=int, nargs="+", default=[12_000, 100_000, 1_000_000])
     parser.add_argument("--widths", type=int, nargs="+", default=[10, 20, 50])
     parser.add_argument("--prompt", type=int, default=117, help="tokens of the longest prompt")
-    parser.add_argument("--users", type=int, default=128, help="users a round, fast engines")
-    parser.add_argument("--slow_users", type=int, default=16, help="users a round, the others")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--users", type=int, default=96, help="users a round, fast engines")
+    parser.add_argument("--slow_users", type=int, default=32, help="users a round, the others")
+    parser.add_argument("--batch", type=int, default=32, help="of every engine")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--valid_users", type=int, default=10_000)
     parser.add_argument("--step_items", type=int, nargs="*", default=[10**n for n in (4, 5, 6, 7)])
@@ -360,7 +389,9 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         args.catalogues, args.widths, args.step_items = [12_000], [20], [10_000, 100_000]
-        args.users, args.slow_users, args.valid_users = 32, 4, 256
+        args.users, args.slow_users, args.valid_users = 32, 8, 256
+    if args.vllm == "true" and len(args.catalogues) > 1:
+        parser.error("--vllm true takes one of --catalogues: its engines share a process")
     return args
 
 
@@ -417,15 +448,33 @@ def main() -> None:
             print(json.dumps(row), flush=True)
     setting.width, setting.prompts = 20, prompts[: args.valid_users]
     many = run_torch(setting)
+    rescored = rescore(setting, many[:50])
     valid["torch, many users"], distinct["torch, many users"] = shares(many, keys)
     raw.append(raw_table(many, "torch, many users", args.catalogues[-1], 20))
     steps = {n: step_cost(n, 32, 20, args.rounds) for n in args.step_items}
     shutil.rmtree(scratch)
     report = summary(args, rows, valid, distinct, steps, len(many))
+    report["rescored_max_abs_diff"] = rescored
     if args.out_dir is not None:
         write_parquet(args.out_dir / "lists.parquet", pl.concat(raw))
         write_json(args.out_dir / "decoding.json", report)
     print(json.dumps(report))
+
+
+def rescore(setting: Setting, lists: Lists) -> float:
+    """Largest difference between the engine's scores and plain forward passes over whole SIDs."""
+    engine = TorchEngine(setting.model, setting.trie, setting.sid_ids, 0, "full", setting.batch)
+    prompts, seen = setting.prompts[: len(lists)], setting.seen[: len(lists)]
+    scores = engine.search(prompts, K, setting.width, seen).scores
+    tokens = np.stack([np.array(ids)[lists[..., i]] for i, ids in enumerate(setting.sid_ids)], -1)
+    worst = 0.0
+    for prompt, own, score in zip(prompts, tokens.tolist(), scores, strict=True):
+        ids = torch.tensor([prompt + sid for sid in own], device=setting.model.device)
+        with torch.inference_mode():
+            logits = setting.model(ids).logits[:, len(prompt) - 1 : -1].float().log_softmax(-1)
+        plain = logits.gather(-1, ids[:, len(prompt) :, None]).sum((1, 2)).cpu().numpy()
+        worst = max(worst, float(np.abs(plain - score).max()))
+    return worst
 
 
 def raw_table(lists: Lists, engine: str, n_items: int, width: int) -> pl.DataFrame:
@@ -448,7 +497,7 @@ def summary(
     steps: dict[int, dict[str, float]],
     n_checked: int,
 ) -> dict[str, Any]:
-    """The report; its top-level ratios are the medians over all settings at width 20."""
+    """The report; see the module."""
     usual = [row for row in rows if row["width"] == 20] or rows
     ours = [name for name in valid if not name.startswith("vllm-beam")]
 

@@ -213,7 +213,9 @@ def test_normalizers_by_hand():
 
 
 def test_the_default_width():
-    assert [default_beam_width(k) for k in (1, 10, 25, 100)] == [50, 50, 50, 200]
+    assert [default_beam_width(k) for k in (1, 25, 26, 50, 51, 100, 101)] == [
+        50, 50, 100, 100, 200, 200, 400
+    ]  # fmt: skip
 
 
 def test_a_view_of_another_trie_is_refused():

@@ -109,6 +109,25 @@ def test_half_precision_columns_do_not_tie(reference: Any, sid_ids: list[torch.T
     assert (made - halves).abs().max() < 0.3
 
 
+@pytest.mark.parametrize("tokens", [10, 1000])
+def test_half_precision_log_probabilities_are_none_above_zero(
+    reference: Any, sid_ids: list[torch.Tensor], tokens: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(lm_head, "_TOKENS_AT_ONCE", tokens)
+    model = deepcopy(reference.tiny_model())
+    with torch.no_grad():  # peaked: most of the mass on one code
+        model.get_input_embeddings().weight.mul_(4)
+    model = model.bfloat16().eval()
+    head = SidHead(model, sid_ids, "full")
+    ids = torch.randint(0, 96, (200, 5), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        states = head.states(last=torch.full((200,), 4), input_ids=ids)
+        made = head.columns(1, states)
+        true = (states.float() @ model.lm_head.weight.float().T).log_softmax(-1)[..., sid_ids[1]]
+    assert head.split and float(made.max()) <= 1e-5
+    torch.testing.assert_close(made, true, atol=1e-4, rtol=1e-5)
+
+
 def test_scaled_logits_are_searched_right(reference: Any):
     model, ids = granite(), reference.sid_token_ids(3)
     codes = reference.random_codes(3, 30, 3)

@@ -11,11 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from genrec.decoding import beam
@@ -257,6 +263,38 @@ def test_training_mode_is_put_aside_and_restored(reference: Any):
     result = TorchEngine(model, case.trie, case.ids, 0).search(case.prompts, 5, 10)
     assert model.training
     assert (result.scores == plain.scores).all()
+
+
+def odd_model(kind: str) -> PreTrainedModel:
+    """Models that don't attend by mask and position over all that is before."""
+    torch.manual_seed(0)
+    size = dict(vocab_size=96, initializer_range=0.3)
+    if kind == "mpt":  # ALiBi: biases by distance in the row
+        attention = {"attn_impl": "torch", "alibi": True}
+        return MptForCausalLM(
+            MptConfig(vocab_size=96, d_model=32, n_heads=2, n_layers=2, max_seq_len=64,
+                      attn_config=attention, initializer_range=0.3)
+        ).eval()  # fmt: skip
+    if kind == "rwkv":  # recurrent
+        return RwkvForCausalLM(
+            RwkvConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, context_length=64)
+        ).eval()
+    layers = [[["global", "local"], 1]]
+    return GPTNeoForCausalLM(
+        GPTNeoConfig(**size, hidden_size=32, num_layers=2, num_heads=2, attention_types=layers,
+                     max_position_embeddings=64, window_size=4)
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("mpt", "can't be decoded"), ("rwkv", "can't be decoded"), ("gpt-neo", "local or chunked")],
+)
+def test_models_that_attend_otherwise_are_refused(reference: Any, kind: str, message: str):
+    codes, ids = reference.random_codes(0, 20, 3), reference.sid_token_ids(3)
+    with pytest.raises(ValueError, match=message):
+        engine = TorchEngine(odd_model(kind), SidTrie.build(codes), ids, 0)
+        engine.search(reference.random_prompts(0, 3), 2, 5)
 
 
 def test_views_come_and_go_on_one_engine(reference: Any):

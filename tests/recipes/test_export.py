@@ -88,9 +88,14 @@ def test_the_default_place_and_what_is_refused(in_process, listed: Path, tmp_pat
         (["--k", "0"], "k=0 must be at least 1"),
         (["--model_stage", "grpo"], "stage 'grpo' has not finished"),
         (["--output_dir", str(listed)], "never overwrites"),
+        (["--output_dir", ""], "output_dir is empty"),
+        (["--verify", ""], "verify is empty"),
+        (["--output_dir", str(listed / "sft" / "b")], "the folder of stage 'sft'"),
     ):
         assert message in in_process("export", listed, *flags, fails=True)
     assert not (listed / "bundle").exists()
     in_process("export", listed, "--k", "2")
     assert Recommender.load(listed / "bundle").k == 2
     assert "never overwrites" in in_process("export", listed, fails=True)
+    again = ("--output_dir", str(tmp_path / "again"))
+    assert "this command needs a run" in in_process("export", listed / "bundle", *again, fails=True)

@@ -39,7 +39,7 @@ def run_dir(tiny, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("tiny") / "run"
     shop = tiny.shop()
     model, tokenizer, _ = tiny.sid_lm(shop.semantic_ids)
-    tiny.save_run(run, shop, model, tokenizer)
+    tiny.save_run(run, shop, model, tokenizer, normalizer="trie")
     return run
 
 
@@ -48,7 +48,7 @@ def test_a_named_model(plan):
         "--model", "qwen3-0.6b", "--n_items", "1000", "--prompt_tokens", "300", "--n_users",
         "5000000", "--price_per_hour", "2", "--devices", "4", "--k", "30",
     )  # fmt: skip
-    work = Workload(60, (256,) * 3, 300, 1000, 5_000_000)
+    work = Workload(100, (256,) * 3, 300, 1000, 5_000_000)
     made = estimate(SHAPES["qwen3-0.6b"], work, HARDWARE["h100-80"], devices=4)
     assert "Estimate (a roofline, nothing was run)" in said and "40% of its peaks assumed" in said
     assert "596.0 M parameters, bfloat16" in said and "h100-80 x 4" in said
@@ -62,6 +62,10 @@ def test_a_run_and_its_measured_rate(plan, run_dir: Path):
     said = plan(*flags, "--n_users", "7200")
     assert "3 levels, 20 items" in said and "Measured: no lists of this run were timed" in said
     assert "set --price_per_hour" in said
+    assert "scores over trie" in said and "normaliser" in said  # what its model declares
+    assert "scores over level" in plan(*flags, "--normalizer", "level")
+    for name in ("n_items", "prompt_tokens"):
+        assert f"{name}=0" in plan(*flags, f"--{name}", "0", fails=True)
     stage = Stage(run_dir, "recommend", {"engine": "torch", "dtype": "float32", "beam_width": 9})
     assert not stage.is_done()
     stage.finish(rows=0, metrics={"users_per_s": 2.0})
@@ -88,6 +92,9 @@ def test_own_hardware(plan):
     assert "exceed 90% of the device's 1 GB" in said
 
 
+WHOLE = "--model qwen3-4b --prompt_tokens 9 --n_items 9".split()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -97,8 +104,16 @@ def test_own_hardware(plan):
         (["--model", "qwen3-4b", "--prompt_tokens", "9"], "--n_items is needed"),
         (["--model", "qwen3-4b", "--hardware", "tpu"], "hardware='tpu' is not known"),
         (["--model", "qwen3-4b", "--k", "20", "--beam_width", "5"], "k=20 must lie between 1 and"),
-        (["--model", "qwen3-4b", "--tflops", "-1"], "tflops=-1.0 must be above 0"),
+        (["--model", "qwen3-4b", "--tflops", "-1"], "--prompt_tokens is needed"),
+        ([*WHOLE, "--tflops", "-1"], "tflops=-1.0 must be above 0"),
         (["--model", "qwen3-4b", "--price_per_hour", "-1"], "price_per_hour=-1.0 must be at least"),
+        (["--model", ""], "model is empty"),
+        (["--model", "qwen3-4b", "--n_items", "0"], "n_items=0 must be at least 1"),
+        (["--model", "qwen3-4b", "--prompt_tokens", "nan"], "prompt_tokens=nan must be at least 1"),
+        ([*WHOLE, "--prompt_tokens", "1e300"], "prompt_tokens=1e+300 must be at most"),
+        ([*WHOLE, "--memory", "inf"], "memory=inf must lie between"),
+        ([*WHOLE, "--tflops", "1e-320"], "must lie between 1e-06 and"),
+        ([*WHOLE, "--devices", "9" * 400], "must be at most 1,000,000"),
         (["--run_dir", "/nowhere"], "stage 'sft' has not finished"),
     ],
 )

@@ -145,6 +145,10 @@ def test_sigterm_answers_what_is_queued(server):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--max_wait_ms", "inf"], "max_wait_ms=inf must be below timeout_s=10"),
+        (["--max_wait_ms", "nan"], "max_wait_ms=nan must be finite"),
+        (["--max_wait_ms", "500", "--timeout_s", "0.5"], "max_wait_ms=500.0 must be below"),
+        (["--host", "no such host"], "host=no such host, port="),
         (["--port", "0"], "port=0 must lie between 1 and 65535"),
         (["--engine", "tpu"], "engine='tpu' is not known"),
         (["--max_batch", "0"], "max_batch=0 must be above 0"),
@@ -157,8 +161,25 @@ def test_sigterm_answers_what_is_queued(server):
     ],
 )
 def test_settings_that_cannot_work_end_with_one_line(in_process, run, flags, message):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = str(probe.getsockname()[1])
+    flags = flags if "--port" in flags else [*flags, "--port", free]
     said = in_process("serve", run, *flags, fails=True)
     assert message in said and said.count("error: ") == 1 and "Traceback" not in said
+
+
+def test_a_port_in_use_is_found_before_a_model_is_loaded(in_process, run, monkeypatch):
+    import genrec.server.app
+
+    def load(*_: object) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(genrec.server.app, "create_app", load)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        said = in_process("serve", run, "--port", str(port), fails=True)
+    assert f"port={port} can't be listened at" in said and "in use" in said
 
 
 def test_a_short_token_is_refused(in_process, run, monkeypatch):

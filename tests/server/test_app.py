@@ -99,6 +99,28 @@ def test_a_batch_changes_nobodys_list(client, world):
         assert result["user_id"] == request.get("user_id")
 
 
+def test_lists_of_many_lengths_share_a_batch(world):
+    """The width has few values, so users who ask for 26 to 50 items are searched together."""
+    app = world.app(max_batch=25)
+    (route,) = (r for r in app.routes if r.path == "/recommend")
+    batcher = route.endpoint.__self__.batcher
+    decode, batches = batcher._decode, []
+
+    def watched(jobs):
+        batches.append([job.k for job in jobs])
+        return decode(jobs)
+
+    batcher._decode = watched
+    requests = [{"history": world.ids[k % 7 : 7], "k": k} for k in range(26, 51)]
+    with TestClient(app) as client:
+        results = client.post("/recommend", json={"requests": requests}).json()["results"]
+    assert batches == [list(range(26, 51))]
+    for request, result in zip(requests[::6], results[::6], strict=True):
+        check_list(result, *alone(world, request["history"], request["k"]))
+        rows = world.recommenders["a"].recommend(request["history"], request["k"])
+        assert [i["item_id"] for i in result["items"]] == [r.item_id for r in rows]
+
+
 def test_certified_is_that_of_the_own_k_and_width(world):
     """With a narrow search some lists are proven and others not, whatever their neighbours ask."""
     histories = [world.ids[:n] for n in (1, 2, 51, 53)]  # of the last two hardly an item is left
@@ -299,6 +321,16 @@ def test_the_description_has_every_endpoint(client):
     assert set(paths["/recommend"]["post"]["responses"]) == {
         "200", "400", "409", "413", "422", "503", "504"
     }  # fmt: skip
+    view, model = (
+        paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        for path in ("/admin/view", "/admin/model")
+    )
+    assert set(view["properties"]) == {"allow", "deny", "all"}
+    place = model["properties"]["view"]["anyOf"][0]["$ref"]
+    found = client.get("/openapi.json").json()
+    for step in place.removeprefix("#/").split("/"):
+        found = found[step.replace("~1", "/")]
+    assert found == view
 
 
 def test_metrics_count_what_happened(world):

@@ -20,6 +20,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+import genrec.server.app as app_module
 from genrec.artifacts import Stage, write_parquet
 from genrec.server.app import create_app
 from genrec.server.requests import read_view
@@ -29,15 +30,20 @@ from genrec.server.serving import ViewRule, load_run, path_below
 def run(app: FastAPI, test: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
     """Run a test with many requests at once; no server between, so nothing hides an exception."""
 
+    lost: list[dict[str, Any]] = []  # exceptions that nobody retrieved
+
     async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context))
         transport = httpx.ASGITransport(app)
         async with (
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client,
         ):
             await asyncio.wait_for(test(client), 60)
+            gc.collect()
 
     asyncio.run(main())
+    assert not lost
 
 
 def endpoints(app: FastAPI) -> Any:
@@ -74,6 +80,68 @@ def test_views(world):
         # The hash is that of the rule, whatever the order.
         again = client.post("/admin/view", json={"allow": ids[4::-1]}).json()["view"]
         assert again["sha256"] == allow["sha256"] != everything["sha256"]
+
+
+def test_the_hash_of_a_rule():
+    """Of its kind and its set of ids, made once."""
+    rules = [
+        ViewRule(), ViewRule("allow"), ViewRule("deny"), ViewRule("deny", (1,)),
+        ViewRule("deny", (-1,)), ViewRule("deny", (1, 2)), ViewRule("deny", ("1",)),
+        ViewRule("deny", ("1", 2)), ViewRule("deny", ("ab", "c")), ViewRule("deny", ("a", "bc")),
+        ViewRule("deny", ("ä", "")), ViewRule("deny", ("ä",)), ViewRule("deny", (1 << 62,)),
+    ]  # fmt: skip
+    assert len({rule.sha256 for rule in rules}) == len(rules)
+    for rule in rules:
+        assert ViewRule(rule.kind, (*rule.item_ids[::-1], *rule.item_ids)).sha256 == rule.sha256
+        assert rule.sha256 is rule.sha256
+
+
+@pytest.mark.parametrize("path", ["/admin/view", "/admin/model"])
+def test_a_body_of_the_admin_is_read_off_the_loop(world, monkeypatch, path):
+    """A view of a million items takes a second to read; the others are answered meanwhile."""
+    reading, answered = threading.Event(), threading.Event()
+    original = app_module.view_rule
+
+    def slow(body):
+        reading.set()
+        assert answered.wait(20)
+        return original(body)
+
+    monkeypatch.setattr(app_module, "view_rule", slow)
+    body = (
+        {"allow": world.ids[:3]}
+        if path == "/admin/view"
+        else {"run_dir": "b", "view": {"all": True}}
+    )
+
+    async def test(client: httpx.AsyncClient) -> None:
+        swap = asyncio.create_task(client.post(path, json=body, headers=world.admin))
+        assert await asyncio.to_thread(reading.wait, 20)
+        made = await client.post("/recommend", json={"history": [], "k": 1})
+        assert made.status_code == 200 and made.json()["view"]["version"] == 1
+        answered.set()
+        assert (await swap).json()["view"]["version"] == 2
+
+    run(world.app(), test)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"{", "the body is not valid JSON"),
+        (b"", "the body is not valid JSON"),
+        (b'{"all": "\xff"}', "the body is not valid JSON"),
+        (b'{"allow": ["\\ud800"]}', "the body is not valid JSON"),
+        (b'{"allow": [9223372036854775808]}', "must fit into 64 bits"),
+        (b"[" * 100_000, "the body is not valid JSON"),
+    ],
+)
+def test_bodies_that_are_no_view(world, body, message):
+    headers = {**world.admin, "content-type": "application/json"}
+    with TestClient(world.app(), headers=headers) as client:
+        made = client.post("/admin/view", content=body)
+        assert made.status_code == 422 and len(made.text) < 400
+        assert message in made.json()["detail"]
 
 
 @pytest.mark.parametrize(
