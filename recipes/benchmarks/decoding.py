@@ -263,8 +263,8 @@ class VllmEngines:
             tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")), eos_token="1"
         ).save_pretrained(folder)
         self.own = vllm.LLM(
-            str(folder), dtype="float32", max_model_len=256, block_size=32, max_logprobs=128, generation_config="vllm", enable_prefix_caching=True,
-            kv_cache_memory_bytes=CACHE_BYTES,
+            str(folder), dtype="float32", max_model_len=256, block_size=32, max_logprobs=128,
+            generation_config="vllm", enable_prefix_caching=True, kv_cache_memory_bytes=CACHE_BYTES,
         )  # fmt: skip
 
     def run(self, setting: Setting, engine: Any) -> Lists:
