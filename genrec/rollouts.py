@@ -18,9 +18,10 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from genrec.columns import SEEN
-from genrec.decoding.beam import Normalizer, TrieTensors, child_log_probs, normalize
+from genrec.decoding.beam import Normalizer, child_log_probs, normalize
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
+from genrec.decoding.trie_tensors import TrieTensors
 from genrec.modeling import encode_prompts
 
 

@@ -107,8 +107,8 @@ def test_memory_of_a_user_and_of_the_trie():
 def test_trie_estimate_bounds_the_arrays_on_the_device(tiny):
     import torch
 
-    from genrec.decoding.beam import TrieTensors
     from genrec.decoding.trie import SidTrie
+    from genrec.decoding.trie_tensors import TrieTensors
 
     codes = tiny.sids(60).codes
     held = TrieTensors(SidTrie.build(codes), None, torch.device("cpu"))

@@ -26,9 +26,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from genrec.decoding.beam import (
     BeamResult,
     Beams,
-    LevelFilter,
     Normalizer,
-    TrieTensors,
     check_sid_token_ids,
     child_log_probs,
     finish,
@@ -40,6 +38,7 @@ from genrec.decoding.beam import (
 from genrec.decoding.lm_head import SidHead
 from genrec.decoding.sampling import Draws, Sampler, check_sampler
 from genrec.decoding.trie import CatalogueView, SidTrie
+from genrec.decoding.trie_tensors import LevelFilter, TrieTensors
 
 _TRIED: weakref.WeakSet[Any] = weakref.WeakSet()  # models whose tree attention was tried out
 

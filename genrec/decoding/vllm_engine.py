@@ -29,9 +29,7 @@ from genrec.decoding.beam import (
     NORMALIZERS,
     BeamResult,
     Beams,
-    LevelFilter,
     Normalizer,
-    TrieTensors,
     advance,
     check_sid_token_ids,
     child_log_probs,
@@ -42,6 +40,7 @@ from genrec.decoding.beam import (
     search_in_batches,
 )
 from genrec.decoding.trie import CatalogueView, SidTrie
+from genrec.decoding.trie_tensors import LevelFilter, TrieTensors
 
 try:
     import vllm

@@ -19,13 +19,12 @@ import torch
 
 from genrec.decoding.beam import (
     BeamResult,
-    LevelFilter,
     Normalizer,
-    TrieTensors,
     check_sid_token_ids,
     search_in_batches,
 )
 from genrec.decoding.trie import CatalogueView, SidTrie
+from genrec.decoding.trie_tensors import LevelFilter, TrieTensors
 from genrec.decoding.vllm_engine import (
     CPU_BLOCK_SIZE,
     check_settings,

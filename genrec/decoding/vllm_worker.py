@@ -24,14 +24,13 @@ from torch.nn import functional as F
 from genrec.decoding.beam import (
     BeamResult,
     Beams,
-    LevelFilter,
     Normalizer,
-    TrieTensors,
     child_log_probs,
     finish,
     normalize,
     step,
 )
+from genrec.decoding.trie_tensors import LevelFilter, TrieTensors
 from genrec.decoding.vllm_engine import vllm
 
 try:

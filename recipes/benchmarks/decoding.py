@@ -54,10 +54,11 @@ from transformers import (
 
 from genrec import modeling
 from genrec.artifacts import write_json, write_parquet
-from genrec.decoding.beam import Beams, TrieTensors, length_batches, step
+from genrec.decoding.beam import Beams, length_batches, step
 from genrec.decoding.lm_head import SidHead
 from genrec.decoding.torch_engine import Forward, TorchEngine
 from genrec.decoding.trie import SidTrie
+from genrec.decoding.trie_tensors import TrieTensors
 
 K = 10
 LEVELS, CODES = 4, 256

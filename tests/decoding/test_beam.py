@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from genrec.decoding.beam import (
     BeamResult,
     Beams,
-    TrieTensors,
     advance,
     check_sid_token_ids,
     child_log_probs,
@@ -24,6 +23,7 @@ from genrec.decoding.beam import (
     rank_key,
 )
 from genrec.decoding.trie import SidTrie
+from genrec.decoding.trie_tensors import TrieTensors
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,6 @@ from genrec.decoding.beam import (
     NORMALIZERS,
     BeamResult,
     Beams,
-    TrieTensors,
     advance,
     finish,
 )
@@ -38,6 +37,7 @@ from genrec.decoding.sampling import (
 )
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
+from genrec.decoding.trie_tensors import TrieTensors
 
 CPU = torch.device("cpu")
 INF = float("inf")
