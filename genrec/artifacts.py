@@ -4,7 +4,7 @@ A stage writes one folder below the run folder. ``manifest.json`` is written las
 its presence means that the stage is complete. A stage whose fingerprint (settings, input content,
 schema) matches its manifest is skipped; one whose inputs were rebuilt since is refused, naming both
 sides and the command that repairs it. Nothing complete is ever overwritten: ``overwrite`` sets the
-old folder aside under a new name.
+old folder aside under a new name. Longer than other modules: a stage's life is read in one place.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ Between levels each beam takes over its parent's private blocks; nothing else is
 
 This drives vLLM's V1 model runner through its internals, without the scheduler: blocks are simply
 taken from the cache's beginning, which is right only while vLLM has no request of its own.
-`InWorkerEngine` sees to that. What is used of the internals is checked before it is used.
+`InWorkerEngine` sees to that. What is used of the internals is checked before it is used. Longer
+than other modules: all that depends on those internals is in this one.
 """
 
 from __future__ import annotations
