@@ -186,7 +186,7 @@ def main() -> None:
             "normalizer": {
                 "normalizer": normalizer, "declared_by_sft": declared,
                 "measured": compared.measured if compared else {},
-                "against_full": compared.against_full if compared else {},
+                "against_default": compared.against_default if compared else {},
             },
         }  # fmt: skip
         stage.finish(

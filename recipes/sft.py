@@ -12,27 +12,27 @@ declares from then on is in ``sft/model/genrec.json`` and in the manifest, with 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
 from accelerate.state import PartialState
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from genrec import modeling
 from genrec.artifacts import Stage, stage_folder, write_json
+from genrec.averaging import WeightAverage
 from genrec.columns import PROMPT, TASK
 from genrec.config import check_choice, parse, run, training_fingerprint
 from genrec.data.splits import read_split
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 from genrec.evaluation.normalizer_choice import (
-    DEFAULT,
     NormalizerChoice,
     declared_by_hand,
     declared_unmeasured,
@@ -43,6 +43,13 @@ from genrec.normalizers import NORMALIZERS, Normalizer
 from genrec.prompts import PromptRenderer
 from genrec.quantizers.code_vectors import code_vectors
 from genrec.semantic_ids import SemanticIds
+from genrec.supervised_head import (
+    LOSSES,
+    NORMALIZERS_OF,
+    LossOver,
+    add_hidden_dropout,
+    use_supervised_head,
+)
 from genrec.tasks.instruction_rows import InstructionRows
 from genrec.tasks.mixing import named_numbers, named_rows, plan
 from genrec.tasks.rendering import ItemTexts
@@ -61,7 +68,13 @@ class SftArgs:
     dtype: str = "float32"  # of the loaded base model's weights
     size: str = "small"  # from scratch: tiny, small or base
     vocab_size: int = 2000  # from scratch: text tokens of the tokenizer trained on the catalogue
-    dropout: float = 0.0  # from scratch: attention dropout
+    dropout: float = 0.0  # from scratch: of attention weights
+    hidden_dropout: float = 0.0  # from scratch: of embeddings and of what each block adds
+    # What a SID token's probability is normalised over in the loss: vocabulary, level (the codes of
+    # its level) or trie (those that continue an item's SID). The last two are faster and learn only
+    # what the search will ask for; such a model can't write SIDs amid free text.
+    loss_over: str = "vocabulary"
+    ema_decay: float = 0.0  # validate and serve a moving average of the weights, e.g. 0.999
     sid_init: str = "codebooks"  # SID rows start as rotated centroids, or as means of title tokens
     use_lora: bool = False  # train adapters and the SID rows instead of all weights
     lora_rank: int = 16
@@ -84,6 +97,17 @@ class SftArgs:
         check_choice("sid_init", self.sid_init, SID_INITS)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16", "auto"))
         check_choice("normalizer", self.normalizer, ("auto", *NORMALIZERS))
+        check_choice("loss_over", self.loss_over, LOSSES)
+        for name, most in (("dropout", 1), ("hidden_dropout", 1), ("ema_decay", 1)):
+            if not 0 <= (value := getattr(self, name)) < most:
+                raise ValueError(f"{name}={value} must be at least 0 and below {most}")
+        if self.model_name_or_path and (self.dropout or self.hidden_dropout):
+            raise ValueError("dropout and hidden_dropout are settings of a model from scratch")
+        if self.normalizer not in ("auto", *NORMALIZERS_OF[self.loss_over]):
+            raise ValueError(
+                f"normalizer={self.normalizer} with loss_over={self.loss_over}: the model learns "
+                f"nothing of what lies outside; use {' or '.join(NORMALIZERS_OF[self.loss_over])}"
+            )
         if self.use_lora and not self.model_name_or_path:
             raise ValueError(
                 "use_lora needs model_name_or_path: adapters sit on a pretrained model"
@@ -106,6 +130,7 @@ def named_normalizer(name: str) -> Normalizer | None:
 
 def decide(
     by_hand: Normalizer | None,
+    candidates: Sequence[Normalizer],
     validation: BeamValidation | None,
     make: Callable[..., TorchEngine],
     seed: int,
@@ -114,17 +139,53 @@ def decide(
     if by_hand is not None:
         return declared_by_hand(by_hand)
     if validation is None:
-        return declared_unmeasured("nothing was validated (eval_rows=0 or no validation rows)")
-    return measure_normalizers(validation, make, seed)
+        why = "nothing was validated (eval_rows=0 or no validation rows)"
+        return declared_unmeasured(candidates[0], why)
+    return measure_normalizers(validation, make, seed, candidates)
+
+
+def base_model(
+    args: SftArgs, seed: int, n_tokens: int, longest: int, full_history: int
+) -> PreTrainedModel:
+    """The model that is trained: loaded, or a small one from scratch.
+
+    Args:
+        args: settings.
+        seed: of random weights.
+        n_tokens: of the tokenizer.
+        longest: tokens of the longest row.
+        full_history: SID tokens of the longest history and its target.
+    """
+    if args.model_name_or_path:
+        model = modeling.load_base(args.model_name_or_path, args.dtype)
+        limit = model.config.max_position_embeddings
+        if longest > limit:
+            raise ValueError(
+                f"the longest row has {longest} tokens, {args.model_name_or_path} holds {limit}; "
+                "prepare with a smaller max_history"
+            )
+        return model
+    context = -(-(longest + full_history + 32) // 64) * 64
+    model = modeling.from_scratch(args.size, n_tokens, context, seed, args.dropout)
+    if args.hidden_dropout:
+        add_hidden_dropout(model, args.hidden_dropout)
+    return model
 
 
 class EpochTrainer(SFTTrainer):
     """TRL's trainer on rows that are rendered anew for each epoch."""
 
-    def __init__(self, rows: EpochRows, **settings: Any) -> None:
+    def __init__(self, rows: EpochRows, average: WeightAverage | None, **settings: Any) -> None:
         # TRL takes Datasets alone and looks at the first row of one; torch's loader takes any rows.
         super().__init__(train_dataset=Dataset.from_list([rows[0]]), **settings)
         self.train_dataset = rows
+        self._average = average
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Into a checkpoint; its last file, which says that it is complete, is written later."""
+        super()._save(output_dir, state_dict)
+        if self._average and output_dir:
+            self._average.save(output_dir)
 
     def _get_train_sampler(self, train_dataset: object = None) -> EpochSampler:
         rows = self.train_dataset
@@ -181,21 +242,9 @@ def main() -> None:
     longest = max(longest, *(len(ids) + semantic_ids.n_levels for ids in served), 0)
 
     # Model, SID rows, adapters.
-    if args.model_name_or_path:
-        model = modeling.load_base(args.model_name_or_path, args.dtype)
-        limit = model.config.max_position_embeddings
-        if longest > limit:
-            raise ValueError(
-                f"the longest row has {longest} tokens, {args.model_name_or_path} holds {limit}; "
-                "prepare with a smaller max_history"
-            )
-    else:
-        # Rotary positions cost nothing: hold a full history also where no training row has one.
-        full = (stage.upstream["prepare"].config["max_history"] + 1) * semantic_ids.n_levels
-        context = -(-(longest + full + 32) // 64) * 64
-        model = modeling.from_scratch(
-            args.size, len(tokenizer), context, training.seed, args.dropout
-        )
+    # Rotary positions cost nothing: hold a full history also where no training row has one.
+    full = (stage.upstream["prepare"].config["max_history"] + 1) * semantic_ids.n_levels
+    model = base_model(args, training.seed, len(tokenizer), longest, full)
     modeling.resize_embeddings(model, tokenizer)
     if len(tokenizer) == n_text_tokens:
         print("the base model has these SID tokens already; their rows are kept")
@@ -220,8 +269,10 @@ def main() -> None:
     training.dataset_kwargs = {"skip_prepare_dataset": True}
     training.max_length = None
     training.remove_unused_columns = False
+    average = WeightAverage(args.ema_decay) if args.ema_decay else None
     trainer = EpochTrainer(
         train_rows,
+        average,
         model=model,
         args=training,
         processing_class=tokenizer,
@@ -230,15 +281,19 @@ def main() -> None:
     assert trainer.model is not None
     modeling.expose_head_bias(trainer.model)
     trie = SidTrie.build(semantic_ids.codes)
+    use_supervised_head(model, token_ids, cast(LossOver, args.loss_over), trie)  # below any adapter
+    if average:
+        trainer.add_callback(average)
     engine = partial(
         TorchEngine, trie=trie, sid_token_ids=token_ids, pad_token_id=tokenizer.pad_token_id
     )
     by_hand = named_normalizer(args.normalizer)
+    candidates = NORMALIZERS_OF[args.loss_over]
     validation = None
     if args.eval_rows and len(valid):
         validation = BeamValidation.of_split(
             stage.folder,
-            lambda m: engine(m, normalizer=by_hand or DEFAULT),
+            lambda m: engine(m, normalizer=by_hand or candidates[0]),
             tokenizer,
             valid,
             valid_prompts,
@@ -246,6 +301,7 @@ def main() -> None:
             training.seed,
             args.filter_seen,
             every_steps=args.eval_every_steps,
+            average=average,
         )
         trainer.add_callback(validation)
     trainer.train(resume_from_checkpoint=modeling.last_checkpoint(training.output_dir))
@@ -255,10 +311,12 @@ def main() -> None:
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.accelerator.is_main_process:  # it alone has measured, and saves
         best = validation.restore_best(trained) if validation else None
+        if average and best is None:
+            average.put_into(trained)
         write_json(stage.folder / "log.json", trainer.state.log_history)
         if args.use_lora:
             trained.save_pretrained(stage.folder / "adapter")
-        choice = decide(by_hand, validation, partial(engine, trained), training.seed)
+        choice = decide(by_hand, candidates, validation, partial(engine, trained), training.seed)
         about = {
             "stage": "sft",
             "base": args.model_name_or_path or f"scratch-{args.size}",

@@ -7,7 +7,7 @@ more than chance explains, else every run would pick one by noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,7 @@ class NormalizerChoice:
         rule: how it was decided, in words.
         rows: validation rows that it was decided on; 0 where nothing was compared.
         measured: normaliser -> mean ``hr@k`` and ``ndcg@k``.
-        against_full: normaliser -> its NDCG minus that of "full": ``value``, the ends of a 95%
+        against_default: normaliser -> its NDCG minus the default's: ``value``, the ends of a 95%
             bootstrap interval ``low`` and ``high``, and ``p_holm`` of the randomisation test.
     """
 
@@ -41,7 +41,7 @@ class NormalizerChoice:
     rule: str
     rows: int
     measured: Mapping[str, Mapping[str, float]]
-    against_full: Mapping[str, Mapping[str, float]]
+    against_default: Mapping[str, Mapping[str, float]]
 
     def __str__(self) -> str:
         """One line."""
@@ -55,16 +55,20 @@ class NormalizerChoice:
 
 
 def measure_normalizers(
-    validation: BeamValidation, make: Callable[..., TorchEngine], seed: int = 0
+    validation: BeamValidation,
+    make: Callable[..., TorchEngine],
+    seed: int = 0,
+    candidates: Sequence[Normalizer] = NORMALIZERS,
 ) -> NormalizerChoice:
-    """Rank the validation sample under every normaliser and decide.
+    """Rank the validation sample under each normaliser and decide.
 
     Args:
         validation: the sample.
         make: an engine of the trained model, given `normalizer`.
         seed: of the test's and the bootstrap's draws.
+        candidates: what the model was trained for; the first is the default.
     """
-    found = {name: validation.per_row(make(normalizer=name)) for name in NORMALIZERS}
+    found = {name: validation.per_row(make(normalizer=name)) for name in candidates}
     hits = {name: values[0] for name, values in found.items()}
     gains = {name: values[1] for name, values in found.items()}
     return choose_normalizer(hits, gains, validation.k, seed, validation.users)
@@ -79,27 +83,27 @@ def choose_normalizer(
 ) -> NormalizerChoice:
     """Decide between normalisers that ranked the same rows.
 
-    "full", unless another one has a higher mean NDCG and the paired randomisation test tells the
+    The first, unless another one has a higher mean NDCG and the paired randomisation test tells the
     two apart (two-sided, Holm-adjusted for the comparisons, p ≤ `LEVEL`); of several such ones the
-    best, on a tie the first of `NORMALIZERS`.
+    best, on a tie the earlier.
 
     Args:
         hits: HR@k of each row. ``# (rows,)`` each
-        gains: NDCG@k of each row. ``# (rows,)`` each
+        gains: NDCG@k of each row, the default's first. ``# (rows,)`` each
         k: length of the lists.
         seed: of the draws.
         users: number of each row's user: a user's rows resemble each other. ``# (rows,)``
 
     Raises:
-        ValueError: no rows, or "full" is not among them.
+        ValueError: no rows.
     """
-    if DEFAULT not in gains or len(gains[DEFAULT]) == 0:
-        raise ValueError(f"{DEFAULT!r} must have ranked at least one row; it is the default")
-    others = [name for name in NORMALIZERS if name in gains and name != DEFAULT]
+    default, *others = gains
+    if len(gains[default]) == 0:
+        raise ValueError(f"{default!r} must have ranked at least one row; it is the default")
     against: dict[str, dict[str, float]] = {}
     better: list[Normalizer] = []
     if others:
-        differences = np.column_stack([gains[name] - gains[DEFAULT] for name in others])
+        differences = np.column_stack([gains[name] - gains[default] for name in others])
         p_values = holm(randomisation_test(differences, seed=seed, groups=users).tolist())
         draws = bootstrap_means(differences, seed=seed, groups=users)
         for column, name in enumerate(others):
@@ -111,12 +115,12 @@ def choose_normalizer(
             }  # fmt: skip
             if value > 0 and p_values[column] <= LEVEL:
                 better.append(name)
-    chosen = max(better, key=lambda name: against[name]["value"], default=DEFAULT)
+    chosen = max(better, key=lambda name: against[name]["value"], default=default)
     return NormalizerChoice(
         chosen,
-        f"{DEFAULT}, unless another one's NDCG@{k} on validation is higher and a paired "
+        f"{default}, unless another one's NDCG@{k} on validation is higher and a paired "
         f"randomisation test (Holm-adjusted) gives p <= {LEVEL:g}",
-        len(gains[DEFAULT]),
+        len(gains[default]),
         {
             name: {f"hr@{k}": float(np.mean(hits[name])), f"ndcg@{k}": float(np.mean(values))}
             for name, values in gains.items()
@@ -130,6 +134,6 @@ def declared_by_hand(normalizer: Normalizer) -> NormalizerChoice:
     return NormalizerChoice(normalizer, f"named by the settings: {normalizer}", 0, {}, {})
 
 
-def declared_unmeasured(reason: str) -> NormalizerChoice:
+def declared_unmeasured(default: Normalizer, reason: str) -> NormalizerChoice:
     """The record of the default where there is nothing to decide on."""
-    return NormalizerChoice(DEFAULT, f"{DEFAULT}, since {reason}", 0, {}, {})
+    return NormalizerChoice(default, f"{default}, since {reason}", 0, {}, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from genrec.artifacts import read_json, write_json
+from genrec.averaging import WeightAverage, trainable
 from genrec.columns import SEEN, TARGET, USER_ID
 from genrec.decoding.beam import default_beam_width
 from genrec.decoding.torch_engine import TorchEngine
@@ -47,6 +49,7 @@ class BeamValidation(TrainerCallback):
         every_steps: measure every so many steps instead of every epoch.
         at_start: measure before the first step, too.
         users: number of each prompt's user, where a user has several. ``# (prompts,)``
+        average: measure, and keep, the average of the weights instead of the weights.
     """
 
     def __init__(
@@ -60,8 +63,9 @@ class BeamValidation(TrainerCallback):
         every_steps: int | None = None,
         at_start: bool = False,
         users: np.ndarray | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
-        self.folder, self.make_engine = Path(folder), make_engine
+        self.folder, self.make_engine, self.average = Path(folder), make_engine, average
         self.prompts, self.targets, self.seen, self.k = prompts, np.asarray(targets), seen, k
         self.every_steps, self.at_start, self.users = every_steps, at_start, users
         path = self.folder / "validation.json"
@@ -80,6 +84,7 @@ class BeamValidation(TrainerCallback):
         filter_seen: bool,
         every_steps: int | None = None,
         at_start: bool = False,
+        average: WeightAverage | None = None,
     ) -> BeamValidation:
         """Validate on a seeded sample of a split.
 
@@ -94,6 +99,7 @@ class BeamValidation(TrainerCallback):
             filter_seen: leave out the items that a user has, as recommend will.
             every_steps: as above.
             at_start: as above.
+            average: as above.
         """
         sample = np.random.default_rng(seed).permutation(len(rows))[:n_rows]
         seen = [np.array(items) for items in rows[SEEN].gather(sample).to_list()]
@@ -106,6 +112,7 @@ class BeamValidation(TrainerCallback):
             every_steps=every_steps,
             at_start=at_start,
             users=rows[USER_ID].gather(sample).rank("dense").to_numpy(),
+            average=average,
         )
 
     def per_row(self, engine: TorchEngine) -> tuple[np.ndarray, np.ndarray]:
@@ -116,6 +123,10 @@ class BeamValidation(TrainerCallback):
 
     def measure(self, model: nn.Module, step: int, epoch: float) -> dict[str, Any]:
         """Measure now; record the result and, if it is the best so far, the weights."""
+        with self.average.applied(model) if self.average else nullcontext():
+            return self._measure(model, step, epoch)
+
+    def _measure(self, model: nn.Module, step: int, epoch: float) -> dict[str, Any]:
         hit, gain = self.per_row(self.make_engine(model))
         entry = {
             "step": step,
@@ -132,7 +143,7 @@ class BeamValidation(TrainerCallback):
         self.history = sorted([*others, *(before or [entry])], key=lambda e: e["step"])
         logger.info("validation: %s", entry)
         if entry[metric] > best:
-            trained = {n: p.detach().cpu().contiguous() for n, p in _trainable(model).items()}
+            trained = {n: p.detach().cpu().contiguous() for n, p in trainable(model).items()}
             partial = self.folder / "best.safetensors.partial"
             save_file(trained, partial)
             partial.replace(self.folder / "best.safetensors")
@@ -144,7 +155,7 @@ class BeamValidation(TrainerCallback):
         path = self.folder / "best.safetensors"
         if not path.exists():
             return None
-        parameters = _trainable(model)
+        parameters = trainable(model)
         saved = load_file(path)
         assert saved.keys() == parameters.keys(), "best.safetensors belongs to another model"
         with torch.no_grad():
@@ -173,12 +184,3 @@ class BeamValidation(TrainerCallback):
         """Measure at the end of an epoch."""
         if not self.every_steps and state.is_world_process_zero:
             self.measure(kwargs["model"], state.global_step, state.epoch or 0.0)
-
-
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by name; compiled models carry a prefix that is not part of it."""
-    return {
-        name.removeprefix("_orig_mod."): p
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }

@@ -39,12 +39,12 @@ def test_what_is_better_by_more_than_chance_is_declared():
     choice = choose(full=ahead(0, 0), level=ahead(0, 0), trie=ahead(15, 0.3))
     assert choice.normalizer == "trie" and choice.rows == 30
     assert choice.measured["trie"] == {"hr@10": 1.0, "ndcg@10": pytest.approx(0.35)}
-    against = choice.against_full["trie"]
+    against = choice.against_default["trie"]
     assert against["value"] == pytest.approx(0.15)
     assert 0 < against["low"] < 0.15 < against["high"] < 0.3
     # 15 equal signs: 2 of 2^15 draws of signs are as large, doubled by Holm.
     assert against["p_holm"] < 0.002
-    assert choice.against_full["level"]["p_holm"] == 1.0
+    assert choice.against_default["level"]["p_holm"] == 1.0
     assert "NDCG full 0.2000, level 0.2000, trie 0.3500" in str(choice)
 
 
@@ -53,7 +53,7 @@ def test_ties_and_differences_within_the_noise_go_to_full():
     # Higher on average, but by five rows alone: 2 of 2^5 draws, p = 1/16.
     few = choose(full=ahead(0, 0), trie=ahead(5, 0.5))
     assert few.measured["trie"]["ndcg@10"] > few.measured["full"]["ndcg@10"]
-    assert few.normalizer == "full" and few.against_full["trie"]["p_holm"] > 0.05
+    assert few.normalizer == "full" and few.against_default["trie"]["p_holm"] > 0.05
 
 
 def test_comparisons_are_paid_for():
@@ -61,12 +61,12 @@ def test_comparisons_are_paid_for():
     assert choose(full=ahead(0, 0), trie=ahead(6, 0.5)).normalizer == "trie"
     three = choose(full=ahead(0, 0), level=ahead(0, 0), trie=ahead(6, 0.5))
     assert three.normalizer == "full"
-    assert three.against_full["trie"]["p_holm"] == pytest.approx(2 * 2 / 64, abs=0.01)
+    assert three.against_default["trie"]["p_holm"] == pytest.approx(2 * 2 / 64, abs=0.01)
 
 
 def test_what_is_worse_is_never_declared():
     choice = choose(full=ahead(20, 0.5), level=ahead(0, 0), trie=ahead(0, 0))
-    assert choice.normalizer == "full" and choice.against_full["trie"]["p_holm"] < 0.01
+    assert choice.normalizer == "full" and choice.against_default["trie"]["p_holm"] < 0.01
 
 
 def test_of_several_better_ones_the_best_and_on_a_tie_the_nearest_to_full():
@@ -80,7 +80,7 @@ def test_rows_of_one_user_are_no_independent_evidence():
     gains = {"full": ahead(0, 0), "level": ahead(0, 0), "trie": ahead(15, 0.3)}
     assert choose(**gains).normalizer == "trie"
     alone = choose(users=users, **gains)
-    assert alone.normalizer == "full" and alone.against_full["trie"]["p_holm"] == 1.0
+    assert alone.normalizer == "full" and alone.against_default["trie"]["p_holm"] == 1.0
 
 
 def test_the_record_survives_json():
@@ -92,16 +92,22 @@ def test_the_record_survives_json():
 def test_without_a_comparison_the_record_says_why():
     by_hand = declared_by_hand("level")
     assert by_hand.normalizer == "level" and by_hand.rows == 0 and "level" in by_hand.rule
-    unmeasured = declared_unmeasured("nothing was validated (eval_rows=0)")
+    unmeasured = declared_unmeasured("full", "nothing was validated (eval_rows=0)")
     assert unmeasured.normalizer == "full" and "eval_rows=0" in str(unmeasured)
-    assert not unmeasured.measured and not unmeasured.against_full
+    assert not unmeasured.measured and not unmeasured.against_default
 
 
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="at least one row"):
         choose(full=[], level=[], trie=[])
-    with pytest.raises(ValueError, match="'full' must have ranked"):
-        choose(level=[1.0], trie=[1.0])
+
+
+def test_models_trained_over_a_level_default_to_it():
+    """The first candidate is what the others must beat."""
+    tied = choose(level=ahead(0, 0), trie=ahead(0, 0))
+    assert tied.normalizer == "level" and tied.rule.startswith("level, unless")
+    assert list(tied.measured) == ["level", "trie"]
+    assert choose(level=ahead(0, 0), trie=ahead(15, 0.3)).normalizer == "trie"
 
 
 def test_measuring_ranks_the_sample_under_each(tiny, tmp_path: Path):

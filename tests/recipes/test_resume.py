@@ -57,6 +57,7 @@ def test_sft_resumes_and_equals_an_uninterrupted_run(
     flags = [
         *tiny_flags["sft"], "--max_steps", str(N_STEPS), "--save_steps", "4", "--dropout", "0.1",
         "--eval_every_steps", "4", "--lr_scheduler_type", "cosine", "--logging_steps", "1",
+        "--hidden_dropout", "0.1", "--ema_decay", "0.9", "--loss_over", "trie",
     ]  # fmt: skip
     recipe("sft", whole, *flags)
     checkpoints = killed / "sft" / "checkpoints"

@@ -1,0 +1,227 @@
+"""Losses of the supervised head against plain cross entropy on whole logits."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch.nn import functional as F
+from trl import SFTConfig, SFTTrainer
+
+from genrec import modeling, supervised_head
+from genrec.decoding.torch_engine import TorchEngine
+from genrec.decoding.trie import SidTrie
+from genrec.supervised_head import SupervisedHead, add_hidden_dropout, use_supervised_head
+
+IGNORED = -100
+TRIE = SidTrie.build(np.zeros((1, 3), dtype=np.int32))  # where none is asked for
+
+
+class Head:
+    """A linear head."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
+
+
+def example(bias: bool = False):
+    """States, labels with text and two levels among them, and a head."""
+    torch.manual_seed(0)
+    levels = [[5, 6, 7], [9, 8, 10, 11]]  # not in the order of their ids
+    labels = torch.tensor([[IGNORED, 3, 6, 9], [5, IGNORED, 19, 8]])
+    states = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
+    return states, labels, Head(weight, torch.randn(20).double() if bias else None), levels
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("over", ["vocabulary", "level"])
+def test_log_probabilities_entropies_and_hits(over: str, bias: bool):
+    states, labels, head, levels = example(bias)
+    found = SupervisedHead(levels if over == "level" else (), torch.device("cpu"))(
+        states, labels, head
+    )
+    assert found.log_probs is not None and found.entropy is not None and found.is_top1 is not None
+    logits = F.linear(states, head.weight, head.bias)
+    for row in range(2):
+        for at in range(4):
+            wanted = int(labels[row, at])
+            if wanted == IGNORED:
+                assert found.log_probs[row, at] == 0 == found.entropy[row, at]
+                assert not found.is_top1[row, at] and not found.label_mask[row, at]
+                continue
+            rivals = next((lv for lv in levels if wanted in lv), None) if over == "level" else None
+            columns = logits[row, at] if rivals is None else logits[row, at, rivals]
+            p = columns.softmax(-1)
+            place = wanted if rivals is None else rivals.index(wanted)
+            assert math.isclose(
+                found.log_probs[row, at].item(), p[place].log().item(), abs_tol=1e-6
+            )
+            entropy = -(p * p.log()).sum().item()
+            assert math.isclose(found.entropy[row, at].item(), entropy, abs_tol=1e-5)
+            assert bool(found.is_top1[row, at]) == (int(p.argmax()) == place)
+
+
+@pytest.mark.parametrize("over", ["vocabulary", "level"])
+def test_gradients_and_blocks(over: str, monkeypatch):
+    """Computed in blocks of two positions, the gradients are those of one block."""
+
+    def gradients() -> list[torch.Tensor]:
+        states, labels, head, levels = example()
+        scored = SupervisedHead(levels if over == "level" else (), torch.device("cpu"))
+        scored(states, labels, head).log_probs.sum().backward()
+        assert states.grad is not None and head.weight.grad is not None
+        return [states.grad, head.weight.grad]
+
+    whole = gradients()
+    monkeypatch.setattr(supervised_head, "_LOGITS_AT_ONCE", 8)
+    for one, other in zip(whole, gradients(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert whole[0][0, 0].abs().sum() == 0  # nothing is learned there
+    moved = whole[1].abs().sum(1) > 0
+    assert moved.all()  # text labels are among them, and they compete with everything
+
+
+def test_level_losses_leave_other_columns_alone():
+    states, labels, head, levels = example()
+    labels = labels.masked_fill((labels == 3) | (labels == 19), IGNORED)
+    SupervisedHead(levels, torch.device("cpu"))(states, labels, head).log_probs.sum().backward()
+    moved = (head.weight.grad.abs().sum(1) > 0).nonzero().flatten().tolist()
+    assert moved == [5, 6, 7, 8, 9, 10, 11]
+
+
+def test_a_batch_without_labels_has_a_zero_gradient():
+    states, labels, head, levels = example()
+    nothing = torch.full_like(labels, IGNORED)
+    SupervisedHead(levels, torch.device("cpu"))(states, nothing, head).log_probs.sum().backward()
+    assert states.grad is not None and states.grad.abs().sum() == 0
+
+
+def trainer_of(tiny, folder, accumulate: int = 1, **settings):
+    semantic_ids, tokenizer = tiny.sids(20), tiny.tokenizer()
+    model, _, token_ids = tiny.sid_lm(semantic_ids)
+    modeling.add_sid_tokens(tokenizer, semantic_ids)
+    sids = semantic_ids.sids().to_list()
+    prompts = [f"Bought: {'red hat ' * (i % 4)}{sids[i]}" for i in range(12)]
+    completions = [sids[i + 1] if i % 3 else "wool hat" for i in range(12)]
+    flat = {t for level in token_ids for t in level}
+    rows = modeling.encode_rows(tokenizer, prompts, completions, flat)
+    training = SFTConfig(
+        output_dir=str(folder), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2,
+        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+        save_strategy="no", logging_steps=1, disable_tqdm=True, max_length=None,
+        gradient_accumulation_steps=accumulate,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model=model, args=training, train_dataset=Dataset.from_dict(rows), **settings,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    return trainer, model, token_ids
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_over_the_vocabulary_it_trains_as_trl_does(tiny, tmp_path, lora: bool):
+    losses = []
+    for ours in (False, True):
+        trainer, model, token_ids = trainer_of(tiny, tmp_path, accumulate=2)
+        if lora:
+            config = modeling.lora_config(model, token_ids, 4, 8)
+            trainer, model, token_ids = trainer_of(tiny, tmp_path, accumulate=2, peft_config=config)
+            modeling.expose_head_bias(trainer.model)
+        if ours:
+            assert use_supervised_head(model, token_ids, "vocabulary", TRIE)
+        trainer.train()
+        log = [e for e in trainer.state.log_history if "loss" in e]
+        losses.append([[e["loss"], e["entropy"], e["mean_token_accuracy"]] for e in log])
+        assert len(log) == 3
+    torch.testing.assert_close(
+        torch.tensor(losses[0]), torch.tensor(losses[1]), atol=2e-4, rtol=1e-3
+    )
+    assert losses[1][0][0] != losses[1][-1][0]
+
+
+def test_over_the_trie_a_label_scores_as_the_search_scores_it(tiny, tmp_path):
+    """Summed over an item's tokens, it is the engine's exact score under the same normaliser."""
+    semantic_ids = tiny.sids(20)
+    trie = SidTrie.build(semantic_ids.codes)
+    trainer, model, token_ids = trainer_of(tiny, tmp_path)
+    use_supervised_head(model, token_ids, "trie", trie)
+    model.eval()
+    rows = [row for row in trainer.train_dataset if row["labels"][-1] in token_ids[2]]
+    assert len(rows) == 8
+    batch = trainer.data_collator(rows)
+    output = model(**batch, fused_lm_head=True)
+    prompts = [r["input_ids"][: -semantic_ids.n_levels] for r in rows]
+    engine = TorchEngine(model, trie, token_ids, trainer.processing_class.pad_token_id, "trie")
+    every = engine.score(prompts, np.tile(np.arange(20), (len(rows), 1)))
+    sids = {tuple(token_ids[at][c] for at, c in enumerate(row)): i
+            for i, row in enumerate(semantic_ids.codes.tolist())}  # fmt: skip
+    for at, row in enumerate(rows):
+        item = sids[tuple(row["labels"][-semantic_ids.n_levels :])]
+        assert math.isclose(output.log_probs[at].sum().item(), every[at, item].sum(), abs_tol=1e-4)
+    # Where one code alone can follow nothing is to be learned, and nothing is uncertain.
+    single = output.log_probs[output.label_mask & (output.entropy < 1e-6)]
+    assert len(single) and (single.abs() < 1e-6).all()
+
+
+def test_rows_of_another_sid_map_are_refused_by_the_trie(tiny, tmp_path):
+    trainer, model, token_ids = trainer_of(tiny, tmp_path)
+    codes = tiny.sids(20).codes[:3]
+    use_supervised_head(model, token_ids, "trie", SidTrie.build(codes))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    with pytest.raises(ValueError, match="begins no item's: the rows belong to another SID map"):
+        model(**batch, fused_lm_head=True)
+
+
+def test_padding_behind_a_row_needs_no_mask(tiny, tmp_path):
+    """Rows of a padded batch score as each does alone; a mask in front is kept."""
+    trainer, model, token_ids = trainer_of(tiny, tmp_path)
+    use_supervised_head(model, token_ids, "level", TRIE)
+    model.eval()
+    rows = [trainer.train_dataset[i] for i in range(4)]
+    batch = trainer.data_collator(rows)
+    assert not bool(batch["attention_mask"].all())
+    together = model(**batch, fused_lm_head=True).log_probs
+    for i, row in enumerate(rows):
+        one = trainer.data_collator([row])
+        alone = model(**one, fused_lm_head=True).log_probs
+        torch.testing.assert_close(together[i, : alone.shape[1]], alone[0], atol=1e-5, rtol=1e-4)
+    front = {"attention_mask": torch.tensor([[0, 1, 1]])}
+    assert supervised_head._causal(front) == front
+
+
+def test_models_with_capped_logits_are_refused(tiny, monkeypatch):
+    model, _, token_ids = tiny.sid_lm(tiny.sids(20))
+    plain = model.forward
+
+    def capped(*args, **kwargs):
+        output = plain(*args, **kwargs)
+        output.logits = torch.tanh(output.logits)
+        return output
+
+    monkeypatch.setattr(model, "forward", capped)
+    with pytest.raises(ValueError, match="loss_over=level: .* more to its logits"):
+        use_supervised_head(model, token_ids, "level", TRIE)
+    assert not use_supervised_head(model, token_ids, "vocabulary", TRIE)
+
+
+def test_hidden_dropout_acts_in_training_alone_and_is_not_saved(tiny, tmp_path):
+    model = modeling.from_scratch("tiny", 100, 64, 0)
+    names = set(model.state_dict())
+    ids = torch.arange(10).unsqueeze(0)
+    model.eval()
+    before = model(ids).logits
+    add_hidden_dropout(model, 0.5)
+    assert torch.equal(model(ids).logits, before) and set(model.state_dict()) == names
+    model.train()
+    torch.manual_seed(1)
+    one, two = model(ids).logits, model(ids).logits
+    assert not torch.allclose(one, two)
+    dropped = (model.get_input_embeddings()(ids) == 0).float().mean()
+    assert 0.4 < dropped < 0.6
+    with pytest.raises(ValueError, match="has no self_attn and mlp blocks"):
+        add_hidden_dropout(torch.nn.Linear(2, 2), 0.1)  # type: ignore[arg-type]
