@@ -15,14 +15,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import polars as pl
 from accelerate.state import PartialState
-from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from genrec import modeling
 from genrec.artifacts import Stage, stage_folder, write_json
@@ -43,6 +42,7 @@ from genrec.normalizers import NORMALIZERS, Normalizer
 from genrec.prompts import PromptRenderer
 from genrec.quantizers.code_vectors import code_vectors
 from genrec.semantic_ids import SemanticIds
+from genrec.sft_trainer import EpochTrainer
 from genrec.supervised_head import (
     LOSSES,
     NORMALIZERS_OF,
@@ -53,7 +53,7 @@ from genrec.supervised_head import (
 from genrec.tasks.instruction_rows import InstructionRows
 from genrec.tasks.mixing import named_numbers, named_rows, plan
 from genrec.tasks.rendering import ItemTexts
-from genrec.training_data import EpochRows, EpochSampler, estimated_lengths, sample_texts
+from genrec.training_data import EpochRows, estimated_lengths, sample_texts
 
 SID_INITS = ("codebooks", "titles")
 
@@ -172,29 +172,6 @@ def base_model(
     return model
 
 
-class EpochTrainer(SFTTrainer):
-    """TRL's trainer on rows that are rendered anew for each epoch."""
-
-    def __init__(self, rows: EpochRows, average: WeightAverage | None, **settings: Any) -> None:
-        # TRL takes Datasets alone and looks at the first row of one; torch's loader takes any rows.
-        super().__init__(train_dataset=Dataset.from_list([rows[0]]), **settings)
-        self.train_dataset = rows
-        self._average = average
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Into a checkpoint; its last file, which says that it is complete, is written later."""
-        super()._save(output_dir, state_dict)
-        if self._average and output_dir:
-            self._average.save(output_dir)
-
-    def _get_train_sampler(self, train_dataset: object = None) -> EpochSampler:
-        rows = self.train_dataset
-        assert isinstance(rows, EpochRows)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        grouped = self.args.train_sampling_strategy == "group_by_length"
-        return EpochSampler(rows, batch, self.args.seed, grouped)
-
-
 def main() -> None:
     """Run the stage."""
     args, training = parse(SftArgs, SFTConfig)
@@ -264,11 +241,7 @@ def main() -> None:
             model, token_ids, args.lora_rank, args.lora_alpha, args.lora_dropout
         )
 
-    # TRL takes rows that are token ids and labels already.
     training.output_dir = str(stage.folder / "checkpoints")
-    training.dataset_kwargs = {"skip_prepare_dataset": True}
-    training.max_length = None
-    training.remove_unused_columns = False
     average = WeightAverage(args.ema_decay) if args.ema_decay else None
     trainer = EpochTrainer(
         train_rows,
@@ -282,8 +255,6 @@ def main() -> None:
     modeling.expose_head_bias(trainer.model)
     trie = SidTrie.build(semantic_ids.codes)
     use_supervised_head(model, token_ids, cast(LossOver, args.loss_over), trie)  # below any adapter
-    if average:
-        trainer.add_callback(average)
     engine = partial(
         TorchEngine, trie=trie, sid_token_ids=token_ids, pad_token_id=tokenizer.pad_token_id
     )

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "genrec"
 ORDER = [
     "columns", "item_lists", "artifacts", "normalizers", "page", "svg", "metrics", "data",
     "embedding", "quantizers", "semantic_ids", "chains", "prompts", "tasks", "chain_reader",
-    "modeling", "averaging", "training_data", "decoding", "supervised_head", "reasoning",
-    "grounding", "rewards", "rollouts",
+    "modeling", "averaging", "training_data", "decoding", "supervised_head", "sft_trainer",
+    "reasoning", "grounding", "rewards", "rollouts",
     "bundle", "list_shaping", "recommend", "generation", "planning", "server", "evaluation",
     "explain", "audit", "config", "cli",
 ]  # fmt: skip
@@ -54,8 +54,8 @@ def test_heavy_packages_stay_where_they_belong(path):
         assert "vllm" not in roots
     if path.name != "ray_executor.py":
         assert "ray" not in roots
-    # The two that answer for TRL's trainers; config uses its argument parser alone.
-    if part(path) not in ("rollouts", "supervised_head", "config"):
+    # Those that are TRL's trainers or answer for them; config uses its argument parser alone.
+    if part(path) not in ("rollouts", "supervised_head", "sft_trainer", "config"):
         assert "trl" not in roots
     light = ("columns", "item_lists", "artifacts", "page", "svg", "metrics", "data", "quantizers")
     if part(path) in (*light, "normalizers", "semantic_ids"):
