@@ -35,7 +35,10 @@ NORMALIZERS_OF: dict[str, tuple[Normalizer, ...]] = {
 
 _LOGITS_AT_ONCE = 1 << 26  # of one matrix, in fp32: 256 MiB
 _IGNORED = -100
-_CLOSED = -1e9
+_CLOSED = -1e9  # finite, so that 0 * log 0 of the entropy is 0
+_FEW = 8  # a level's columns are gathered where a label competes with so much fewer of them
+
+Scores = tuple[Tensor, Tensor, Tensor]  # log-probability, entropy, top-1 (0 or 1), (N,) each
 
 
 def use_supervised_head(
@@ -156,13 +159,17 @@ class SupervisedHead:
                 if at == 0:
                     parts.append(_scores(kept[rows], weight, bias, wanted[rows]))
                     continue
-                ids = self._levels[at - 1]
-                columns = None if bias is None else bias[ids]
-                open_codes = None
-                if self._trie is not None:
-                    prefix = labels if tokens is None else tokens
-                    open_codes = self._continued(prefix, places[rows], at - 1, len(ids))
-                parts.append(_scores(kept[rows], weight[ids], columns, code[rows], open_codes))
+                parts.append(
+                    self._scores_of_level(
+                        at - 1,
+                        kept[rows],
+                        weight,
+                        bias,
+                        code[rows],
+                        labels if tokens is None else tokens,
+                        places[rows],
+                    )  # fmt: skip
+                )
             back = torch.argsort(order)
             one, two, three = (torch.cat(each)[back] for each in zip(*parts, strict=True))
             found = (one, two, three)
@@ -177,14 +184,55 @@ class SupervisedHead:
         known = tokens.clamp(0, len(self._level_of) - 1)  # text may lie above the SID tokens
         return self._level_of[known], self._code_of[known]
 
-    def _continued(self, tokens: Tensor, places: Tensor, level: int, size: int) -> Tensor:
-        """Codes that continue an item's SID behind the `level` tokens before each place, (N, size).
+    def _scores_of_level(
+        self,
+        level: int,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        codes: Tensor,
+        tokens: Tensor,
+        places: Tensor,
+    ) -> Scores:
+        """`_scores` of labels of one level.
+
+        Args:
+            level: the level.
+            states: (N, d).
+            weight: of the head, (V, d).
+            bias: (V,) or None.
+            codes: of the labels, (N,).
+            tokens: (B, T).
+            places: row and column of each label in `tokens`, (N, 2).
+        """
+        ids = self._levels[level]
+        if self._trie is None or not len(codes):
+            return _scores(states, *_columns(weight, bias, ids), codes)
+        child, exists = self._continued(tokens, places, level)  # (N, M) each
+        if child.shape[1] * _FEW > len(ids):
+            # What is no child goes to a spare column.
+            open_codes = torch.zeros(len(codes), len(ids) + 1, dtype=torch.bool, device=ids.device)
+            open_codes.scatter_(1, child.masked_fill(~exists, len(ids)), True)
+            return _scores(states, *_columns(weight, bias, ids), codes, open_codes[:, :-1])
+        # Few children of a wide level: only their columns. An embedding lookup, since its gradient
+        # is summed far faster than that of an index.
+        columns = F.embedding(ids[child], weight)  # (N, M, d)
+        logits = torch.bmm(columns, states.unsqueeze(-1)).squeeze(-1).float()
+        if bias is not None:
+            logits = logits + bias[ids[child]]
+        place = ((child == codes.unsqueeze(1)) & exists).long().argmax(1)
+        return _scores_of_logits(logits.masked_fill(~exists, _CLOSED), place)
+
+    def _continued(self, tokens: Tensor, places: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        """Codes that continue an item's SID behind the `level` tokens before each place.
 
         Args:
             tokens: (B, T).
             places: row and column of each label, (N, 2).
             level: of the labels.
-            size: of the level's codebook.
+
+        Returns:
+            Codes (N, M), and which of them are there (N, M).
         """
         trie = self._trie
         assert trie is not None
@@ -201,13 +249,15 @@ class SupervisedHead:
                 )
             nodes = child.gather(-1, same.long().argmax(-1, keepdim=True)).squeeze(-1)
         child, exists = trie.expand(level, nodes)
-        found = torch.zeros(len(places), size + 1, dtype=torch.bool, device=tokens.device)
-        # What is no child goes to a spare column.
-        codes = trie.codes(level, child).masked_fill(~exists, size).squeeze(1)
-        return found.scatter_(1, codes, True)[:, :size]
+        return trie.codes(level, child).squeeze(1), exists.squeeze(1)
 
 
-Scores = tuple[Tensor, Tensor, Tensor]
+def _columns(weight: Tensor, bias: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A level's part of the head; tokens that were added together lie side by side."""
+    first, last = int(ids[0]), int(ids[-1])
+    if last - first == len(ids) - 1 and bool((ids[1:] - ids[:-1] == 1).all()):
+        return weight[first : last + 1], None if bias is None else bias[first : last + 1]
+    return weight[ids], None if bias is None else bias[ids]
 
 
 def _scores(
@@ -254,8 +304,12 @@ def _scores_at_once(
     open_codes: Tensor | None,
 ) -> Scores:
     logits = F.linear(states, weight, bias).float()
-    if open_codes is not None:  # finite, so that 0 * log 0 of the entropy is 0
+    if open_codes is not None:
         logits = logits.masked_fill(~open_codes, _CLOSED)
+    return _scores_of_logits(logits, labels)
+
+
+def _scores_of_logits(logits: Tensor, labels: Tensor) -> Scores:
     log_probs = -F.cross_entropy(logits, labels, reduction="none")
     with torch.no_grad():
         best = logits.argmax(-1)

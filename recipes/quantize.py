@@ -36,6 +36,7 @@ logger = logging.getLogger("genrec.quantize")
 KMEANS = ("residual-kmeans", "hierarchical-kmeans", "product")
 QUANTIZERS = (*KMEANS, "rqvae")
 INDEXES = ("random", "sequential", "collaborative", "independent", "semantic", "hybrid")
+COLLISIONS = ("minimal", "sinkhorn", "suffix", "item-token")
 METHODS = (*QUANTIZERS, *INDEXES, "import")
 QUANTIZER_FILE = "quantizer.safetensors"
 SAME_SPACE = 0.5  # share of old items whose vectors still give their first code, at least
@@ -56,7 +57,9 @@ class QuantizeArgs:
     # What happens to vectors first: scale (one number), standard (each dimension), whiten, none
     standardize: str = "scale"
     pca_dim: int | None = None  # principal axes that are kept; null: all
-    collisions: str = "minimal"  # minimal, sinkhorn or suffix: how items get distinct SIDs
+    # How items get distinct SIDs: minimal, sinkhorn, suffix (a level that numbers the items of a
+    # SID), item-token (a level on which every item has a token of its own)
+    collisions: str = "minimal"
     # k-means methods
     n_init: int = 1  # restarts per level
     max_fill: float | None = None  # balanced: cap on a code's items, in even shares; null: none
@@ -81,7 +84,7 @@ class QuantizeArgs:
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""
         check_choice("method", self.method, METHODS)
-        check_choice("collisions", self.collisions, ("minimal", "sinkhorn", "suffix"))
+        check_choice("collisions", self.collisions, COLLISIONS)
         check_choice("standardize", self.standardize, ("scale", "standard", "whiten", "none"))
         check_choice("report_map", self.report_map, ("tsne", "pca"))
         for name, low in (("n_levels", 1), ("codebook_size", 2), ("n_init", 1), ("branching", 2),
@@ -223,7 +226,7 @@ def extended_map(
     Returns:
         The map, the quantizer (None for an index without one), and what was done.
     """
-    from genrec.quantizers.collisions import place_items
+    from genrec.quantizers.collisions import has_item_tokens, place_items
     from genrec.quantizers.item_indexes import next_codes
     from genrec.quantizers.loading import load_quantizer
 
@@ -240,7 +243,10 @@ def extended_map(
         if known.any():
             check_same_space(quantizer, vectors[known], codes[known], old_run)
         if n_new:
-            codes[~known] = place_items(quantizer, vectors[~known], taken, old.codebook_sizes)
+            codes[~known] = place_items(
+                quantizer, vectors[~known], taken, old.codebook_sizes,
+                has_item_tokens(taken, old.codebook_sizes),
+            )  # fmt: skip
     elif method in INDEXES and method != "semantic":
         codes[~known] = next_codes(method, taken, old.codebook_sizes, n_new, seed)
     elif n_new:
@@ -284,7 +290,8 @@ def make_map(
     quantizer = None
     if args.method in QUANTIZERS:
         quantizer = fit_quantizer(args, vectors, stage_folder(args.run_dir, "embed"))
-        if advice := check_capacity(len(catalog), quantizer.codebook_sizes):
+        appended = args.collisions in ("suffix", "item-token")
+        if not appended and (advice := check_capacity(len(catalog), quantizer.codebook_sizes)):
             logger.warning(advice)
         codes, sizes, found = resolve_collisions(
             quantizer, vectors, quantizer.encode(vectors), cast(Any, args.collisions)

@@ -144,8 +144,10 @@ def test_over_the_vocabulary_it_trains_as_trl_does(tiny, tmp_path, lora: bool):
     assert losses[1][0][0] != losses[1][-1][0]
 
 
-def test_over_the_trie_a_label_scores_as_the_search_scores_it(tiny, tmp_path):
+@pytest.mark.parametrize("few", [8, 0, 10_000])
+def test_over_the_trie_a_label_scores_as_the_search_scores_it(tiny, tmp_path, monkeypatch, few):
     """Summed over an item's tokens, it is the engine's exact score under the same normaliser."""
+    monkeypatch.setattr(supervised_head, "_FEW", few)  # columns gathered always, or never
     semantic_ids = tiny.sids(20)
     trie = SidTrie.build(semantic_ids.codes)
     trainer, model, token_ids = trainer_of(tiny, tmp_path)

@@ -1,6 +1,6 @@
 """Collision resolution: make codes bijective, at fixed length, with the least added distortion.
 
-Three ways, all of which end with one SID per item:
+Four ways, all of which end with one SID per item:
 
 - "minimal": inside each prefix in which codes are shared, the last level is matched to the items at
   the least total distance (Kuhn 1955). Where a prefix has more items than codes, those that lose
@@ -9,6 +9,10 @@ Three ways, all of which end with one SID per item:
   rounds, as LC-Rec (Zheng et al. 2024) and LETTER do; what is left is resolved as above.
 - "suffix": one level is appended that numbers the items of each SID, as TIGER (Rajput et al. 2023)
   does; nothing moves, but every item gets one token more, and that token describes nothing.
+- "item-token": one level is appended on which every item has a token of its own, as in the hybrid
+  indexing of Hua et al. (2023): the levels above say what items have in common, the last one can
+  learn what each is alone. The vocabulary grows with the catalogue. For catalogues of up to some
+  100,000 items and few interactions it ranks better than codes alone (README, "Which index").
 
 New items of a living catalogue are placed around the SIDs that are taken (`place_items`).
 """
@@ -24,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
+from genrec.quantizers.item_indexes import INDEPENDENT, independent_index, next_codes
 from genrec.quantizers.quality import collision_rate, row_ids, shared_rows
 from genrec.quantizers.quantizer import (
     BLOCK_ROWS,
@@ -37,8 +42,8 @@ from genrec.quantizers.quantizer import (
 
 logger = logging.getLogger(__name__)
 
-Method = Literal["minimal", "sinkhorn", "suffix"]
-METHODS: tuple[Method, ...] = ("minimal", "sinkhorn", "suffix")
+Method = Literal["minimal", "sinkhorn", "suffix", "item-token"]
+METHODS: tuple[Method, ...] = ("minimal", "sinkhorn", "suffix", "item-token")
 IntArray = npt.NDArray[np.int64]
 
 _SINKHORN_ROUNDS, _SINKHORN_STEPS, _SINKHORN_EPSILON = 20, 50, 0.003  # LC-Rec's
@@ -49,7 +54,7 @@ class CollisionReport:
     """What the resolution found and did.
 
     Attributes:
-        method: "minimal", "sinkhorn" or "suffix".
+        method: one of `METHODS`.
         rate_before: items that share a SID / items, before.
         groups: SIDs that were shared.
         largest_group: most items that shared one SID.
@@ -87,8 +92,8 @@ def resolve_collisions(
         method: see the module.
 
     Returns:
-        The new codes (n_items, n_levels; one level more for "suffix"), their codebook sizes, and a
-        report.
+        The new codes (n_items, n_levels; one level more for "suffix" and "item-token"), their
+        codebook sizes, and a report.
 
     Raises:
         ValueError: there are more items than SIDs, or shapes disagree.
@@ -105,6 +110,10 @@ def resolve_collisions(
         new = np.column_stack([old, _rank_in_group(row_ids(old)).astype(np.int32)])
         # Twice the room that is needed today, for the items of tomorrow.
         new_sizes = (*sizes, 2 * (int(new[:, -1].max()) + 1))
+    elif method == "item-token":
+        tokens = independent_index(len(old))
+        new = np.column_stack([old, tokens.codes])
+        new_sizes = (*sizes, *tokens.codebook_sizes)
     else:
         check_capacity(len(codes), sizes)
         new, new_sizes = old.copy(), sizes
@@ -121,6 +130,7 @@ def place_items(
     vectors: npt.NDArray[np.floating],
     taken: npt.NDArray[np.integer],
     codebook_sizes: tuple[int, ...],
+    item_tokens: bool = False,
 ) -> CodeArray:
     """Codes of new items, none of them taken, none shared, nothing else moved.
 
@@ -128,7 +138,9 @@ def place_items(
         quantizer: what the taken codes come from.
         vectors: the new items', (n_new, dim).
         taken: codes that are in use or reserved, distinct, (n_taken, n_levels).
-        codebook_sizes: the map's: the quantizer's, and a suffix level if it has one.
+        codebook_sizes: the map's: the quantizer's, and a level of suffixes or item tokens if it
+            has one.
+        item_tokens: the last level holds item tokens, see `has_item_tokens`.
 
     Returns:
         (n_new, n_levels) int32.
@@ -143,7 +155,11 @@ def place_items(
     if len(vectors) == 0:
         return np.empty((0, len(codebook_sizes)), dtype=np.int32)
     if codebook_sizes[:-1] == sizes:
-        return _place_by_suffix(quantizer.encode(vectors), np.asarray(taken), codebook_sizes)
+        encoded, old = quantizer.encode(vectors), np.asarray(taken)
+        if item_tokens:
+            tokens = next_codes(INDEPENDENT, old[:, -1:], codebook_sizes[-1:], len(vectors))
+            return np.column_stack([encoded, tokens]).astype(np.int32)
+        return _place_by_suffix(encoded, old, codebook_sizes)
     if codebook_sizes != sizes:
         raise ValueError(
             f"the map has codebooks of {codebook_sizes}, the quantizer of {sizes}; they don't "
@@ -154,6 +170,15 @@ def place_items(
     _Placement(quantizer, vectors, codes, n_fixed=len(taken)).make_distinct()
     assert not shared_rows(codes).any()
     return codes[len(taken) :]
+
+
+def has_item_tokens(codes: npt.NDArray[np.integer], codebook_sizes: tuple[int, ...]) -> bool:
+    """Whether the last level of a map gives every item a token of its own.
+
+    A suffix level has room for the items of one SID only, and repeats from SID to SID.
+    """
+    last = codes[:, -1]
+    return codebook_sizes[-1] >= len(last) and len(np.unique(last)) == len(last)
 
 
 def _place_by_suffix(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from genrec.quantizers import collisions as module
 from genrec.quantizers.collisions import (
     METHODS,
+    has_item_tokens,
     identical_vectors,
     place_items,
     resolve_collisions,
@@ -189,6 +190,25 @@ def test_as_many_identical_items_as_there_are_sids(method):
     assert report.identical_vectors == 27 and report.rate_before == 1.0
     if method == "suffix":
         assert sizes == (3, 3, 3, 54) and new[:, 3].tolist() == list(range(27))
+
+
+def test_item_tokens_go_below_what_the_quantizer_says():
+    quantizer = random_quantizer((2, 2), 2, 0)
+    codes = np.array([[1, 1], [0, 0], [1, 1], [0, 1]])
+    vectors = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    new, sizes, report = resolve_collisions(quantizer, vectors, codes, "item-token")
+    assert (new[:, :2] == codes).all() and new[:, 2].tolist() == [0, 1, 2, 3]
+    assert sizes[:2] == (2, 2) and sizes[2] > 4  # room for later items
+    assert report.moved == 0 and report.distortion_after == report.distortion_before
+    assert has_item_tokens(new, sizes)
+    suffixed, suffix_sizes, _ = resolve_collisions(quantizer, vectors, codes, "suffix")
+    assert not has_item_tokens(suffixed, suffix_sizes)
+    later = vectors[:1] + 0.01
+    placed = place_items(quantizer, later, new, sizes, item_tokens=True)
+    assert placed.tolist() == [[*quantizer.encode(later)[0], 4]]
+    full = np.tile(later, (sizes[2] - 3, 1))
+    with pytest.raises(ValueError, match="2 items don't fit into the 1 free SIDs"):
+        place_items(quantizer, full, new, sizes, item_tokens=True)
 
 
 def test_suffixes_number_the_items_of_a_sid_in_catalogue_order():

@@ -100,13 +100,14 @@ def test_letter_needs_the_collaborative_part(quantize, recipe, shop: Path):
     assert "needs collaborative vectors" in said
 
 
-@pytest.mark.parametrize("collisions", ["minimal", "sinkhorn", "suffix"])
+@pytest.mark.parametrize("collisions", ["minimal", "sinkhorn", "suffix", "item-token"])
 def test_collisions_are_resolved_by_every_way(quantize, shop: Path, collisions: str):
     quantize(shop, "--n_levels", "2", "--codebook_size", "16", "--collisions", collisions, *MAP)
     ids, report = SemanticIds.load(shop / "semantic_ids"), quality(shop)["collisions"]
-    assert ids.n_levels == (3 if collisions == "suffix" else 2)
+    appended = collisions in ("suffix", "item-token")
+    assert ids.n_levels == (3 if appended else 2)
     assert report["method"] == collisions and report["rate_before"] > 0
-    assert (report["moved"] == 0) == (collisions == "suffix")
+    assert (report["moved"] == 0) == appended
 
 
 def test_an_index_file_goes_round(quantize, shop: Path, tmp_path: Path):
