@@ -147,7 +147,7 @@ def initialize_from_codebooks(
     n_old: int,
     seed: int,
 ) -> None:
-    """Set SID rows to their centroids, randomly rotated into the hidden size.
+    """Set SID rows to their centroids, along the principal axes that the hidden size holds.
 
     Close codes then start close. The rows get the mean and spread of the model's own rows: the
     default resize makes new rows that are all alike, which trains far worse.
@@ -158,17 +158,21 @@ def initialize_from_codebooks(
         codebooks: a vector per code, (codebook_size, dim) per level; see
             `genrec.quantizers.code_vectors`.
         n_old: rows that existed before the SID tokens.
-        seed: of the rotation.
+        seed: of the rotation that spreads them over the hidden dimensions.
     """
     hidden = _weight(model.get_input_embeddings()).shape[1]
-    dim = codebooks[0].shape[-1]
+    centred = [torch.from_numpy(np.asarray(book, dtype=np.float32)) for book in codebooks]
+    centred = [book - book.mean(0) for book in centred]
+    dim = centred[0].shape[-1]
+    if dim > hidden:  # what the hidden size can't hold is what varies least
+        every = torch.cat(centred)
+        axes = torch.linalg.eigh(every.T @ every).eigenvectors[:, -hidden:]
+        centred, dim = [book @ axes for book in centred], hidden
     generator = torch.Generator().manual_seed(seed)
-    rotation, _ = torch.linalg.qr(
-        torch.randn(max(dim, hidden), max(dim, hidden), generator=generator)
-    )
-    for level, ids in enumerate(token_ids):
-        rows = torch.from_numpy(codebooks[level]).float() @ rotation[:dim, :hidden]
-        _write_rows(model, ids, rows, n_old)
+    # Spread over all dimensions: along the axes a few would hold nearly everything.
+    rotation, _ = torch.linalg.qr(torch.randn(hidden, hidden, generator=generator))
+    for ids, book in zip(token_ids, centred, strict=True):
+        _write_rows(model, ids, book @ rotation[:dim], n_old)
 
 
 @torch.no_grad()

@@ -390,7 +390,9 @@ def print_summary(semantic_ids: SemanticIds, quality: dict[str, Any], folder: Pa
         f"{semantic_ids.n_items:,} items, codes {shape}, perplexity {perplexity}, e.g. "
         f"{semantic_ids.sids()[0]}"
     )
-    if "rate_before" in found:
+    if found["method"] == "item-token":
+        print("every item has a token of its own on the last level")
+    elif "rate_before" in found:
         shared, moved = found["rate_before"], found["moved"]
         print(f"{shared:.1%} of the items shared a SID, now none; {moved:,} moved")
     if "new" in found:

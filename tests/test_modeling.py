@@ -173,6 +173,23 @@ def test_close_centroids_start_close(tiny):
         assert torch.corrcoef(torch.stack([made.double(), true]))[0, 1] > 0.99
 
 
+def test_centroids_wider_than_the_model_keep_what_varies_most(tiny):
+    """Of 200 dimensions eight hold nearly everything: their distances survive."""
+    tokenizer, semantic_ids = tiny.tokenizer(), tiny.sids(10)
+    n_old = len(tokenizer)
+    model = tiny.lm(n_old)
+    token_ids = add_sid_tokens(tokenizer, semantic_ids)
+    resize_embeddings(model, tokenizer)
+    rng = np.random.default_rng(0)
+    wide = np.linalg.qr(rng.normal(size=(200, 200)))[0]
+    codebooks = rng.normal(size=(3, 4, 200)) * np.r_[np.ones(8), np.full(192, 0.01)] @ wide
+    initialize_from_codebooks(model, token_ids, codebooks, n_old, 0)
+    rows = model.get_input_embeddings().weight.detach()
+    for ids, book in zip(token_ids, codebooks, strict=True):
+        pair = torch.stack([torch.pdist(rows[ids]).double(), torch.pdist(torch.from_numpy(book))])
+        assert torch.corrcoef(pair)[0, 1] > 0.99
+
+
 def test_codes_whose_items_have_the_same_words_start_close(tiny):
     semantic_ids = tiny.sids(40, size=6)
     tokenizer = tiny.tokenizer()

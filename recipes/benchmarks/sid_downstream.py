@@ -4,7 +4,8 @@
     python recipes/benchmarks/sid_downstream.py --quick        # two indexes, a synthetic shop
 
 Every index gets the same budget: the "tiny" decoder from scratch, the same rows, epochs, learning
-rate and seeds; SID rows start from the same fused vectors whatever the index was made of. Scored on
+rate and seeds, losses over the trie; SID rows start from the same fused vectors whatever the index
+was made of. Scored on
 a fixed sample of validation users, seen items left out, against the whole catalogue. Intervals are
 over users and seeds, differences are paired by user.
 
@@ -48,6 +49,11 @@ INDEXES: dict[str, tuple[str, list[str]]] = {
         ["--method", "hierarchical-kmeans", "--codebook_size", "64", "--max_fill", "1.5"],
     ),
     "rqvae": ("fused", ["--method", "rqvae"]),
+    "residual-kmeans 1 level, item token": (
+        "fused",
+        ["--n_levels", "1", "--collisions", "item-token"],
+    ),
+    "independent (P5)": ("fused", ["--method", "independent"]),
     "collaborative (P5)": (
         "fused",
         ["--method", "collaborative", "--branching", "64", "--leaf_size", "256"],
@@ -110,6 +116,7 @@ def train_and_score(args: argparse.Namespace, name: str, seed: int, folder: Path
     genrec("sft", *at, "--size", "tiny", "--dropout", "0.1", "--eval_rows", "0",
         "--num_train_epochs", str(args.epochs), "--per_device_train_batch_size", "24",
         "--train_sampling_strategy", "group_by_length", "--learning_rate", "1.5e-3",
+        "--loss_over", "trie", "--hidden_dropout", "0.1",
         "--lr_scheduler_type", "cosine", "--warmup_steps", "300", "--weight_decay", "0.05",
         "--use_cpu", str(args.device == "cpu").lower(), "--bf16", "false", "--report_to",
         "none", "--save_strategy", "no", "--gradient_checkpointing", "false",
