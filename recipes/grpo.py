@@ -27,6 +27,7 @@ from genrec.config import check_choice, parse, run, training_fingerprint
 from genrec.data.splits import read_split
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
+from genrec.evaluation.curves import CurvesPicture
 from genrec.evaluation.normalizer_choice import measure_normalizers
 from genrec.evaluation.validation import BeamValidation
 from genrec.normalizers import NORMALIZERS, Normalizer, declared_normalizer
@@ -163,7 +164,9 @@ def main() -> None:
             every_steps=args.eval_every_steps,
             at_start=True,
         )
+        validation.log_to(trainer)
         trainer.add_callback(validation)
+    trainer.add_callback(CurvesPicture(stage.folder, "grpo", validation))
     trainer.train(resume_from_checkpoint=modeling.last_checkpoint(training.output_dir))
 
     trainer.accelerator.wait_for_everyone()

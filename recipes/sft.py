@@ -31,6 +31,7 @@ from genrec.config import check_choice, parse, run, training_fingerprint
 from genrec.data.splits import read_split
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
+from genrec.evaluation.curves import CurvesPicture
 from genrec.evaluation.normalizer_choice import (
     DEFAULT,
     NormalizerChoice,
@@ -247,7 +248,9 @@ def main() -> None:
             args.filter_seen,
             every_steps=args.eval_every_steps,
         )
+        validation.log_to(trainer)
         trainer.add_callback(validation)
+    trainer.add_callback(CurvesPicture(stage.folder, "sft", validation))
     trainer.train(resume_from_checkpoint=modeling.last_checkpoint(training.output_dir))
 
     # Save what is served: the best weights, merged.
