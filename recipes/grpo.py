@@ -8,7 +8,8 @@ TRL's GRPOConfig go into the same YAML or on the command line. Writes ``grpo/mod
 checkpoint.
 
 Rollouts, log-probabilities and validation share one score normaliser, and the model that comes out
-declares it, so that serving follows.
+declares it, so that serving follows. ``grpo/curves.svg`` is a picture of the training, and
+``grpo/model/README.md`` the model card.
 """
 
 import logging
@@ -21,7 +22,9 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from genrec import modeling
-from genrec.artifacts import Stage, stage_folder, write_json
+from genrec.artifacts import Stage, stage_folder, write_json, write_text
+from genrec.bundle.files import CARD
+from genrec.bundle.training_card import training_card, training_settings
 from genrec.columns import PROMPT, ROW_ID, SEEN, TARGET
 from genrec.config import check_choice, parse, run, training_fingerprint
 from genrec.data.splits import read_split
@@ -180,7 +183,8 @@ def main() -> None:
         compared = None
         if validation is not None:
             compared = measure_normalizers(validation, partial(engine, trained), training.seed)
-        about = {"stage": "grpo", "base": about["base"], "normalizer": normalizer}
+        kept = {name: about[name] for name in ("base", "lineage") if name in about}
+        about = {"stage": "grpo", **kept, "normalizer": normalizer}
         modeling.save_model(trained, tokenizer, semantic_ids, stage.folder / "model", about)
         start = validation.history[0] if validation else None
         parameters = sum(p.numel() for p in trained.parameters())
@@ -192,6 +196,11 @@ def main() -> None:
                 "against_full": compared.against_full if compared else {},
             },
         }  # fmt: skip
+        metrics |= validation.summary() if validation else {}
+        adapters = (args.lora_rank, args.lora_alpha) if args.use_lora else None
+        settings = training_settings(training, trainer.state.global_step, adapters)
+        card = training_card(stage, semantic_ids, settings, metrics, args.filter_seen)
+        write_text(stage.folder / "model" / CARD, card)
         stage.finish(
             len(rows), training.seed, metrics, notes, skip=["checkpoints", "best.safetensors"]
         )

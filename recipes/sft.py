@@ -4,8 +4,9 @@
 
 Settings of TRL's SFTConfig (num_train_epochs, learning_rate, bf16, …) go into the same YAML or on
 the command line. Writes ``sft/model`` (a plain checkpoint, adapters merged), ``sft/adapter`` (with
-LoRA), ``sft/validation.json`` and ``sft/log.json``. Killed and started again, it resumes at the
-last checkpoint.
+LoRA), ``sft/validation.json``, ``sft/log.json`` and ``sft/curves.svg``, a picture of the training
+that is drawn anew after each validation; ``sft/model/README.md`` is the model card. Killed and
+started again, it resumes at the last checkpoint.
 
 At the end the validation sample is ranked under every score normaliser; the one that the model
 declares from then on is in ``sft/model/genrec.json`` and in the manifest, with what was measured.
@@ -25,7 +26,9 @@ from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from genrec import modeling
-from genrec.artifacts import Stage, stage_folder, write_json
+from genrec.artifacts import Stage, stage_folder, write_json, write_text
+from genrec.bundle.files import CARD
+from genrec.bundle.training_card import shown_base, training_card, training_settings
 from genrec.columns import PROMPT, TASK
 from genrec.config import check_choice, parse, run, training_fingerprint
 from genrec.data.splits import read_split
@@ -264,7 +267,7 @@ def main() -> None:
         choice = decide(by_hand, validation, partial(engine, trained), training.seed)
         about = {
             "stage": "sft",
-            "base": args.model_name_or_path or f"scratch-{args.size}",
+            "base": shown_base(args.model_name_or_path or f"scratch-{args.size}"),
             "normalizer": choice.normalizer,
             "normalizer_choice": asdict(choice),
         }
@@ -273,6 +276,11 @@ def main() -> None:
         metrics = {"parameters": parameters, "best": best, "longest_row": longest}
         metrics["rows_per_epoch"] = mixture.counts(rows.table[TASK])
         metrics["normalizer"] = asdict(choice)
+        metrics |= validation.summary() if validation else {}
+        adapters = (args.lora_rank, args.lora_alpha) if args.use_lora else None
+        settings = training_settings(training, trainer.state.global_step, adapters)
+        card = training_card(stage, semantic_ids, settings, metrics, args.filter_seen)
+        write_text(stage.folder / "model" / CARD, card)
         stage.finish(
             mixture.length, training.seed, metrics, skip=["checkpoints", "best.safetensors"]
         )

@@ -116,6 +116,10 @@ class BeamValidation(TrainerCallback):
         """Log each measurement through a trainer, so that its trackers get it."""
         self._trainer = trainer
 
+    def summary(self) -> dict[str, int]:
+        """Size of the sample, and how often it was measured: `best` is the best of them."""
+        return {"validation_rows": len(self.prompts), "measurements": len(self.history)}
+
     def per_row(self, engine: TorchEngine) -> tuple[np.ndarray, np.ndarray]:
         """HR@k and NDCG@k of every validation row as `engine` ranks them. ``# (rows,)`` each."""
         items = engine.search(self.prompts, self.k, default_beam_width(self.k), self.seen).items
