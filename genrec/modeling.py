@@ -146,6 +146,7 @@ def initialize_from_codebooks(
     codebooks: Sequence[np.ndarray],
     n_old: int,
     seed: int,
+    only: Sequence[np.ndarray] | None = None,
 ) -> None:
     """Set SID rows to their centroids, randomly rotated into the hidden size.
 
@@ -159,6 +160,7 @@ def initialize_from_codebooks(
             `genrec.quantizers.code_vectors`.
         n_old: rows that existed before the SID tokens.
         seed: of the rotation.
+        only: per level, which codes to set, (codebook_size,) booleans; None: all.
     """
     hidden = _weight(model.get_input_embeddings()).shape[1]
     dim = codebooks[0].shape[-1]
@@ -168,7 +170,7 @@ def initialize_from_codebooks(
     )
     for level, ids in enumerate(token_ids):
         rows = torch.from_numpy(codebooks[level]).float() @ rotation[:dim, :hidden]
-        _write_rows(model, ids, rows, n_old)
+        _write_rows(model, ids, rows, n_old, None if only is None else only[level])
 
 
 @torch.no_grad()
@@ -180,6 +182,7 @@ def initialize_from_titles(
     titles: Sequence[str],
     n_old: int,
     seed: int,
+    only: Sequence[np.ndarray] | None = None,
 ) -> None:
     """Set each SID row to the mean of the text-token rows of the titles of its items.
 
@@ -194,6 +197,7 @@ def initialize_from_titles(
         titles: one per item, escaped.
         n_old: rows that existed before the SID tokens.
         seed: of the random rows.
+        only: as in `initialize_from_codebooks`.
     """
     weight = _weight(model.get_input_embeddings())[:n_old].float().cpu()
     encoded = tokenizer(list(titles), add_special_tokens=False)["input_ids"]
@@ -216,11 +220,18 @@ def initialize_from_titles(
         rows[used] = means / means.std().clamp(min=1e-6)
         # A little noise keeps codes with the same titles apart.
         rows += 0.1 * torch.randn(rows.shape, generator=generator)
-        _write_rows(model, ids, rows, n_old)
+        _write_rows(model, ids, rows, n_old, None if only is None else only[level])
 
 
-def _write_rows(model: PreTrainedModel, ids: list[int], rows: torch.Tensor, n_old: int) -> None:
+def _write_rows(
+    model: PreTrainedModel,
+    ids: list[int],
+    rows: torch.Tensor,
+    n_old: int,
+    only: np.ndarray | None = None,
+) -> None:
     """Write rows into the input embedding (and an untied head), with the old rows' moments."""
+    chosen = np.arange(len(ids)) if only is None else np.flatnonzero(only)
     weights = [_weight(model.get_input_embeddings())]
     head = model.get_output_embeddings()
     if head is not None and _weight(head).data_ptr() != weights[0].data_ptr():
@@ -230,7 +241,8 @@ def _write_rows(model: PreTrainedModel, ids: list[int], rows: torch.Tensor, n_ol
     for weight in weights:
         old = weight[:n_old].float()
         fitted = rows.to(weight.device) * old.std(0).mean() + old.mean(0)
-        weight[torch.tensor(ids, device=weight.device)] = fitted.to(weight.dtype)
+        at = torch.tensor([ids[code] for code in chosen], dtype=torch.long, device=weight.device)
+        weight[at] = fitted[torch.from_numpy(chosen).to(weight.device)].to(weight.dtype)
 
 
 def _weight(module: torch.nn.Module | None) -> torch.Tensor:

@@ -8,21 +8,33 @@ LoRA), ``sft/validation.json``, ``sft/log.json`` and ``sft/curves.svg``, a pictu
 that is drawn anew after each validation; ``sft/model/README.md`` is the model card. Killed and
 started again, it resumes at the last checkpoint.
 
+With ``warm_start: <earlier run>`` the model of that run is trained on (daily refresh): on rows with
+an interaction or an item that its training part lacked, and on a sample of the old ones,
+``replay_share`` of an epoch, against forgetting. The SID map must have grown out of that run's:
+
+    genrec prepare --run_dir runs/today …
+    genrec embed --run_dir runs/today --extend runs/yesterday
+    genrec quantize --run_dir runs/today --extend runs/yesterday
+    genrec build_dataset --run_dir runs/today
+    genrec sft --run_dir runs/today --warm_start runs/yesterday --replay_share 0.3
+
 At the end the validation sample is ranked under every score normaliser; the one that the model
 declares from then on is in ``sft/model/genrec.json`` and in the manifest, with what was measured.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 from accelerate.state import PartialState
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from genrec import modeling
@@ -48,9 +60,13 @@ from genrec.prompts import PromptRenderer
 from genrec.quantizers.code_vectors import code_vectors
 from genrec.semantic_ids import SemanticIds
 from genrec.tasks.instruction_rows import InstructionRows
-from genrec.tasks.mixing import named_numbers, named_rows, plan
+from genrec.tasks.mixing import Plan, named_numbers, named_rows, plan
+from genrec.tasks.refresh import apart, compare, refresh_plan, replay_counts
 from genrec.tasks.rendering import ItemTexts
 from genrec.training_data import EpochRows, EpochSampler, estimated_lengths, sample_texts
+from genrec.warm_start import EarlierModel, check_replay_share, check_stage, unseen_codes
+
+logger = logging.getLogger("genrec.sft")
 
 SID_INITS = ("codebooks", "titles")
 
@@ -81,6 +97,10 @@ class SftArgs:
     # Over what the model's scores are normalised, wherever it ranks: full (the whole vocabulary),
     # level or trie. auto: full, unless another one is better on validation by more than chance.
     normalizer: str = "auto"
+    # Daily refresh: the run whose trained model is trained on, with its tokenizer.
+    warm_start: str | None = None
+    warm_start_stage: str | None = None  # sft or grpo; default: grpo where it is complete
+    replay_share: float = 0.3  # of an epoch: old rows, so that the model doesn't forget them
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""
@@ -88,10 +108,16 @@ class SftArgs:
         check_choice("sid_init", self.sid_init, SID_INITS)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16", "auto"))
         check_choice("normalizer", self.normalizer, ("auto", *NORMALIZERS))
-        if self.use_lora and not self.model_name_or_path:
+        if self.use_lora and not (self.model_name_or_path or self.warm_start):
             raise ValueError(
                 "use_lora needs model_name_or_path: adapters sit on a pretrained model"
             )
+        if self.warm_start and self.model_name_or_path:
+            raise ValueError(
+                "warm_start begins with that run's model; leave model_name_or_path out"
+            )
+        check_stage(self.warm_start_stage)
+        check_replay_share(self.replay_share)
 
 
 def check_workers(number: int) -> None:
@@ -122,6 +148,71 @@ def decide(
     return measure_normalizers(validation, make, seed)
 
 
+def earlier_model(args: SftArgs) -> EarlierModel | None:
+    """The model that is trained on; None: a first training."""
+    if args.warm_start is None:
+        return None
+    return EarlierModel.of_run(args.warm_start, args.run_dir, args.warm_start_stage)
+
+
+def origin(args: SftArgs, earlier: EarlierModel | None) -> dict[str, Any]:
+    """Where the model comes from, for its ``genrec.json``."""
+    if earlier is None:
+        return {"base": shown_base(args.model_name_or_path or f"scratch-{args.size}")}
+    return {"base": earlier.about["base"], "lineage": earlier.lineage}
+
+
+def draw(
+    args: SftArgs,
+    training: SFTConfig,
+    rows: InstructionRows,
+    dataset: Path,
+    earlier: EarlierModel | None,
+) -> tuple[InstructionRows, np.ndarray, Plan, dict[str, int]]:
+    """The rows, their estimated lengths, which of them each epoch has, and what is new in them."""
+    n_epochs, seed = math.ceil(training.num_train_epochs), training.seed
+    weights = named_rows("weights", args.weights)
+    caps = {name: int(most) for name, most in named_numbers("caps", args.caps).items()}
+    lengths = estimated_lengths(dataset / "train.parquet")
+    if earlier is None:
+        return rows, lengths, plan(rows.table[TASK], n_epochs, weights, caps, seed), {}
+    novelty = compare(stage_folder(args.run_dir, "prepare"), earlier.data)
+    if rows.renderer.sha256() != earlier.prompts_sha256:
+        logger.warning("the prompts are others than those of the earlier model; it learns them now")
+    parts = apart(rows, novelty)
+    mixture = refresh_plan(
+        parts.rows.table[TASK], parts.n_new, n_epochs, args.replay_share, weights, caps, seed
+    )
+    facts = {**novelty.counts(), **replay_counts(mixture, parts.n_new)}
+    return parts.rows, lengths[parts.origin], mixture, facts
+
+
+def initialize(
+    args: SftArgs,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: list[list[int]],
+    semantic_ids: SemanticIds,
+    titles: list[str],
+    n_text_tokens: int,
+    seed: int,
+    earlier: EarlierModel | None,
+) -> None:
+    """Set the SID rows; of an earlier model those alone whose codes no item had before."""
+    only = None
+    if earlier:
+        only, seed = unseen_codes(semantic_ids, earlier.semantic_ids), earlier.first_seed
+        n_text_tokens = min(token for level in token_ids for token in level)
+    if args.sid_init == "codebooks":
+        vectors = np.load(stage_folder(args.run_dir, "embed") / "item_embeddings.npy")
+        codebooks = code_vectors(vectors, semantic_ids.codes, semantic_ids.codebook_sizes)
+        modeling.initialize_from_codebooks(model, token_ids, codebooks, n_text_tokens, seed, only)
+    else:
+        modeling.initialize_from_titles(
+            model, tokenizer, token_ids, semantic_ids, titles, n_text_tokens, seed, only
+        )
+
+
 class EpochTrainer(SFTTrainer):
     """TRL's trainer on rows that are rendered anew for each epoch."""
 
@@ -145,7 +236,9 @@ def main() -> None:
     config = {**asdict(args), "training": training_fingerprint(training)}
     inputs = ["prepare", "embed", "quantize", "build_dataset"]
     with PartialState().main_process_first():
-        stage = Stage(args.run_dir, "sft", config, inputs)
+        earlier = earlier_model(args)
+        hashes = earlier.hashes if earlier else None
+        stage = Stage(args.run_dir, "sft", config, inputs, ignore=["warm_start"], hashes=hashes)
         if stage.is_done(args.overwrite and PartialState().is_main_process):
             return
     data = stage_folder(args.run_dir, "prepare")
@@ -162,13 +255,10 @@ def main() -> None:
     valid_prompts = pl.read_parquet(dataset / "valid.parquet")[PROMPT]
 
     # Which rows each epoch sees; the tokenizer with SID tokens.
-    mixture = plan(
-        rows.table[TASK], math.ceil(training.num_train_epochs), named_rows("weights", args.weights),
-        {name: int(most) for name, most in named_numbers("caps", args.caps).items()},
-        training.seed,
-    )  # fmt: skip
-    if args.model_name_or_path:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    rows, lengths, mixture, refresh = draw(args, training, rows, dataset, earlier)
+    base = earlier.model if earlier else args.model_name_or_path
+    if base:
+        tokenizer = AutoTokenizer.from_pretrained(base)
     else:
         words = sample_texts(dataset / "train.parquet", training.seed)
         tokenizer = modeling.train_tokenizer([*titles, *words], args.vocab_size)
@@ -177,7 +267,6 @@ def main() -> None:
     n_text_tokens = len(tokenizer)
     token_ids = modeling.add_sid_tokens(tokenizer, semantic_ids)
     sid_set = {token for level in token_ids for token in level}
-    lengths = estimated_lengths(dataset / "train.parquet")
     train_rows = EpochRows(rows, mixture, lengths, tokenizer, sid_set)
     longest = train_rows.longest()
     # What is served later may be longer than any training row.
@@ -185,12 +274,12 @@ def main() -> None:
     longest = max(longest, *(len(ids) + semantic_ids.n_levels for ids in served), 0)
 
     # Model, SID rows, adapters.
-    if args.model_name_or_path:
-        model = modeling.load_base(args.model_name_or_path, args.dtype)
+    if base:
+        model = modeling.load_base(str(base), args.dtype)
         limit = model.config.max_position_embeddings
         if longest > limit:
             raise ValueError(
-                f"the longest row has {longest} tokens, {args.model_name_or_path} holds {limit}; "
+                f"the longest row has {longest} tokens, {base} holds {limit}; "
                 "prepare with a smaller max_history"
             )
     else:
@@ -201,18 +290,13 @@ def main() -> None:
             args.size, len(tokenizer), context, training.seed, args.dropout
         )
     modeling.resize_embeddings(model, tokenizer)
-    if len(tokenizer) == n_text_tokens:
-        print("the base model has these SID tokens already; their rows are kept")
-    elif args.sid_init == "codebooks":
-        vectors = np.load(stage_folder(args.run_dir, "embed") / "item_embeddings.npy")
-        codebooks = code_vectors(vectors, semantic_ids.codes, semantic_ids.codebook_sizes)
-        modeling.initialize_from_codebooks(
-            model, token_ids, codebooks, n_text_tokens, training.seed
-        )
+    if earlier or len(tokenizer) > n_text_tokens:
+        initialize(
+            args, model, tokenizer, token_ids, semantic_ids, titles, n_text_tokens, training.seed,
+            earlier,
+        )  # fmt: skip
     else:
-        modeling.initialize_from_titles(
-            model, tokenizer, token_ids, semantic_ids, titles, n_text_tokens, training.seed
-        )
+        print("the base model has these SID tokens already; their rows are kept")
     lora = None
     if args.use_lora:
         lora = modeling.lora_config(
@@ -250,6 +334,7 @@ def main() -> None:
             training.seed,
             args.filter_seen,
             every_steps=args.eval_every_steps,
+            at_start=earlier is not None,  # the earlier model stays where training makes it worse
         )
         validation.log_to(trainer)
         trainer.add_callback(validation)
@@ -267,7 +352,7 @@ def main() -> None:
         choice = decide(by_hand, validation, partial(engine, trained), training.seed)
         about = {
             "stage": "sft",
-            "base": shown_base(args.model_name_or_path or f"scratch-{args.size}"),
+            **origin(args, earlier),
             "normalizer": choice.normalizer,
             "normalizer_choice": asdict(choice),
         }
@@ -277,6 +362,7 @@ def main() -> None:
         metrics["rows_per_epoch"] = mixture.counts(rows.table[TASK])
         metrics["normalizer"] = asdict(choice)
         metrics |= validation.summary() if validation else {}
+        metrics |= {"warm_start": {**refresh, **origin(args, earlier)}} if earlier else {}
         adapters = (args.lora_rank, args.lora_alpha) if args.use_lora else None
         settings = training_settings(training, trainer.state.global_step, adapters)
         card = training_card(stage, semantic_ids, settings, metrics, args.filter_seen)

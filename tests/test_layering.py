@@ -10,8 +10,8 @@ ORDER = [
     "columns", "item_lists", "artifacts", "normalizers", "page", "svg", "metrics", "data",
     "embedding", "quantizers", "semantic_ids", "chains", "prompts", "tasks", "chain_reader",
     "modeling", "training_data", "decoding", "reasoning", "grounding", "rewards", "rollouts",
-    "bundle", "list_shaping", "recommend", "generation", "planning", "server", "evaluation",
-    "explain", "audit", "config", "cli",
+    "bundle", "warm_start", "list_shaping", "recommend", "generation", "planning", "server",
+    "evaluation", "explain", "audit", "config", "cli",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
