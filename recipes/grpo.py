@@ -183,8 +183,8 @@ def main() -> None:
         compared = None
         if validation is not None:
             compared = measure_normalizers(validation, partial(engine, trained), training.seed)
-        kept = {name: about[name] for name in ("base", "lineage") if name in about}
-        about = {"stage": "grpo", **kept, "normalizer": normalizer}
+        about = {name: about[name] for name in ("base", "lineage") if name in about}
+        about |= {"stage": "grpo", "normalizer": normalizer}
         modeling.save_model(trained, tokenizer, semantic_ids, stage.folder / "model", about)
         start = validation.history[0] if validation else None
         parameters = sum(p.numel() for p in trained.parameters())
