@@ -276,7 +276,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a small shop, one seed, few epochs")
     args = parser.parse_args()
     if args.quick:
-        args.users, args.items, args.codebook_size, args.seeds = 300, 60, 8, 1
+        args.users, args.items, args.codebook_size, args.seeds = 300, 160, 8, 1
         args.epochs, args.warm_epochs, args.eval_rows = 2, 1, 40
     if args.seeds < 1 or not 0 < args.kept_out < 1:
         parser.error("--seeds must be at least 1, and --kept_out in (0, 1)")

@@ -250,7 +250,9 @@ def test_weights_hold_for_replay_too():
     made = refresh_plan(tasks, n_new, 1, 0.5, {"title_to_sid": [0.0]})
     assert set(tasks.gather(made.rows)) == {"sequential"} and made.length == 100
     made = refresh_plan(tasks, n_new, 1, 0.5, {"title_to_sid": [3.0]})
-    assert (tasks.gather(made.rows) == "title_to_sid").sum() == 37  # 37.5 of each: the first family gets the odd row
+    assert (
+        tasks.gather(made.rows) == "title_to_sid"
+    ).sum() == 37  # 37.5 of each: the first family gets the odd row
     with pytest.raises(ValueError, match="'rating', which the dataset doesn't have"):
         refresh_plan(tasks, n_new, 1, 0.5, {"rating": [1.0]})
     with pytest.raises(ValueError, match="no old row that the weights leave"):
