@@ -146,8 +146,9 @@ def initialize_from_codebooks(
     codebooks: Sequence[np.ndarray],
     n_old: int,
     seed: int,
+    only: Sequence[np.ndarray] | None = None,
 ) -> None:
-    """Set SID rows to their centroids, along the principal axes that the hidden size holds.
+    """Set SID rows to their centroids, randomly rotated into the hidden size.
 
     Close codes then start close. The rows get the mean and spread of the model's own rows: the
     default resize makes new rows that are all alike, which trains far worse.
@@ -158,21 +159,18 @@ def initialize_from_codebooks(
         codebooks: a vector per code, (codebook_size, dim) per level; see
             `genrec.quantizers.code_vectors`.
         n_old: rows that existed before the SID tokens.
-        seed: of the rotation that spreads them over the hidden dimensions.
+        seed: of the rotation.
+        only: per level, which codes to set, (codebook_size,) booleans; None: all.
     """
     hidden = _weight(model.get_input_embeddings()).shape[1]
-    centred = [torch.from_numpy(np.asarray(book, dtype=np.float32)) for book in codebooks]
-    centred = [book - book.mean(0) for book in centred]
-    dim = centred[0].shape[-1]
-    if dim > hidden:  # what the hidden size can't hold is what varies least
-        every = torch.cat(centred)
-        axes = torch.linalg.eigh(every.T @ every).eigenvectors[:, -hidden:]
-        centred, dim = [book @ axes for book in centred], hidden
+    dim = codebooks[0].shape[-1]
     generator = torch.Generator().manual_seed(seed)
-    # Spread over all dimensions: along the axes a few would hold nearly everything.
-    rotation, _ = torch.linalg.qr(torch.randn(hidden, hidden, generator=generator))
-    for ids, book in zip(token_ids, centred, strict=True):
-        _write_rows(model, ids, book @ rotation[:dim], n_old)
+    rotation, _ = torch.linalg.qr(
+        torch.randn(max(dim, hidden), max(dim, hidden), generator=generator)
+    )
+    for level, ids in enumerate(token_ids):
+        rows = torch.from_numpy(codebooks[level]).float() @ rotation[:dim, :hidden]
+        _write_rows(model, ids, rows, n_old, None if only is None else only[level])
 
 
 @torch.no_grad()
@@ -184,6 +182,7 @@ def initialize_from_titles(
     titles: Sequence[str],
     n_old: int,
     seed: int,
+    only: Sequence[np.ndarray] | None = None,
 ) -> None:
     """Set each SID row to the mean of the text-token rows of the titles of its items.
 
@@ -198,6 +197,7 @@ def initialize_from_titles(
         titles: one per item, escaped.
         n_old: rows that existed before the SID tokens.
         seed: of the random rows.
+        only: as in `initialize_from_codebooks`.
     """
     weight = _weight(model.get_input_embeddings())[:n_old].float().cpu()
     encoded = tokenizer(list(titles), add_special_tokens=False)["input_ids"]
@@ -220,11 +220,18 @@ def initialize_from_titles(
         rows[used] = means / means.std().clamp(min=1e-6)
         # A little noise keeps codes with the same titles apart.
         rows += 0.1 * torch.randn(rows.shape, generator=generator)
-        _write_rows(model, ids, rows, n_old)
+        _write_rows(model, ids, rows, n_old, None if only is None else only[level])
 
 
-def _write_rows(model: PreTrainedModel, ids: list[int], rows: torch.Tensor, n_old: int) -> None:
+def _write_rows(
+    model: PreTrainedModel,
+    ids: list[int],
+    rows: torch.Tensor,
+    n_old: int,
+    only: np.ndarray | None = None,
+) -> None:
     """Write rows into the input embedding (and an untied head), with the old rows' moments."""
+    chosen = np.arange(len(ids)) if only is None else np.flatnonzero(only)
     weights = [_weight(model.get_input_embeddings())]
     head = model.get_output_embeddings()
     if head is not None and _weight(head).data_ptr() != weights[0].data_ptr():
@@ -234,7 +241,8 @@ def _write_rows(model: PreTrainedModel, ids: list[int], rows: torch.Tensor, n_ol
     for weight in weights:
         old = weight[:n_old].float()
         fitted = rows.to(weight.device) * old.std(0).mean() + old.mean(0)
-        weight[torch.tensor(ids, device=weight.device)] = fitted.to(weight.dtype)
+        at = torch.tensor([ids[code] for code in chosen], dtype=torch.long, device=weight.device)
+        weight[at] = fitted[torch.from_numpy(chosen).to(weight.device)].to(weight.dtype)
 
 
 def _weight(module: torch.nn.Module | None) -> torch.Tensor:

@@ -8,7 +8,8 @@ TRL's GRPOConfig go into the same YAML or on the command line. Writes ``grpo/mod
 checkpoint.
 
 Rollouts, log-probabilities and validation share one score normaliser, and the model that comes out
-declares it, so that serving follows.
+declares it, so that serving follows. ``grpo/curves.svg`` is a picture of the training, and
+``grpo/model/README.md`` the model card.
 """
 
 import logging
@@ -21,12 +22,15 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from genrec import modeling
-from genrec.artifacts import Stage, stage_folder, write_json
+from genrec.artifacts import Stage, stage_folder, write_json, write_text
+from genrec.bundle.files import CARD
+from genrec.bundle.training_card import training_card, training_settings
 from genrec.columns import PROMPT, ROW_ID, SEEN, TARGET
 from genrec.config import check_choice, parse, run, training_fingerprint
 from genrec.data.splits import read_split
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
+from genrec.evaluation.curves import CurvesPicture
 from genrec.evaluation.normalizer_choice import measure_normalizers
 from genrec.evaluation.validation import BeamValidation
 from genrec.normalizers import NORMALIZERS, Normalizer, declared_normalizer
@@ -163,7 +167,9 @@ def main() -> None:
             every_steps=args.eval_every_steps,
             at_start=True,
         )
+        validation.log_to(trainer)
         trainer.add_callback(validation)
+    trainer.add_callback(CurvesPicture(stage.folder, "grpo", validation))
     trainer.train(resume_from_checkpoint=modeling.last_checkpoint(training.output_dir))
 
     trainer.accelerator.wait_for_everyone()
@@ -177,7 +183,8 @@ def main() -> None:
         compared = None
         if validation is not None:
             compared = measure_normalizers(validation, partial(engine, trained), training.seed)
-        about = {"stage": "grpo", "base": about["base"], "normalizer": normalizer}
+        about = {name: about[name] for name in ("base", "lineage") if name in about}
+        about |= {"stage": "grpo", "normalizer": normalizer}
         modeling.save_model(trained, tokenizer, semantic_ids, stage.folder / "model", about)
         start = validation.history[0] if validation else None
         parameters = sum(p.numel() for p in trained.parameters())
@@ -189,6 +196,11 @@ def main() -> None:
                 "against_default": compared.against_default if compared else {},
             },
         }  # fmt: skip
+        metrics |= validation.summary() if validation else {}
+        adapters = (args.lora_rank, args.lora_alpha) if args.use_lora else None
+        settings = training_settings(training, trainer.state.global_step, adapters)
+        card = training_card(stage, semantic_ids, settings, metrics, args.filter_seen)
+        write_text(stage.folder / "model" / CARD, card)
         stage.finish(
             len(rows), training.seed, metrics, notes, skip=["checkpoints", "best.safetensors"]
         )

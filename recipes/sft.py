@@ -4,33 +4,49 @@
 
 Settings of TRL's SFTConfig (num_train_epochs, learning_rate, bf16, …) go into the same YAML or on
 the command line. Writes ``sft/model`` (a plain checkpoint, adapters merged), ``sft/adapter`` (with
-LoRA), ``sft/validation.json`` and ``sft/log.json``. Killed and started again, it resumes at the
-last checkpoint.
+LoRA), ``sft/validation.json``, ``sft/log.json`` and ``sft/curves.svg``, a picture of the training
+that is drawn anew after each validation; ``sft/model/README.md`` is the model card. Killed and
+started again, it resumes at the last checkpoint.
+
+With ``warm_start: <earlier run>`` the model of that run is trained on (daily refresh): on rows with
+an interaction or an item that its training part lacked, and on a sample of the old ones,
+``replay_share`` of an epoch, against forgetting. The SID map must have grown out of that run's:
+
+    genrec prepare --run_dir runs/today …
+    genrec embed --run_dir runs/today --extend runs/yesterday
+    genrec quantize --run_dir runs/today --extend runs/yesterday
+    genrec build_dataset --run_dir runs/today
+    genrec sft --run_dir runs/today --warm_start runs/yesterday --replay_share 0.3
 
 At the end the validation sample is ranked under every score normaliser; the one that the model
 declares from then on is in ``sft/model/genrec.json`` and in the manifest, with what was measured.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
 from accelerate.state import PartialState
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from genrec import modeling
-from genrec.artifacts import Stage, stage_folder, write_json
+from genrec.artifacts import Stage, stage_folder, write_json, write_text
 from genrec.averaging import WeightAverage
+from genrec.bundle.files import CARD
+from genrec.bundle.training_card import shown_base, training_card, training_settings
 from genrec.columns import PROMPT, TASK
 from genrec.config import check_choice, parse, run, training_fingerprint
 from genrec.data.splits import read_split
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
+from genrec.evaluation.curves import CurvesPicture
 from genrec.evaluation.normalizer_choice import (
     NormalizerChoice,
     declared_by_hand,
@@ -51,9 +67,13 @@ from genrec.supervised_head import (
     use_supervised_head,
 )
 from genrec.tasks.instruction_rows import InstructionRows
-from genrec.tasks.mixing import named_numbers, named_rows, plan
+from genrec.tasks.mixing import Plan, named_numbers, named_rows, plan
+from genrec.tasks.refresh import apart, compare, refresh_plan, replay_counts
 from genrec.tasks.rendering import ItemTexts
 from genrec.training_data import EpochRows, estimated_lengths, sample_texts
+from genrec.warm_start import EarlierModel, check_replay_share, check_stage, unseen_codes
+
+logger = logging.getLogger("genrec.sft")
 
 SID_INITS = ("codebooks", "titles")
 
@@ -90,6 +110,10 @@ class SftArgs:
     # Over what the model's scores are normalised, wherever it ranks: full (the whole vocabulary),
     # level or trie. auto: full, unless another one is better on validation by more than chance.
     normalizer: str = "auto"
+    # Daily refresh: the run whose trained model is trained on, with its tokenizer.
+    warm_start: str | None = None
+    warm_start_stage: str | None = None  # sft or grpo; default: grpo where it is complete
+    replay_share: float = 0.3  # of an epoch: old rows, so that the model doesn't forget them
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""
@@ -108,10 +132,16 @@ class SftArgs:
                 f"normalizer={self.normalizer} with loss_over={self.loss_over}: the model learns "
                 f"nothing of what lies outside; use {' or '.join(NORMALIZERS_OF[self.loss_over])}"
             )
-        if self.use_lora and not self.model_name_or_path:
+        if self.use_lora and not (self.model_name_or_path or self.warm_start):
             raise ValueError(
                 "use_lora needs model_name_or_path: adapters sit on a pretrained model"
             )
+        if self.warm_start and self.model_name_or_path:
+            raise ValueError(
+                "warm_start begins with that run's model; leave model_name_or_path out"
+            )
+        check_stage(self.warm_start_stage)
+        check_replay_share(self.replay_share)
 
 
 def check_workers(number: int) -> None:
@@ -144,26 +174,99 @@ def decide(
     return measure_normalizers(validation, make, seed, candidates)
 
 
+def earlier_model(args: SftArgs) -> EarlierModel | None:
+    """The model that is trained on; None: a first training."""
+    if args.warm_start is None:
+        return None
+    return EarlierModel.of_run(args.warm_start, args.run_dir, args.warm_start_stage)
+
+
+def origin(args: SftArgs, earlier: EarlierModel | None) -> dict[str, Any]:
+    """Where the model comes from, for its ``genrec.json``."""
+    if earlier is None:
+        return {"base": shown_base(args.model_name_or_path or f"scratch-{args.size}")}
+    return {"base": earlier.about["base"], "lineage": earlier.lineage}
+
+
+def draw(
+    args: SftArgs,
+    training: SFTConfig,
+    rows: InstructionRows,
+    dataset: Path,
+    earlier: EarlierModel | None,
+) -> tuple[InstructionRows, np.ndarray, Plan, dict[str, int]]:
+    """The rows, their estimated lengths, which of them each epoch has, and what is new in them."""
+    n_epochs, seed = math.ceil(training.num_train_epochs), training.seed
+    weights = named_rows("weights", args.weights)
+    caps = {name: int(most) for name, most in named_numbers("caps", args.caps).items()}
+    lengths = estimated_lengths(dataset / "train.parquet")
+    if earlier is None:
+        return rows, lengths, plan(rows.table[TASK], n_epochs, weights, caps, seed), {}
+    novelty = compare(stage_folder(args.run_dir, "prepare"), earlier.data)
+    if rows.renderer.sha256() != earlier.prompts_sha256:
+        logger.warning("the prompts are others than those of the earlier model; it learns them now")
+    parts = apart(rows, novelty)
+    mixture = refresh_plan(
+        parts.rows.table[TASK], parts.n_new, n_epochs, args.replay_share, weights, caps, seed
+    )
+    facts = {**novelty.counts(), **replay_counts(mixture, parts.n_new)}
+    return parts.rows, lengths[parts.origin], mixture, facts
+
+
+def initialize(
+    args: SftArgs,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: list[list[int]],
+    semantic_ids: SemanticIds,
+    titles: list[str],
+    n_text_tokens: int,
+    seed: int,
+    earlier: EarlierModel | None,
+) -> None:
+    """Set the SID rows; of an earlier model those alone whose codes no item had before."""
+    only = None
+    if earlier:
+        only, seed = unseen_codes(semantic_ids, earlier.semantic_ids), earlier.first_seed
+        n_text_tokens = min(token for level in token_ids for token in level)
+    if args.sid_init == "codebooks":
+        vectors = np.load(stage_folder(args.run_dir, "embed") / "item_embeddings.npy")
+        codebooks = code_vectors(vectors, semantic_ids.codes, semantic_ids.codebook_sizes)
+        modeling.initialize_from_codebooks(model, token_ids, codebooks, n_text_tokens, seed, only)
+    else:
+        modeling.initialize_from_titles(
+            model, tokenizer, token_ids, semantic_ids, titles, n_text_tokens, seed, only
+        )
+
+
 def base_model(
-    args: SftArgs, seed: int, n_tokens: int, longest: int, full_history: int
+    args: SftArgs,
+    base: Path | str | None,
+    seed: int,
+    n_tokens: int,
+    longest: int,
+    full_history: int,
 ) -> PreTrainedModel:
     """The model that is trained: loaded, or a small one from scratch.
 
     Args:
         args: settings.
+        base: folder or hub name of the model to load; None: from scratch.
         seed: of random weights.
         n_tokens: of the tokenizer.
         longest: tokens of the longest row.
         full_history: SID tokens of the longest history and its target.
     """
-    if args.model_name_or_path:
-        model = modeling.load_base(args.model_name_or_path, args.dtype)
+    if base:
+        model = modeling.load_base(str(base), args.dtype)
         limit = model.config.max_position_embeddings
         if longest > limit:
             raise ValueError(
-                f"the longest row has {longest} tokens, {args.model_name_or_path} holds {limit}; "
+                f"the longest row has {longest} tokens, {base} holds {limit}; "
                 "prepare with a smaller max_history"
             )
+        if args.hidden_dropout:  # an earlier one of ours
+            add_hidden_dropout(model, args.hidden_dropout)
         return model
     context = -(-(longest + full_history + 32) // 64) * 64
     model = modeling.from_scratch(args.size, n_tokens, context, seed, args.dropout)
@@ -179,7 +282,9 @@ def main() -> None:
     config = {**asdict(args), "training": training_fingerprint(training)}
     inputs = ["prepare", "embed", "quantize", "build_dataset"]
     with PartialState().main_process_first():
-        stage = Stage(args.run_dir, "sft", config, inputs)
+        earlier = earlier_model(args)
+        hashes = earlier.hashes if earlier else None
+        stage = Stage(args.run_dir, "sft", config, inputs, ignore=["warm_start"], hashes=hashes)
         if stage.is_done(args.overwrite and PartialState().is_main_process):
             return
     data = stage_folder(args.run_dir, "prepare")
@@ -196,13 +301,10 @@ def main() -> None:
     valid_prompts = pl.read_parquet(dataset / "valid.parquet")[PROMPT]
 
     # Which rows each epoch sees; the tokenizer with SID tokens.
-    mixture = plan(
-        rows.table[TASK], math.ceil(training.num_train_epochs), named_rows("weights", args.weights),
-        {name: int(most) for name, most in named_numbers("caps", args.caps).items()},
-        training.seed,
-    )  # fmt: skip
-    if args.model_name_or_path:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    rows, lengths, mixture, refresh = draw(args, training, rows, dataset, earlier)
+    base = earlier.model if earlier else args.model_name_or_path
+    if base:
+        tokenizer = AutoTokenizer.from_pretrained(base)
     else:
         words = sample_texts(dataset / "train.parquet", training.seed)
         tokenizer = modeling.train_tokenizer([*titles, *words], args.vocab_size)
@@ -211,7 +313,6 @@ def main() -> None:
     n_text_tokens = len(tokenizer)
     token_ids = modeling.add_sid_tokens(tokenizer, semantic_ids)
     sid_set = {token for level in token_ids for token in level}
-    lengths = estimated_lengths(dataset / "train.parquet")
     train_rows = EpochRows(rows, mixture, lengths, tokenizer, sid_set)
     longest = train_rows.longest()
     # What is served later may be longer than any training row.
@@ -221,20 +322,15 @@ def main() -> None:
     # Model, SID rows, adapters.
     # Rotary positions cost nothing: hold a full history also where no training row has one.
     full = (stage.upstream["prepare"].config["max_history"] + 1) * semantic_ids.n_levels
-    model = base_model(args, training.seed, len(tokenizer), longest, full)
+    model = base_model(args, base, training.seed, len(tokenizer), longest, full)
     modeling.resize_embeddings(model, tokenizer)
-    if len(tokenizer) == n_text_tokens:
-        print("the base model has these SID tokens already; their rows are kept")
-    elif args.sid_init == "codebooks":
-        vectors = np.load(stage_folder(args.run_dir, "embed") / "item_embeddings.npy")
-        codebooks = code_vectors(vectors, semantic_ids.codes, semantic_ids.codebook_sizes)
-        modeling.initialize_from_codebooks(
-            model, token_ids, codebooks, n_text_tokens, training.seed
-        )
+    if earlier or len(tokenizer) > n_text_tokens:
+        initialize(
+            args, model, tokenizer, token_ids, semantic_ids, titles, n_text_tokens, training.seed,
+            earlier,
+        )  # fmt: skip
     else:
-        modeling.initialize_from_titles(
-            model, tokenizer, token_ids, semantic_ids, titles, n_text_tokens, training.seed
-        )
+        print("the base model has these SID tokens already; their rows are kept")
     lora = None
     if args.use_lora:
         lora = modeling.lora_config(
@@ -273,8 +369,11 @@ def main() -> None:
             args.filter_seen,
             every_steps=args.eval_every_steps,
             average=average,
+            at_start=earlier is not None,  # the earlier model stays where training makes it worse
         )
+        validation.log_to(trainer)
         trainer.add_callback(validation)
+    trainer.add_callback(CurvesPicture(stage.folder, "sft", validation))
     trainer.train(resume_from_checkpoint=modeling.last_checkpoint(training.output_dir))
 
     # Save what is served: the best weights, merged.
@@ -290,7 +389,7 @@ def main() -> None:
         choice = decide(by_hand, candidates, validation, partial(engine, trained), training.seed)
         about = {
             "stage": "sft",
-            "base": args.model_name_or_path or f"scratch-{args.size}",
+            **origin(args, earlier),
             "normalizer": choice.normalizer,
             "normalizer_choice": asdict(choice),
         }
@@ -299,6 +398,12 @@ def main() -> None:
         metrics = {"parameters": parameters, "best": best, "longest_row": longest}
         metrics["rows_per_epoch"] = mixture.counts(rows.table[TASK])
         metrics["normalizer"] = asdict(choice)
+        metrics |= validation.summary() if validation else {}
+        metrics |= {"warm_start": {**refresh, **origin(args, earlier)}} if earlier else {}
+        adapters = (args.lora_rank, args.lora_alpha) if args.use_lora else None
+        settings = training_settings(training, trainer.state.global_step, adapters)
+        card = training_card(stage, semantic_ids, settings, metrics, args.filter_seen)
+        write_text(stage.folder / "model" / CARD, card)
         stage.finish(
             mixture.length, training.seed, metrics, skip=["checkpoints", "best.safetensors"]
         )

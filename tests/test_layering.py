@@ -10,9 +10,9 @@ ORDER = [
     "columns", "item_lists", "artifacts", "normalizers", "page", "svg", "metrics", "data",
     "embedding", "quantizers", "semantic_ids", "chains", "prompts", "tasks", "chain_reader",
     "modeling", "averaging", "training_data", "decoding", "supervised_head", "sft_trainer",
-    "reasoning", "grounding", "rewards", "rollouts",
-    "bundle", "list_shaping", "recommend", "generation", "planning", "server", "evaluation",
-    "explain", "audit", "config", "cli",
+    "reasoning", "grounding", "rewards", "rollouts", "bundle", "warm_start", "list_shaping",
+    "recommend", "generation", "planning", "server", "evaluation", "explain",
+    "audit", "config", "cli",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

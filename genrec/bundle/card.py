@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
+from genrec.bundle.training_card import hub_base
 from genrec.page import number
 from genrec.tasks.card_readme import escaped, markdown_table
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # no path on somebody's disk
 TO_FILL_IN = "**to be filled in before the model is passed on**"
 
 
@@ -31,8 +30,8 @@ def model_card(
         "license": license or "unknown",
         "tags": ["recommendation", "generative-recommendation", "semantic-ids", "genrec"],
     }
-    if _HUB_NAME.fullmatch(str(manifest["base"])):
-        front["base_model"] = manifest["base"]
+    if base := hub_base(manifest["base"]):
+        front["base_model"] = base
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)
     lines = [
         f"# {escaped(manifest['name'])}", "",

@@ -140,6 +140,9 @@ def lines(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x)))
         axes.margins(x=0.02)
+        if len(places := {x for line in drawn for x in line.x}) == 1:
+            (only,) = places  # else the ticks beside it would be fractions of a step
+            axes.set_xlim(only - 1, only + 1)
         if zero:
             axes.set_ylim(bottom=0)
         axes.set_xlabel(_fit(x_axis, 200), color=QUIET)
@@ -324,9 +327,12 @@ def _legend(figure: Figure, handles: Sequence[Line2D | Patch], columns: int) -> 
 
 
 def _tick(value: float) -> str:
-    """A tick label without trailing zeros: 0.05, 1,000, −0.02."""
+    """A tick label without trailing zeros: 0.05, 1,000, −0.02, 5e−6."""
     if abs(value) >= 1000:
         return f"{value:,.0f}".replace("-", "−")
+    if 0 < abs(value) < 1e-3:
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}".replace("-", "−")
     text = number(value, 6)
     return text.rstrip("0").rstrip(".") if "." in text else text
 

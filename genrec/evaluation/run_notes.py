@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from genrec.artifacts import read_json
-from genrec.evaluation import figures
-from genrec.evaluation.figures import Line
+from genrec.evaluation.curves import STAGES, Curve, training_curves
 from genrec.evaluation.page_parts import chart
 from genrec.page import display_text, number
 
-STAGES = {"sft": "Supervised fine-tuning", "grpo": "Reinforcement learning (GRPO)"}
 MAX_ROWS = 60  # of a training curve's table
 MAX_TARGETS = 10  # of an example
 SHOWN_CHARS = 60  # of names and ids
@@ -38,53 +36,28 @@ def training_charts(run_dir: Path) -> list[dict[str, Any]]:
     """Validation metrics and training loss (or reward) of the stages that left them."""
     charts = []
     for stage, title in STAGES.items():
-        validation = _json(run_dir / stage / "validation.json") or []
-        names = list(dict.fromkeys(n for v in validation for n in v if n not in ("step", "epoch")))
-        points = {name: _series(validation, name) for name in names}
-        points = {name: found for name, found in points.items() if found}
-        if points:
-            caption = f"{title}: validation metrics"
-            charts.append(_training_chart(f"{stage}-validation", caption, points, "metric"))
-        log = _json(run_dir / stage / "log.json") or []
-        for name in ("reward", "loss"):
-            if found := _series(log, name):
-                caption = f"{title}: training {name}"
-                charts.append(_training_chart(f"{stage}-{name}", caption, {name: found}, name))
-                break  # the loss of GRPO says nothing beside its reward
+        found = {
+            curve.key: curve
+            for curve in training_curves(
+                _json(run_dir / stage / "validation.json") or [],
+                _json(run_dir / stage / "log.json") or [],
+            )
+        }
+        # The loss of GRPO says nothing beside its reward; what else is logged is in the picture.
+        for key in ("validation", "reward" if "reward" in found else "loss"):
+            if key in found:
+                charts.append(_training_chart(f"{stage}-{key}", title, found[key]))
     return charts
 
 
-def _series(entries: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
-    """(step, value) of the entries that have one."""
-    return [
-        (entry["step"], float(entry[name]))
-        for entry in entries
-        if "step" in entry
-        and isinstance(entry.get(name), int | float)
-        and math.isfinite(entry[name])
-    ]
-
-
-def _training_chart(
-    key: str, caption: str, points: Mapping[str, list[tuple[int, float]]], axis: str
-) -> dict[str, Any]:
-    names = {name: display_text(name.upper() if "@" in name else name, 30) for name in points}
-    drawn = [
-        Line(names[name], [step for step, _ in found], [value for _, value in found], i)
-        for i, (name, found) in enumerate(points.items())
-    ]
-    label = "; ".join(
-        f"{line.name} from {number(line.y[0])} at step {line.x[0]:,} "
-        f"to {number(line.y[-1])} at step {line.x[-1]:,}"
-        for line in drawn
-    )
-    positive = min(min(line.y) for line in drawn) >= 0
-    svg = figures.lines(key, f"{caption}: {label}", drawn, "training step", axis, zero=positive)
+def _training_chart(key: str, stage: str, curve: Curve) -> dict[str, Any]:
+    drawn, caption = curve.lines, f"{stage}: {curve.title}"
     steps = sorted({step for line in drawn for step in line.x})
     steps = steps[:: math.ceil(len(steps) / MAX_ROWS)]
     at = [dict(zip(line.x, line.y, strict=True)) for line in drawn]
     rows = [[f"{step:,}", *(number(values.get(step)) for values in at)] for step in steps]
-    return chart(key, caption, svg, ["Step", *names.values()], rows)
+    names = [line.name for line in drawn]
+    return chart(key, caption, curve.draw(key, caption), ["Step", *names], rows)
 
 
 def example_cards(path: Path, reference: str) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -37,7 +38,8 @@ class BeamValidation(TrainerCallback):
 
     Runs at the start (optional), at the end of each epoch, or every `every_steps` optimizer steps.
     The trainable parameters of the best one lie in ``best.safetensors`` beside ``validation.json``;
-    an interrupted training goes on with both.
+    an interrupted training goes on with both. With `log_to`, the trainer's log and its trackers
+    (TensorBoard, …) get each measurement as ``eval_hr@10`` and ``eval_ndcg@10``.
 
     Args:
         folder: where they go.
@@ -68,6 +70,8 @@ class BeamValidation(TrainerCallback):
         self.folder, self.make_engine, self.average = Path(folder), make_engine, average
         self.prompts, self.targets, self.seen, self.k = prompts, np.asarray(targets), seen, k
         self.every_steps, self.at_start, self.users = every_steps, at_start, users
+        self.logs_now = False  # while the trainer's callbacks get a measurement
+        self._trainer: Trainer | None = None
         path = self.folder / "validation.json"
         self.history: list[dict[str, Any]] = read_json(path) if path.exists() else []
 
@@ -114,6 +118,14 @@ class BeamValidation(TrainerCallback):
             users=rows[USER_ID].gather(sample).rank("dense").to_numpy(),
             average=average,
         )
+
+    def log_to(self, trainer: Trainer) -> None:
+        """Log each measurement through a trainer, so that its trackers get it."""
+        self._trainer = trainer
+
+    def summary(self) -> dict[str, int]:
+        """Size of the sample, and how often it was measured: `best` is the best of them."""
+        return {"validation_rows": len(self.prompts), "measurements": len(self.history)}
 
     def per_row(self, engine: TorchEngine) -> tuple[np.ndarray, np.ndarray]:
         """HR@k and NDCG@k of every validation row as `engine` ranks them. ``# (rows,)`` each."""
@@ -167,20 +179,34 @@ class BeamValidation(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the untrained model, where asked for."""
-        if self.at_start and state.global_step == 0 and state.is_world_process_zero:
-            self.measure(kwargs["model"], 0, 0.0)
+        if self.at_start and state.global_step == 0:
+            self._measure_now(state, control, kwargs["model"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure every `every_steps` steps."""
-        due = self.every_steps and state.global_step % self.every_steps == 0
-        if due and state.is_world_process_zero:
-            self.measure(kwargs["model"], state.global_step, state.epoch or 0.0)
+        if self.every_steps and state.global_step % self.every_steps == 0:
+            self._measure_now(state, control, kwargs["model"])
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure at the end of an epoch."""
-        if not self.every_steps and state.is_world_process_zero:
-            self.measure(kwargs["model"], state.global_step, state.epoch or 0.0)
+        if not self.every_steps:
+            self._measure_now(state, control, kwargs["model"])
+
+    def _measure_now(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        if not state.is_world_process_zero:
+            return
+        entry = self.measure(model, state.global_step, state.epoch or 0.0)
+        if self._trainer is None:
+            return
+        logs = {f"eval_{name}": entry[name] for name in entry if name not in ("step", "epoch")}
+        # The handler takes a log of its own for the one that is due at this step, which would then
+        # be left out. And TRL's own `log` would mix the training metrics of the moment into ours.
+        due, self.logs_now = control.should_log, True
+        try:
+            Trainer.log(self._trainer, logs)
+        finally:
+            control.should_log, self.logs_now = due, False

@@ -158,11 +158,20 @@ def plan(
     rows = np.concatenate(
         [np.random.default_rng([seed, e]).permutation(p) for e, p in enumerate(drawn)]
     )
-    # A row drawn again gets its next template, in whatever epoch it comes.
+    epochs = times_drawn(rows)
+    kept = total - total % n_epochs  # a few rows at the very end, so that all slices are equal
+    return Plan(rows[:kept], epochs[:kept], n_epochs)
+
+
+def times_drawn(rows: IntArray) -> IntArray:
+    """How often each row was drawn before: the epoch that it is rendered for.
+
+    As long as `rows`. A row drawn again gets its next template, in whatever epoch it comes.
+    """
+    total = len(rows)
     order = np.argsort(rows, kind="stable")
     starts = np.flatnonzero(np.diff(rows[order], prepend=-1))
     times = np.arange(total) - np.repeat(starts, np.diff(np.append(starts, total)))
     epochs = np.empty(total, dtype=np.int64)
     epochs[order] = times
-    kept = total - total % n_epochs  # a few rows at the very end, so that all slices are equal
-    return Plan(rows[:kept], epochs[:kept], n_epochs)
+    return epochs

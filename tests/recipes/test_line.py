@@ -206,7 +206,7 @@ def test_lora_on_a_local_model(recipe, copied_run, tiny, tiny_flags, tmp_path: P
     ids = SemanticIds.load(run / "semantic_ids")
     choice = manifest.metrics["normalizer"]
     assert about == {
-        "semantic_ids_sha256": ids.sha256, "stage": "sft", "base": str(base),
+        "semantic_ids_sha256": ids.sha256, "stage": "sft", "base": "base",
         "normalizer": choice["normalizer"], "normalizer_choice": choice,
     }  # fmt: skip
 
