@@ -1,4 +1,4 @@
-"""Base models and SID tokens: build, extend, adapt, encode, save and load.
+"""Base models and SID tokens: build, extend, encode, save and load.
 
 A model folder holds a plain Hugging Face checkpoint with its tokenizer (adapters merged), which
 transformers and vLLM load as they are, and ``genrec.json``: the SID map it was trained on.
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AddedToken,
@@ -239,40 +239,6 @@ def _weight(module: torch.nn.Module | None) -> torch.Tensor:
     if not isinstance(weight, torch.Tensor):
         raise ValueError(f"{type(module).__name__} has no weight matrix; is this a causal LM?")
     return weight
-
-
-def lora_config(
-    model: PreTrainedModel, token_ids: list[list[int]], rank: int, alpha: int, dropout: float = 0.0
-) -> LoraConfig:
-    """LoRA on all linear layers plus the SID rows themselves as trainable tokens.
-
-    Only the SID rows of the embedding (and of an untied head) are trained, not the whole matrix.
-    """
-    flat = [token for ids in token_ids for token in ids]
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = _weight(head) is _weight(embedding)
-    names = {id(module): name.split(".")[-1] for name, module in model.named_modules()}
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules="all-linear",
-        trainable_token_indices=flat
-        if tied
-        else {names[id(embedding)]: flat, names[id(head)]: flat},
-        task_type="CAUSAL_LM",
-    )
-
-
-def expose_head_bias(model: Any) -> None:
-    """Give a wrapped LM head the ``bias`` attribute that TRL's fused head reads directly.
-
-    PEFT's token wrapper has none. Call it once the trainer is built; without a wrapper it does
-    nothing.
-    """
-    head = model.get_output_embeddings()
-    if not hasattr(head, "bias") and hasattr(head, "original_module"):
-        head.bias = getattr(head.original_module, "bias", None)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:

@@ -20,7 +20,7 @@ from accelerate.state import PartialState
 from datasets import Dataset
 from trl import GRPOConfig
 
-from genrec import modeling
+from genrec import adapters, modeling
 from genrec.artifacts import Stage, stage_folder, write_json
 from genrec.columns import PROMPT, ROW_ID, SEEN, TARGET
 from genrec.config import check_choice, parse, run, training_fingerprint
@@ -126,7 +126,7 @@ def main() -> None:
         columns[SEEN] = rows[SEEN].to_list()
     lora = None
     if args.use_lora:
-        lora = modeling.lora_config(model, token_ids, args.lora_rank, args.lora_alpha)
+        lora = adapters.lora_config(model, token_ids, args.lora_rank, args.lora_alpha)
 
     training.output_dir = str(stage.folder / "checkpoints")
     training.max_completion_length = trie.n_levels + 1  # a SID and EOS
@@ -144,7 +144,7 @@ def main() -> None:
         peft_config=lora,
     )
     assert trainer.model is not None
-    modeling.expose_head_bias(trainer.model)
+    adapters.expose_head_bias(trainer.model)
 
     engine = partial(
         TorchEngine, trie=trie, sid_token_ids=token_ids, pad_token_id=tokenizer.pad_token_id

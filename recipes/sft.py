@@ -21,10 +21,11 @@ import numpy as np
 import polars as pl
 from accelerate.state import PartialState
 from datasets import Dataset
-from transformers import AutoTokenizer
+from peft import LoraConfig
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from genrec import modeling
+from genrec import adapters, modeling
 from genrec.artifacts import Stage, stage_folder, write_json
 from genrec.columns import PROMPT, TASK
 from genrec.config import check_choice, parse, run, training_fingerprint
@@ -49,6 +50,7 @@ from genrec.tasks.rendering import ItemTexts
 from genrec.training_data import EpochRows, EpochSampler, estimated_lengths, sample_texts
 
 SID_INITS = ("codebooks", "titles")
+N_COMPARED = 64  # rows on which a merged model is compared with the 4-bit one that was trained
 
 
 @dataclass
@@ -67,6 +69,12 @@ class SftArgs:
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
+    use_dora: bool = False  # a magnitude per output beside LoRA's direction
+    use_rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
+    lora_target_modules: list[str] = field(default_factory=lambda: [adapters.ALL_LINEAR])
+    # QLoRA: adapters on an NF4 base that computes in `dtype`; they are merged into the unquantised
+    # base in the end. Needs genrec[quant].
+    load_in_4bit: bool = False
     # How often an epoch goes through a family's rows, once if it isn't named: "fusion=0.5", or
     # "*=0" for all others; with a number per epoch it is a curriculum: "title_to_sid=1,0.5,0".
     weights: list[str] = field(default_factory=list)
@@ -88,6 +96,11 @@ class SftArgs:
             raise ValueError(
                 "use_lora needs model_name_or_path: adapters sit on a pretrained model"
             )
+        for name in ("use_dora", "use_rslora"):
+            if getattr(self, name) and not self.use_lora:
+                raise ValueError(f"{name} is a kind of LoRA; it needs use_lora")
+        if self.load_in_4bit:
+            adapters.check_four_bit(self.use_lora, self.model_name_or_path)
 
 
 def check_workers(number: int) -> None:
@@ -116,6 +129,54 @@ def decide(
     if validation is None:
         return declared_unmeasured("nothing was validated (eval_rows=0 or no validation rows)")
     return measure_normalizers(validation, make, seed)
+
+
+def base_model(args: SftArgs, device: str) -> PreTrainedModel:
+    """The pretrained model, its layers in 4 bits where asked for."""
+    assert args.model_name_or_path
+    if args.load_in_4bit:
+        return adapters.load_four_bit(args.model_name_or_path, args.dtype, device)
+    return modeling.load_base(args.model_name_or_path, args.dtype)
+
+
+def adapter_config(
+    args: SftArgs, model: PreTrainedModel, token_ids: list[list[int]]
+) -> LoraConfig | None:
+    """The adapters to train; None where all weights are."""
+    if not args.use_lora:
+        return None
+    return adapters.lora_config(
+        model, token_ids, args.lora_rank, args.lora_alpha, args.lora_dropout,
+        use_dora=args.use_dora, use_rslora=args.use_rslora,
+        target_modules=args.lora_target_modules,
+    )  # fmt: skip
+
+
+def unquantized(
+    trained: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SftArgs,
+    rows: EpochRows,
+    validation: BeamValidation | None,
+    make: Callable[[Any], TorchEngine],
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model to serve, and what its readers must know: it isn't quite the one that was trained.
+
+    The adapter was trained beside 4-bit weights and is merged into those that they were made of.
+    """
+    assert args.model_name_or_path
+    merged = adapters.merged_into_base(trained, tokenizer, args.model_name_or_path, args.dtype)
+    spread = np.linspace(0, len(rows) - 1, min(N_COMPARED, len(rows))).astype(int)
+    texts = [rows[int(place)]["input_ids"] for place in spread]
+    told: dict[str, Any] = {
+        "quantization": adapters.QUANTIZATION,
+        "merged_into": "the unquantised base",
+        "merged_against_trained": adapters.logit_gap(trained, merged, texts),
+    }
+    if validation is not None:
+        for name, model in (("trained", trained), ("merged", merged)):
+            told[f"ndcg@{validation.k}_{name}"] = float(validation.per_row(make(model))[1].mean())
+    return merged, {"trained_on_quantized_base": told}
 
 
 class EpochTrainer(SFTTrainer):
@@ -182,7 +243,7 @@ def main() -> None:
 
     # Model, SID rows, adapters.
     if args.model_name_or_path:
-        model = modeling.load_base(args.model_name_or_path, args.dtype)
+        model = base_model(args, str(training.device))
         limit = model.config.max_position_embeddings
         if longest > limit:
             raise ValueError(
@@ -209,11 +270,6 @@ def main() -> None:
         modeling.initialize_from_titles(
             model, tokenizer, token_ids, semantic_ids, titles, n_text_tokens, training.seed
         )
-    lora = None
-    if args.use_lora:
-        lora = modeling.lora_config(
-            model, token_ids, args.lora_rank, args.lora_alpha, args.lora_dropout
-        )
 
     # TRL takes rows that are token ids and labels already.
     training.output_dir = str(stage.folder / "checkpoints")
@@ -225,10 +281,11 @@ def main() -> None:
         model=model,
         args=training,
         processing_class=tokenizer,
-        peft_config=lora,
+        peft_config=adapter_config(args, model, token_ids),
     )
     assert trainer.model is not None
-    modeling.expose_head_bias(trainer.model)
+    adapters.expose_head_bias(trainer.model)
+    adapters.keep_token_rows_in_fp32(trainer.model)
     trie = SidTrie.build(semantic_ids.codes)
     engine = partial(
         TorchEngine, trie=trie, sid_token_ids=token_ids, pad_token_id=tokenizer.pad_token_id
@@ -258,18 +315,24 @@ def main() -> None:
         write_json(stage.folder / "log.json", trainer.state.log_history)
         if args.use_lora:
             trained.save_pretrained(stage.folder / "adapter")
-        choice = decide(by_hand, validation, partial(engine, trained), training.seed)
+        final: PreTrainedModel = trained
+        quantized: dict[str, Any] = {}
+        if args.load_in_4bit:
+            make = partial(engine, normalizer=by_hand or DEFAULT)
+            final, quantized = unquantized(trained, tokenizer, args, train_rows, validation, make)
+        choice = decide(by_hand, validation, partial(engine, final), training.seed)
         about = {
             "stage": "sft",
             "base": args.model_name_or_path or f"scratch-{args.size}",
             "normalizer": choice.normalizer,
             "normalizer_choice": asdict(choice),
+            **quantized,
         }
-        modeling.save_model(trained, tokenizer, semantic_ids, stage.folder / "model", about)
-        parameters = sum(p.numel() for p in trained.parameters())
+        modeling.save_model(final, tokenizer, semantic_ids, stage.folder / "model", about)
+        parameters = sum(p.numel() for p in final.parameters())
         metrics = {"parameters": parameters, "best": best, "longest_row": longest}
         metrics["rows_per_epoch"] = mixture.counts(rows.table[TASK])
-        metrics["normalizer"] = asdict(choice)
+        metrics |= {"normalizer": asdict(choice), **quantized}
         stage.finish(
             mixture.length, training.seed, metrics, skip=["checkpoints", "best.safetensors"]
         )
