@@ -6,6 +6,7 @@ transformers and vLLM load as they are, and ``genrec.json``: the SID map it was 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -293,9 +294,17 @@ def last_checkpoint(folder: Path | str) -> str | None:
     The trainer writes a checkpoint in place, its state last: a killed one may lack parts.
     """
     states = Path(folder).glob(f"checkpoint-*/{TRAINER_STATE}")
-    steps = [path.parent for path in states if path.stat().st_size > 0]
+    steps = [path.parent for path in states if _is_json(path)]
     newest = max(steps, key=lambda path: int(path.name.split("-")[-1]), default=None)
     return None if newest is None else str(newest)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:  # cut off while it was written
+        return False
+    return True
 
 
 def save_model(
@@ -336,6 +345,25 @@ def load_tokenizer(
             "map or rerun sft"
         )
     return AutoTokenizer.from_pretrained(folder), about
+
+
+def base_tokenizer(name_or_path: str, semantic_ids: SemanticIds) -> PreTrainedTokenizerBase:
+    """Tokenizer of a model to be fine-tuned, its own or genrec's.
+
+    Raises:
+        ValueError: it has none; or it is a model that genrec trained on a foreign SID map, whose
+            rows would be taken for those of other items.
+    """
+    if (Path(name_or_path) / ABOUT).exists():
+        return load_tokenizer(name_or_path, semantic_ids)[0]
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    # Without any file of a tokenizer, transformers makes an empty one of the model's kind.
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise ValueError(
+            f"{name_or_path} has no tokenizer; a model is fine-tuned with its own: put the "
+            "tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights"
+        )
+    return tokenizer
 
 
 def load_model(

@@ -22,7 +22,7 @@ import polars as pl
 from accelerate.state import PartialState
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from genrec import adapters, modeling
@@ -51,6 +51,11 @@ from genrec.training_data import EpochRows, EpochSampler, estimated_lengths, sam
 
 SID_INITS = ("codebooks", "titles")
 N_COMPARED = 64  # rows on which a merged model is compared with the 4-bit one that was trained
+
+ON_QUANTIZED = (
+    "the adapter was trained on a 4-bit base and is merged into the unquantised one: the model "
+    "isn't quite the one that was trained; metrics.trained_on_quantized_base says by how much"
+)
 
 
 @dataclass
@@ -225,7 +230,7 @@ def main() -> None:
         training.seed,
     )  # fmt: skip
     if args.model_name_or_path:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+        tokenizer = modeling.base_tokenizer(args.model_name_or_path, semantic_ids)
     else:
         words = sample_texts(dataset / "train.parquet", training.seed)
         tokenizer = modeling.train_tokenizer([*titles, *words], args.vocab_size)
@@ -332,10 +337,12 @@ def main() -> None:
         parameters = sum(p.numel() for p in final.parameters())
         metrics = {"parameters": parameters, "best": best, "longest_row": longest}
         metrics["rows_per_epoch"] = mixture.counts(rows.table[TASK])
-        metrics |= {"normalizer": asdict(choice), **quantized}
+        metrics["normalizer"] = asdict(choice)
+        notes = [ON_QUANTIZED] if quantized else []
         stage.finish(
-            mixture.length, training.seed, metrics, skip=["checkpoints", "best.safetensors"]
-        )
+            mixture.length, training.seed, metrics | quantized, notes,
+            skip=["checkpoints", "best.safetensors"],
+        )  # fmt: skip
         print(f"{parameters:,} parameters; {mixture.length:,} rows an epoch; validation: {best}")
         print(f"scores normalised over {choice}")
 
