@@ -172,8 +172,11 @@ def run(main: Callable[[], None]) -> None:
         raise SystemExit(2) from error
 
 
-# Writers in C and Rust tell it in words alone; PyTorch's doesn't even say why it couldn't write.
-_FULL = ("No space left on device", "Disk quota exceeded", "os error 28", "PytorchStreamWriter")
+# Writers in C++ and Rust tell it in words alone; PyTorch's don't even say why they couldn't write.
+_FULL = (
+    "No space left on device", "Disk quota exceeded", "os error 28",
+    "PytorchStreamWriter", "unexpected pos", "iostream error",
+)  # fmt: skip
 
 
 def _is_full_disk(error: Exception) -> bool:

@@ -30,6 +30,7 @@ from transformers import (
 
 from genrec.artifacts import ABOUT, read_json, write_json
 from genrec.semantic_ids import SemanticIds
+from genrec.sharding import require_whole
 
 logger = logging.getLogger(__name__)
 
@@ -313,11 +314,26 @@ def save_model(
     semantic_ids: SemanticIds,
     folder: Path | str,
     about: dict[str, Any],
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a serving checkpoint: adapters merged, tokenizer, and what it was trained on."""
+    """Write a serving checkpoint: adapters merged, tokenizer, and what it was trained on.
+
+    Args:
+        model: with adapters or without.
+        tokenizer: its own.
+        semantic_ids: the SID map it was trained on.
+        folder: where it goes.
+        about: further content of ``genrec.json``.
+        weights: of the model, by name, where it holds only shards (see `genrec.sharding`).
+
+    Raises:
+        ValueError: the model holds shards, and no weights are given.
+    """
+    if weights is None:
+        require_whole(model, "saving a model")
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), state_dict=weights)
     tokenizer.save_pretrained(folder)
     write_json(Path(folder) / ABOUT, {"semantic_ids_sha256": semantic_ids.sha256, **about})
 

@@ -20,7 +20,7 @@ from accelerate.state import PartialState
 from datasets import Dataset
 from trl import GRPOConfig
 
-from genrec import adapters, modeling
+from genrec import adapters, modeling, sharding
 from genrec.artifacts import Stage, stage_folder, write_json
 from genrec.columns import PROMPT, ROW_ID, SEEN, TARGET
 from genrec.config import check_choice, parse, run, training_fingerprint
@@ -92,6 +92,7 @@ def chosen_normalizer(asked: str | None, declared: Normalizer) -> tuple[Normaliz
 def main() -> None:
     """Run the stage."""
     args, training = parse(GrpoArgs, GRPOConfig)
+    sharding.check_grpo(training)
     config = {**asdict(args), "training": training_fingerprint(training)}
     inputs = ["prepare", "quantize", "build_dataset", "sft"]
     with PartialState().main_process_first():

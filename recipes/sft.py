@@ -25,7 +25,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from genrec import adapters, modeling
+from genrec import adapters, modeling, sharding
 from genrec.artifacts import Stage, stage_folder, write_json
 from genrec.columns import PROMPT, TASK
 from genrec.config import check_choice, parse, run, training_fingerprint
@@ -204,6 +204,7 @@ def main() -> None:
     """Run the stage."""
     args, training = parse(SftArgs, SFTConfig)
     check_workers(training.dataloader_num_workers)
+    sharding.check_sft(training, args.use_lora, args.eval_rows)
     config = {**asdict(args), "training": training_fingerprint(training)}
     inputs = ["prepare", "embed", "quantize", "build_dataset"]
     with PartialState().main_process_first():
@@ -247,6 +248,7 @@ def main() -> None:
     longest = max(longest, *(len(ids) + semantic_ids.n_levels for ids in served), 0)
 
     # Model, SID rows, adapters.
+    sharding.load_whole(training)
     if args.model_name_or_path:
         model = base_model(args, str(training.device))
         limit = model.config.max_position_embeddings
@@ -275,6 +277,8 @@ def main() -> None:
         modeling.initialize_from_titles(
             model, tokenizer, token_ids, semantic_ids, titles, n_text_tokens, training.seed
         )
+
+    sharding.split_again(training)
 
     # TRL takes rows that are token ids and labels already.
     training.output_dir = str(stage.folder / "checkpoints")
@@ -314,6 +318,7 @@ def main() -> None:
 
     # Save what is served: the best weights, merged.
     trainer.accelerator.wait_for_everyone()
+    weights = sharding.gathered(trainer)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.accelerator.is_main_process:  # it alone has measured, and saves
         best = validation.restore_best(trained) if validation else None
@@ -333,9 +338,9 @@ def main() -> None:
             "normalizer_choice": asdict(choice),
             **quantized,
         }
-        modeling.save_model(final, tokenizer, semantic_ids, stage.folder / "model", about)
-        parameters = sum(p.numel() for p in final.parameters())
-        metrics = {"parameters": parameters, "best": best, "longest_row": longest}
+        modeling.save_model(final, tokenizer, semantic_ids, stage.folder / "model", about, weights)
+        parameters = final.num_parameters()
+        metrics: dict[str, Any] = {"parameters": parameters, "best": best, "longest_row": longest}
         metrics["rows_per_epoch"] = mixture.counts(rows.table[TASK])
         metrics["normalizer"] = asdict(choice)
         notes = [ON_QUANTIZED] if quantized else []
