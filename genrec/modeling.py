@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from genrec.artifacts import ABOUT, read_json, write_json
+from genrec.prompt_format import chat_frame, encode_chat
 from genrec.semantic_ids import SemanticIds
 from genrec.sharding import require_whole
 
@@ -244,7 +245,12 @@ def _weight(module: torch.nn.Module | None) -> torch.Tensor:
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of rendered prompts, with the tokenizer's BOS if it has one and uses it."""
+    """Token ids of rendered prompts, in the format that the tokenizer declares.
+
+    Plain prompts get the tokenizer's BOS if it has one and uses it; a chat's frame has its own.
+    """
+    if frame := chat_frame(tokenizer):
+        return encode_chat(tokenizer, prompts, frame)
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     start = bos_prefix(tokenizer)
     return [start + row for row in ids] if start else ids

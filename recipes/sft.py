@@ -41,6 +41,7 @@ from genrec.evaluation.normalizer_choice import (
 )
 from genrec.evaluation.validation import BeamValidation
 from genrec.normalizers import NORMALIZERS, Normalizer
+from genrec.prompt_format import FORMATS, declare_format
 from genrec.prompts import PromptRenderer
 from genrec.quantizers.code_vectors import code_vectors
 from genrec.semantic_ids import SemanticIds
@@ -70,6 +71,9 @@ class SftArgs:
     vocab_size: int = 2000  # from scratch: text tokens of the tokenizer trained on the catalogue
     dropout: float = 0.0  # from scratch: attention dropout
     sid_init: str = "codebooks"  # SID rows start as rotated centroids, or as means of title tokens
+    # plain, or chat: the prompt is the user's turn in the tokenizer's chat template. auto: what a
+    # model that genrec trained declares, else plain. The saved tokenizer carries it.
+    prompt_format: str = "auto"
     use_lora: bool = False  # train adapters and the SID rows instead of all weights
     lora_rank: int = 16
     lora_alpha: int = 32
@@ -96,6 +100,7 @@ class SftArgs:
         check_choice("size", self.size, modeling.SIZES)
         check_choice("sid_init", self.sid_init, SID_INITS)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16", "auto"))
+        check_choice("prompt_format", self.prompt_format, FORMATS)
         check_choice("normalizer", self.normalizer, ("auto", *NORMALIZERS))
         if self.use_lora and not self.model_name_or_path:
             raise ValueError(
@@ -237,6 +242,7 @@ def main() -> None:
         tokenizer = modeling.train_tokenizer([*titles, *words], args.vocab_size)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    declare_format(tokenizer, args.prompt_format)
     n_text_tokens = len(tokenizer)
     token_ids = modeling.add_sid_tokens(tokenizer, semantic_ids)
     sid_set = {token for level in token_ids for token in level}

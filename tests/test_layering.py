@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "genrec"
 ORDER = [
     "columns", "item_lists", "artifacts", "normalizers", "page", "svg", "metrics", "data",
     "embedding", "quantizers", "semantic_ids", "chains", "prompts", "tasks", "chain_reader",
-    "sharding", "modeling", "adapters", "training_data", "decoding", "reasoning", "grounding",
-    "rewards", "rollouts", "bundle", "list_shaping", "recommend", "generation", "planning",
-    "server", "evaluation", "explain", "audit", "config", "cli",
+    "prompt_format", "sharding", "modeling", "adapters", "training_data", "decoding", "reasoning",
+    "grounding", "rewards", "rollouts", "bundle", "list_shaping", "recommend", "generation",
+    "planning", "server", "evaluation", "explain", "audit", "config", "cli",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
