@@ -234,6 +234,7 @@ def test_qlora_says_what_it_was_trained_on(recipe, copied_run, tiny, tiny_flags,
     flags = [
         *tiny_flags["sft"], "--model_name_or_path", str(base), "--use_lora", "true",
         "--load_in_4bit", "true", "--use_dora", "true", "--sid_init", "titles", "--max_steps", "4",
+        "--eval_every_steps", "2",
     ]  # fmt: skip
     recipe("sft", run, *flags)
     manifest = require(run, "sft")
@@ -258,6 +259,36 @@ def test_qlora_says_what_it_was_trained_on(recipe, copied_run, tiny, tiny_flags,
     ids = SemanticIds.load(run / "semantic_ids")
     made = Recommender.load(run, batch_size=8).recommend([ids.item_ids[0]], k=5)
     assert len(made) == 5
+
+
+@pytest.mark.slow
+def test_a_chat_model_is_trained_reinforced_and_served_in_its_format(
+    recipe, copied_run, tiny, tiny_flags, tmp_path: Path
+):
+    from genrec.modeling import encode_prompts, load_tokenizer
+
+    base = tmp_path / "base"
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = "<|user|>{{ messages[0].content }}<|assistant|>"
+    tokenizer.save_pretrained(base)
+    tiny.lm(512).save_pretrained(base)
+    run = copied_run(*BEFORE_SFT)
+    flags = [*tiny_flags["sft"], "--model_name_or_path", str(base), "--sid_init", "titles"]
+    few = ["--max_steps", "4", "--eval_every_steps", "2"]
+    recipe("sft", run, *flags, *few, "--prompt_format", "chat")
+    recipe("grpo", run, *tiny_flags["grpo"], "--max_steps", "1")
+    ids = SemanticIds.load(run / "semantic_ids")
+    start = "Bought so far, oldest first: "
+    for stage in ("sft", "grpo"):
+        loaded, _ = load_tokenizer(run / stage / "model", ids)
+        (made,) = encode_prompts(loaded, [start + ids.sids()[0]])
+        assert loaded.decode(made) == f"<|user|>{start}<|assistant|>{ids.sids()[0]}"
+    assert require(run, "sft").metrics["best"]["ndcg@10"] >= 0
+    recipe("recommend", run, *tiny_flags["recommend"])
+    assert require(run, "recommend").rows == 10 * len(pl.read_parquet(run / "data/test.parquet"))
+    done = recipe("sft", run, *tiny_flags["sft"], "--prompt_format", "chat", fails=True)
+    assert "the tokenizer has no chat template" in done.stderr
 
 
 @pytest.mark.slow
