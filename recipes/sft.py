@@ -106,6 +106,11 @@ class SftArgs:
             raise ValueError(
                 "use_lora needs model_name_or_path: adapters sit on a pretrained model"
             )
+        if self.prompt_format == "chat" and not self.model_name_or_path:
+            raise ValueError(
+                "prompt_format chat needs model_name_or_path: a tokenizer from scratch has no chat "
+                "template"
+            )
         for name in ("use_dora", "use_rslora"):
             if getattr(self, name) and not self.use_lora:
                 raise ValueError(f"{name} is a kind of LoRA; it needs use_lora")
