@@ -6,6 +6,7 @@ YAML, readable errors instead of tracebacks, and the place where datasets are lo
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -155,15 +156,15 @@ def dataset_path(path: str, data_dir: str | None = None) -> Path:
 def run(main: Callable[[], None]) -> None:
     """Run a recipe's main: set up logging, and end on the user's mistakes with a message.
 
-    `ValueError`, files that can't be read or written, and extras that aren't installed print one
-    line and exit with status 2; anything else is a defect and keeps its traceback.
+    `ValueError`, files that can't be read or written, a full disk, and extras that aren't installed
+    print one line and exit with status 2; anything else is a defect and keeps its traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "faiss", "filelock", "fsspec", "datasets", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         main()
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
         message = _said_to_users(error)
         if message is None or os.environ.get("GENREC_DEBUG"):
             raise
@@ -171,8 +172,26 @@ def run(main: Callable[[], None]) -> None:
         raise SystemExit(2) from error
 
 
-def _said_to_users(error: ValueError | OSError | ImportError) -> str | None:
+# Writers in C++ and Rust tell it in words alone; PyTorch's don't even say why they couldn't write.
+_FULL = (
+    "No space left on device", "Disk quota exceeded", "os error 28",
+    "PytorchStreamWriter", "unexpected pos", "iostream error",
+)  # fmt: skip
+
+
+def _is_full_disk(error: Exception) -> bool:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or any(words in str(error) for words in _FULL)
+
+
+def _said_to_users(error: Exception) -> str | None:
     """What an error tells a user about their settings or files; None for a defect."""
+    if _is_full_disk(error):
+        return (
+            f"the disk is full or can't be written to ({' '.join(str(error).split())[:200]}); free "
+            "some space and run the same command again: what was complete is kept, and a training "
+            "goes on at its last whole checkpoint"
+        )
     if isinstance(error, ImportError):  # ours name an extra, others are broken installations
         return str(error) if "genrec[" in str(error) else None
     if isinstance(error, OSError) and error.filename is not None:

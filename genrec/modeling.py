@@ -1,4 +1,4 @@
-"""Base models and SID tokens: build, extend, adapt, encode, save and load.
+"""Base models and SID tokens: build, extend, encode, save and load.
 
 A model folder holds a plain Hugging Face checkpoint with its tokenizer (adapters merged), which
 transformers and vLLM load as they are, and ``genrec.json``: the SID map it was trained on.
@@ -6,6 +6,7 @@ transformers and vLLM load as they are, and ``genrec.json``: the SID map it was 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AddedToken,
@@ -28,7 +29,9 @@ from transformers import (
 )
 
 from genrec.artifacts import ABOUT, read_json, write_json
+from genrec.prompt_format import chat_frame, encode_chat
 from genrec.semantic_ids import SemanticIds
+from genrec.sharding import require_whole
 
 logger = logging.getLogger(__name__)
 
@@ -253,42 +256,13 @@ def _weight(module: torch.nn.Module | None) -> torch.Tensor:
     return weight
 
 
-def lora_config(
-    model: PreTrainedModel, token_ids: list[list[int]], rank: int, alpha: int, dropout: float = 0.0
-) -> LoraConfig:
-    """LoRA on all linear layers plus the SID rows themselves as trainable tokens.
-
-    Only the SID rows of the embedding (and of an untied head) are trained, not the whole matrix.
-    """
-    flat = [token for ids in token_ids for token in ids]
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = _weight(head) is _weight(embedding)
-    names = {id(module): name.split(".")[-1] for name, module in model.named_modules()}
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules="all-linear",
-        trainable_token_indices=flat
-        if tied
-        else {names[id(embedding)]: flat, names[id(head)]: flat},
-        task_type="CAUSAL_LM",
-    )
-
-
-def expose_head_bias(model: Any) -> None:
-    """Give a wrapped LM head the ``bias`` attribute that TRL's fused head reads directly.
-
-    PEFT's token wrapper has none. Call it once the trainer is built; without a wrapper it does
-    nothing.
-    """
-    head = model.get_output_embeddings()
-    if not hasattr(head, "bias") and hasattr(head, "original_module"):
-        head.bias = getattr(head.original_module, "bias", None)
-
-
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of rendered prompts, with the tokenizer's BOS if it has one and uses it."""
+    """Token ids of rendered prompts, in the format that the tokenizer declares.
+
+    Plain prompts get the tokenizer's BOS if it has one and uses it; a chat's frame has its own.
+    """
+    if frame := chat_frame(tokenizer):
+        return encode_chat(tokenizer, prompts, frame)
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     start = bos_prefix(tokenizer)
     return [start + row for row in ids] if start else ids
@@ -339,9 +313,17 @@ def last_checkpoint(folder: Path | str) -> str | None:
     The trainer writes a checkpoint in place, its state last: a killed one may lack parts.
     """
     states = Path(folder).glob(f"checkpoint-*/{TRAINER_STATE}")
-    steps = [path.parent for path in states if path.stat().st_size > 0]
+    steps = [path.parent for path in states if _is_json(path)]
     newest = max(steps, key=lambda path: int(path.name.split("-")[-1]), default=None)
     return None if newest is None else str(newest)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:  # cut off while it was written
+        return False
+    return True
 
 
 def save_model(
@@ -350,11 +332,26 @@ def save_model(
     semantic_ids: SemanticIds,
     folder: Path | str,
     about: dict[str, Any],
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a serving checkpoint: adapters merged, tokenizer, and what it was trained on."""
+    """Write a serving checkpoint: adapters merged, tokenizer, and what it was trained on.
+
+    Args:
+        model: with adapters or without.
+        tokenizer: its own.
+        semantic_ids: the SID map it was trained on.
+        folder: where it goes.
+        about: further content of ``genrec.json``.
+        weights: of the model, by name, where it holds only shards (see `genrec.sharding`).
+
+    Raises:
+        ValueError: the model holds shards, and no weights are given.
+    """
+    if weights is None:
+        require_whole(model, "saving a model")
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), state_dict=weights)
     tokenizer.save_pretrained(folder)
     write_json(Path(folder) / ABOUT, {"semantic_ids_sha256": semantic_ids.sha256, **about})
 
@@ -382,6 +379,25 @@ def load_tokenizer(
             "map or rerun sft"
         )
     return AutoTokenizer.from_pretrained(folder), about
+
+
+def base_tokenizer(name_or_path: str, semantic_ids: SemanticIds) -> PreTrainedTokenizerBase:
+    """Tokenizer of a model to be fine-tuned, its own or genrec's.
+
+    Raises:
+        ValueError: it has none; or it is a model that genrec trained on a foreign SID map, whose
+            rows would be taken for those of other items.
+    """
+    if (Path(name_or_path) / ABOUT).exists():
+        return load_tokenizer(name_or_path, semantic_ids)[0]
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    # Without any file of a tokenizer, transformers makes an empty one of the model's kind.
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise ValueError(
+            f"{name_or_path} has no tokenizer; a model is fine-tuned with its own: put the "
+            "tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights"
+        )
+    return tokenizer
 
 
 def load_model(

@@ -21,7 +21,7 @@ from accelerate.state import PartialState
 from datasets import Dataset
 from trl import GRPOConfig
 
-from genrec import modeling
+from genrec import adapters, modeling, sharding
 from genrec.artifacts import Stage, stage_folder, write_json, write_text
 from genrec.bundle.files import CARD
 from genrec.bundle.training_card import training_card, training_settings
@@ -96,6 +96,7 @@ def chosen_normalizer(asked: str | None, declared: Normalizer) -> tuple[Normaliz
 def main() -> None:
     """Run the stage."""
     args, training = parse(GrpoArgs, GRPOConfig)
+    sharding.check_grpo(training)
     config = {**asdict(args), "training": training_fingerprint(training)}
     inputs = ["prepare", "quantize", "build_dataset", "sft"]
     with PartialState().main_process_first():
@@ -130,7 +131,7 @@ def main() -> None:
         columns[SEEN] = rows[SEEN].to_list()
     lora = None
     if args.use_lora:
-        lora = modeling.lora_config(model, token_ids, args.lora_rank, args.lora_alpha)
+        lora = adapters.lora_config(model, token_ids, args.lora_rank, args.lora_alpha)
 
     training.output_dir = str(stage.folder / "checkpoints")
     training.max_completion_length = trie.n_levels + 1  # a SID and EOS
@@ -148,7 +149,7 @@ def main() -> None:
         peft_config=lora,
     )
     assert trainer.model is not None
-    modeling.expose_head_bias(trainer.model)
+    adapters.expose_head_bias(trainer.model)
 
     engine = partial(
         TorchEngine, trie=trie, sid_token_ids=token_ids, pad_token_id=tokenizer.pad_token_id
@@ -197,8 +198,8 @@ def main() -> None:
             },
         }  # fmt: skip
         metrics |= validation.summary() if validation else {}
-        adapters = (args.lora_rank, args.lora_alpha) if args.use_lora else None
-        settings = training_settings(training, trainer.state.global_step, adapters)
+        ranks = (args.lora_rank, args.lora_alpha) if args.use_lora else None
+        settings = training_settings(training, trainer.state.global_step, ranks)
         card = training_card(stage, semantic_ids, settings, metrics, args.filter_seen)
         write_text(stage.folder / "model" / CARD, card)
         stage.finish(

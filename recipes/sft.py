@@ -33,10 +33,11 @@ from typing import Any, cast
 import numpy as np
 import polars as pl
 from accelerate.state import PartialState
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from peft import LoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from genrec import modeling
+from genrec import adapters, modeling, sharding
 from genrec.artifacts import Stage, stage_folder, write_json, write_text
 from genrec.averaging import WeightAverage
 from genrec.bundle.files import CARD
@@ -55,6 +56,7 @@ from genrec.evaluation.normalizer_choice import (
 )
 from genrec.evaluation.validation import BeamValidation
 from genrec.normalizers import NORMALIZERS, Normalizer
+from genrec.prompt_format import FORMATS, declare_format
 from genrec.prompts import PromptRenderer
 from genrec.quantizers.code_vectors import code_vectors
 from genrec.semantic_ids import SemanticIds
@@ -76,6 +78,12 @@ from genrec.warm_start import EarlierModel, check_replay_share, check_stage, uns
 logger = logging.getLogger("genrec.sft")
 
 SID_INITS = ("codebooks", "titles")
+N_COMPARED = 64  # rows on which a merged model is compared with the 4-bit one that was trained
+
+ON_QUANTIZED = (
+    "the adapter was trained on a 4-bit base and is merged into the unquantised one: the model "
+    "isn't quite the one that was trained; metrics.trained_on_quantized_base says by how much"
+)
 
 
 @dataclass
@@ -96,10 +104,19 @@ class SftArgs:
     loss_over: str = "vocabulary"
     ema_decay: float = 0.0  # validate and serve a moving average of the weights, e.g. 0.999
     sid_init: str = "codebooks"  # SID rows start as rotated centroids, or as means of title tokens
+    # plain, or chat: the prompt is the user's turn in the tokenizer's chat template. auto: what a
+    # model that genrec trained declares, else plain. The saved tokenizer carries it.
+    prompt_format: str = "auto"
     use_lora: bool = False  # train adapters and the SID rows instead of all weights
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
+    use_dora: bool = False  # a magnitude per output beside LoRA's direction
+    use_rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
+    lora_target_modules: list[str] = field(default_factory=lambda: [adapters.ALL_LINEAR])
+    # QLoRA: adapters on an NF4 base that computes in `dtype`; they are merged into the unquantised
+    # base in the end. Needs genrec[quant].
+    load_in_4bit: bool = False
     # How often an epoch goes through a family's rows, once if it isn't named: "fusion=0.5", or
     # "*=0" for all others; with a number per epoch it is a curriculum: "title_to_sid=1,0.5,0".
     weights: list[str] = field(default_factory=list)
@@ -120,6 +137,7 @@ class SftArgs:
         check_choice("size", self.size, modeling.SIZES)
         check_choice("sid_init", self.sid_init, SID_INITS)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16", "auto"))
+        check_choice("prompt_format", self.prompt_format, FORMATS)
         check_choice("normalizer", self.normalizer, ("auto", *NORMALIZERS))
         check_choice("loss_over", self.loss_over, LOSSES)
         for name, most in (("dropout", 1), ("hidden_dropout", 1), ("ema_decay", 1)):
@@ -142,6 +160,16 @@ class SftArgs:
             )
         check_stage(self.warm_start_stage)
         check_replay_share(self.replay_share)
+        if self.prompt_format == "chat" and not self.model_name_or_path:
+            raise ValueError(
+                "prompt_format chat needs model_name_or_path: a tokenizer from scratch has no chat "
+                "template"
+            )
+        for name in ("use_dora", "use_rslora"):
+            if getattr(self, name) and not self.use_lora:
+                raise ValueError(f"{name} is a kind of LoRA; it needs use_lora")
+        if self.load_in_4bit:
+            adapters.check_four_bit(self.use_lora, self.model_name_or_path)
 
 
 def check_workers(number: int) -> None:
@@ -172,6 +200,46 @@ def decide(
         why = "nothing was validated (eval_rows=0 or no validation rows)"
         return declared_unmeasured(candidates[0], why)
     return measure_normalizers(validation, make, seed, candidates)
+
+
+def adapter_config(
+    args: SftArgs, model: PreTrainedModel, token_ids: list[list[int]]
+) -> LoraConfig | None:
+    """The adapters to train; None where all weights are."""
+    if not args.use_lora:
+        return None
+    return adapters.lora_config(
+        model, token_ids, args.lora_rank, args.lora_alpha, args.lora_dropout,
+        use_dora=args.use_dora, use_rslora=args.use_rslora,
+        target_modules=args.lora_target_modules,
+    )  # fmt: skip
+
+
+def unquantized(
+    trained: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SftArgs,
+    rows: EpochRows,
+    validation: BeamValidation | None,
+    make: Callable[[Any], TorchEngine],
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model to serve, and what its readers must know: it isn't quite the one that was trained.
+
+    The adapter was trained beside 4-bit weights and is merged into those that they were made of.
+    """
+    assert args.model_name_or_path
+    merged = adapters.merged_into_base(trained, tokenizer, args.model_name_or_path, args.dtype)
+    spread = np.linspace(0, len(rows) - 1, min(N_COMPARED, len(rows))).astype(int)
+    texts = [rows[int(place)]["input_ids"] for place in spread]
+    told: dict[str, Any] = {
+        "quantization": adapters.QUANTIZATION,
+        "merged_into": "the unquantised base",
+        "merged_against_trained": adapters.logit_gap(trained, merged, texts),
+    }
+    if validation is not None:
+        for name, model in (("trained", trained), ("merged", merged)):
+            told[f"ndcg@{validation.k}_{name}"] = float(validation.per_row(make(model))[1].mean())
+    return merged, {"trained_on_quantized_base": told}
 
 
 def earlier_model(args: SftArgs) -> EarlierModel | None:
@@ -242,7 +310,7 @@ def initialize(
 def base_model(
     args: SftArgs,
     base: Path | str | None,
-    seed: int,
+    training: SFTConfig,
     n_tokens: int,
     longest: int,
     full_history: int,
@@ -252,13 +320,16 @@ def base_model(
     Args:
         args: settings.
         base: folder or hub name of the model to load; None: from scratch.
-        seed: of random weights.
+        training: gives the device, and the seed of random weights.
         n_tokens: of the tokenizer.
         longest: tokens of the longest row.
         full_history: SID tokens of the longest history and its target.
     """
     if base:
-        model = modeling.load_base(str(base), args.dtype)
+        if args.load_in_4bit:
+            model = adapters.load_four_bit(str(base), args.dtype, str(training.device))
+        else:
+            model = modeling.load_base(str(base), args.dtype)
         limit = model.config.max_position_embeddings
         if longest > limit:
             raise ValueError(
@@ -269,7 +340,7 @@ def base_model(
             add_hidden_dropout(model, args.hidden_dropout)
         return model
     context = -(-(longest + full_history + 32) // 64) * 64
-    model = modeling.from_scratch(args.size, n_tokens, context, seed, args.dropout)
+    model = modeling.from_scratch(args.size, n_tokens, context, training.seed, args.dropout)
     if args.hidden_dropout:
         add_hidden_dropout(model, args.hidden_dropout)
     return model
@@ -279,6 +350,7 @@ def main() -> None:
     """Run the stage."""
     args, training = parse(SftArgs, SFTConfig)
     check_workers(training.dataloader_num_workers)
+    sharding.check_sft(training, args.use_lora, args.eval_rows, args.loss_over)
     config = {**asdict(args), "training": training_fingerprint(training)}
     inputs = ["prepare", "embed", "quantize", "build_dataset"]
     with PartialState().main_process_first():
@@ -304,12 +376,13 @@ def main() -> None:
     rows, lengths, mixture, refresh = draw(args, training, rows, dataset, earlier)
     base = earlier.model if earlier else args.model_name_or_path
     if base:
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = modeling.base_tokenizer(str(base), semantic_ids)
     else:
         words = sample_texts(dataset / "train.parquet", training.seed)
         tokenizer = modeling.train_tokenizer([*titles, *words], args.vocab_size)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    declare_format(tokenizer, args.prompt_format)
     n_text_tokens = len(tokenizer)
     token_ids = modeling.add_sid_tokens(tokenizer, semantic_ids)
     sid_set = {token for level in token_ids for token in level}
@@ -320,9 +393,10 @@ def main() -> None:
     longest = max(longest, *(len(ids) + semantic_ids.n_levels for ids in served), 0)
 
     # Model, SID rows, adapters.
+    sharding.load_whole(training)
     # Rotary positions cost nothing: hold a full history also where no training row has one.
     full = (stage.upstream["prepare"].config["max_history"] + 1) * semantic_ids.n_levels
-    model = base_model(args, base, training.seed, len(tokenizer), longest, full)
+    model = base_model(args, base, training, len(tokenizer), longest, full)
     modeling.resize_embeddings(model, tokenizer)
     if earlier or len(tokenizer) > n_text_tokens:
         initialize(
@@ -331,11 +405,7 @@ def main() -> None:
         )  # fmt: skip
     else:
         print("the base model has these SID tokens already; their rows are kept")
-    lora = None
-    if args.use_lora:
-        lora = modeling.lora_config(
-            model, token_ids, args.lora_rank, args.lora_alpha, args.lora_dropout
-        )
+    sharding.split_again(training)
 
     training.output_dir = str(stage.folder / "checkpoints")
     average = WeightAverage(args.ema_decay) if args.ema_decay else None
@@ -345,10 +415,11 @@ def main() -> None:
         model=model,
         args=training,
         processing_class=tokenizer,
-        peft_config=lora,
+        peft_config=adapter_config(args, model, token_ids),
     )
     assert trainer.model is not None
-    modeling.expose_head_bias(trainer.model)
+    adapters.expose_head_bias(trainer.model)
+    adapters.keep_token_rows_in_fp32(trainer.model)
     trie = SidTrie.build(semantic_ids.codes)
     use_supervised_head(model, token_ids, cast(LossOver, args.loss_over), trie)  # below any adapter
     engine = partial(
@@ -378,6 +449,7 @@ def main() -> None:
 
     # Save what is served: the best weights, merged.
     trainer.accelerator.wait_for_everyone()
+    weights = sharding.gathered(trainer)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.accelerator.is_main_process:  # it alone has measured, and saves
         best = validation.restore_best(trained) if validation else None
@@ -386,27 +458,35 @@ def main() -> None:
         write_json(stage.folder / "log.json", trainer.state.log_history)
         if args.use_lora:
             trained.save_pretrained(stage.folder / "adapter")
-        choice = decide(by_hand, candidates, validation, partial(engine, trained), training.seed)
+        final: PreTrainedModel = trained
+        quantized: dict[str, Any] = {}
+        if args.load_in_4bit:
+            make = partial(engine, normalizer=by_hand or candidates[0])
+            final, quantized = unquantized(trained, tokenizer, args, train_rows, validation, make)
+        choice = decide(by_hand, candidates, validation, partial(engine, final), training.seed)
         about = {
             "stage": "sft",
             **origin(args, earlier),
             "normalizer": choice.normalizer,
             "normalizer_choice": asdict(choice),
+            **quantized,
         }
-        modeling.save_model(trained, tokenizer, semantic_ids, stage.folder / "model", about)
-        parameters = sum(p.numel() for p in trained.parameters())
-        metrics = {"parameters": parameters, "best": best, "longest_row": longest}
+        modeling.save_model(final, tokenizer, semantic_ids, stage.folder / "model", about, weights)
+        parameters = final.num_parameters()
+        metrics: dict[str, Any] = {"parameters": parameters, "best": best, "longest_row": longest}
         metrics["rows_per_epoch"] = mixture.counts(rows.table[TASK])
         metrics["normalizer"] = asdict(choice)
         metrics |= validation.summary() if validation else {}
         metrics |= {"warm_start": {**refresh, **origin(args, earlier)}} if earlier else {}
-        adapters = (args.lora_rank, args.lora_alpha) if args.use_lora else None
-        settings = training_settings(training, trainer.state.global_step, adapters)
+        ranks = (args.lora_rank, args.lora_alpha) if args.use_lora else None
+        settings = training_settings(training, trainer.state.global_step, ranks)
         card = training_card(stage, semantic_ids, settings, metrics, args.filter_seen)
         write_text(stage.folder / "model" / CARD, card)
+        notes = [ON_QUANTIZED] if quantized else []
         stage.finish(
-            mixture.length, training.seed, metrics, skip=["checkpoints", "best.safetensors"]
-        )
+            mixture.length, training.seed, metrics | quantized, notes,
+            skip=["checkpoints", "best.safetensors"],
+        )  # fmt: skip
         print(f"{parameters:,} parameters; {mixture.length:,} rows an epoch; validation: {best}")
         print(f"scores normalised over {choice}")
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from genrec.adapters import lora_config
 from genrec.artifacts import sha256_file
 from genrec.bundle.card import TO_FILL_IN, model_card
 from genrec.bundle.files import card_was_edited, is_bundle, read_manifest, verify_bundle
 from genrec.bundle.writing import ExportSettings, write_bundle
-from genrec.modeling import load_model, lora_config, sid_token_ids
+from genrec.modeling import load_model, sid_token_ids
 from genrec.recommend import Recommender
 from genrec.semantic_ids import SemanticIds
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 from trl import SFTConfig
 
 from genrec.config import check_choice, dataset_path, parse, run, training_fingerprint
@@ -215,6 +217,33 @@ def test_a_recipe_ends_with_status_2_and_one_line(tmp_path: Path):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert lines == [f"error: {config[1]} has unknown keys: 'methd' (did you mean 'method'?)"]
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded", "checkpoint-4/optimizer.pt"),
+        # As safetensors and PyTorch say it.
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+    ],
+    ids=["system", "quota", "safetensors", "torch"],
+)
+def test_run_says_that_the_disk_is_full(error: Exception, capsys, monkeypatch):
+    monkeypatch.delenv("GENREC_DEBUG", raising=False)
+
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the disk is full") and said.count("\n") == 1
+    assert "goes on at its last whole checkpoint" in said
 
 
 def test_every_recipe_config_has_known_keys_only():

@@ -9,10 +9,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "genrec"
 ORDER = [
     "columns", "item_lists", "artifacts", "normalizers", "page", "svg", "metrics", "data",
     "embedding", "quantizers", "semantic_ids", "chains", "prompts", "tasks", "chain_reader",
-    "modeling", "averaging", "training_data", "decoding", "supervised_head", "sft_trainer",
-    "reasoning", "grounding", "rewards", "rollouts", "bundle", "warm_start", "list_shaping",
-    "recommend", "generation", "planning", "server", "evaluation", "explain",
-    "audit", "config", "cli",
+    "prompt_format", "sharding", "modeling", "adapters", "averaging", "training_data", "decoding",
+    "supervised_head", "sft_trainer", "reasoning", "grounding", "rewards", "rollouts", "bundle",
+    "warm_start", "list_shaping", "recommend", "generation", "planning", "server", "evaluation",
+    "explain", "audit", "config", "cli",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,4 +1,4 @@
-"""SID tokens, their rows, adapters, encoded rows, and model folders."""
+"""SID tokens, their rows, encoded rows, and model folders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from genrec import modeling
 from genrec.modeling import (
@@ -19,7 +19,6 @@ from genrec.modeling import (
     initialize_from_codebooks,
     initialize_from_titles,
     load_model,
-    lora_config,
     resize_embeddings,
     save_model,
     sid_token_ids,
@@ -233,87 +232,6 @@ def test_codes_that_are_set_alone_get_what_a_first_training_gives_them(tiny, tie
     nothing = [np.zeros(n, dtype=bool) for n in sizes]
     initialize_from_codebooks(model, token_ids, codebooks, n_old, 9, nothing)
     assert all(torch.equal(w, was) for w, was in zip(matrices, all_set, strict=True))
-
-
-# Adapters, as recipes/sft.py builds them
-
-
-def lora_run(tiny, tied: bool, folder: Path):
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    semantic_ids, tokenizer = tiny.sids(20), tiny.tokenizer()
-    n_old = len(tokenizer)
-    model = tiny.lm(n_old, tied)
-    token_ids = add_sid_tokens(tokenizer, semantic_ids)
-    resize_embeddings(model, tokenizer)
-    titles = [f"red wool hat {i}" for i in range(20)]
-    initialize_from_titles(model, tokenizer, token_ids, semantic_ids, titles, n_old, 0)
-    base = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    sids = semantic_ids.sids().to_list()
-    prompts = [f"Bought so far, oldest first: {sids[i]}" for i in range(19)]
-    rows = encode_rows(tokenizer, prompts, sids[1:], set(flat(token_ids)))
-    training = SFTConfig(
-        output_dir=str(folder), max_steps=2, per_device_train_batch_size=4, learning_rate=0.05,
-        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-        save_strategy="no", logging_steps=1, disable_tqdm=True, weight_decay=0.1,
-        dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
-    )  # fmt: skip
-    trainer = SFTTrainer(
-        model=model,
-        args=training,
-        train_dataset=Dataset.from_dict(rows),
-        processing_class=tokenizer,
-        peft_config=lora_config(model, token_ids, 4, 8),
-    )
-    modeling.expose_head_bias(trainer.model)
-    trainer.train()
-    return trainer, base, semantic_ids, tokenizer, token_ids, rows["input_ids"][0]
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def trained(request, tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lora")
-    return (*lora_run(tiny, request.param, folder), request.param, folder)
-
-
-def test_lora_from_training_to_serving(trained, tiny):
-    trainer, base, semantic_ids, tokenizer, token_ids, ids, tied, folder = trained
-    assert [e for e in trainer.state.log_history if "loss" in e]
-    peft = trainer.model
-    adapted = logits_of(peft, ids)
-
-    # Without the adapter it is the base model, byte for byte.
-    reference = tiny.lm(len(tokenizer), tied)
-    reference.resize_token_embeddings(
-        base["model.embed_tokens.weight"].shape[0], mean_resizing=False
-    )
-    reference.load_state_dict(base)
-    with peft.disable_adapter():
-        off = logits_of(peft, ids)
-    assert torch.equal(off, logits_of(reference, ids))
-    assert (adapted - off).abs().max() > 1e-3
-
-    # Saved merged: the same logits; SID rows have moved, no other row has.
-    about = {"stage": "sft", "base": "tiny"}
-    save_model(peft, tokenizer, semantic_ids, folder / "model", about)
-    model, loaded_tokenizer, told = load_model(folder / "model", semantic_ids)
-    assert (logits_of(model, ids) - adapted).abs().max() < 1e-4
-    assert told == {"semantic_ids_sha256": semantic_ids.sha256, **about}
-    assert loaded_tokenizer("red hat")["input_ids"] == tokenizer("red hat")["input_ids"]
-    sid_rows = torch.zeros(len(base["model.embed_tokens.weight"]), dtype=torch.bool)
-    sid_rows[flat(token_ids)] = True
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        moved = (model.state_dict()[name] - base[name]).abs().amax(1)
-        assert (moved[~sid_rows] == 0).all(), name
-        # Codes that no row holds get no gradient as inputs, yet all of them do in the softmax.
-        share = (moved[sid_rows] > 0).float().mean()
-        assert share == 1.0 if tied or name == "lm_head.weight" else share > 0.5
-    tie = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    assert tie == tied
-    # A plain checkpoint that transformers loads without genrec or PEFT.
-    plain = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
-    assert torch.equal(logits_of(plain, ids), logits_of(model, ids))
 
 
 # Encoded rows

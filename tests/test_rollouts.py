@@ -10,14 +10,10 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig
 
+from genrec.adapters import expose_head_bias, lora_config
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
-from genrec.modeling import (
-    add_sid_tokens,
-    encode_prompts,
-    expose_head_bias,
-    lora_config,
-)
+from genrec.modeling import add_sid_tokens, encode_prompts
 from genrec.rewards import make_rank_reward, rule_reward
 from genrec.rollouts import BeamGRPOTrainer
 

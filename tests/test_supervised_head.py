@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from trl import SFTConfig, SFTTrainer
 
-from genrec import modeling, supervised_head
+from genrec import adapters, modeling, supervised_head
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 from genrec.supervised_head import SupervisedHead, add_hidden_dropout, use_supervised_head
@@ -129,9 +129,9 @@ def test_over_the_vocabulary_it_trains_as_trl_does(tiny, tmp_path, lora: bool):
     for ours in (False, True):
         trainer, model, token_ids = trainer_of(tiny, tmp_path, accumulate=2)
         if lora:
-            config = modeling.lora_config(model, token_ids, 4, 8)
+            config = adapters.lora_config(model, token_ids, 4, 8)
             trainer, model, token_ids = trainer_of(tiny, tmp_path, accumulate=2, peft_config=config)
-            modeling.expose_head_bias(trainer.model)
+            adapters.expose_head_bias(trainer.model)
         if ours:
             assert use_supervised_head(model, token_ids, "vocabulary", TRIE)
         trainer.train()

@@ -29,6 +29,7 @@ from genrec.decoding.beam import default_beam_width
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.metrics import gains, hits, target_rank
 from genrec.modeling import encode_prompts
+from genrec.sharding import require_whole
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,12 @@ class BeamValidation(TrainerCallback):
         return hits(rank, self.k), gains(rank, self.k)
 
     def measure(self, model: nn.Module, step: int, epoch: float) -> dict[str, Any]:
-        """Measure now; record the result and, if it is the best so far, the weights."""
+        """Measure now; record the result and, if it is the best so far, the weights.
+
+        Raises:
+            ValueError: the model holds only shards of its weights.
+        """
+        require_whole(model, "validation")
         with self.average.applied(model) if self.average else nullcontext():
             return self._measure(model, step, epoch)
 

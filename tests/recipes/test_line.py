@@ -225,6 +225,97 @@ def test_lora_on_a_local_model(recipe, copied_run, tiny, tiny_flags, tmp_path: P
 
 
 @pytest.mark.slow
+def test_qlora_says_what_it_was_trained_on(recipe, copied_run, tiny, tiny_flags, tmp_path: Path):
+    pytest.importorskip("bitsandbytes", reason="genrec[quant] is not installed")
+    base = tmp_path / "base"
+    tiny.lm(512).save_pretrained(base)
+    tiny.tokenizer().save_pretrained(base)
+    run = copied_run(*BEFORE_SFT)
+    flags = [
+        *tiny_flags["sft"], "--model_name_or_path", str(base), "--use_lora", "true",
+        "--load_in_4bit", "true", "--use_dora", "true", "--sid_init", "titles", "--max_steps", "4",
+        "--eval_every_steps", "2",
+    ]  # fmt: skip
+    recipe("sft", run, *flags)
+    manifest = require(run, "sft")
+    about = json.loads((run / "sft" / "model" / "genrec.json").read_text())
+    told = about["trained_on_quantized_base"]
+    assert told == manifest.metrics["trained_on_quantized_base"]
+    assert told["quantization"] == "nf4" and told["merged_into"] == "the unquantised base"
+    gap = told["merged_against_trained"]
+    assert 0 < gap["kl"] < 0.5 and 0 < gap["mean_logit"] < gap["max_logit"] < 10
+    assert told["ndcg@10_trained"] == manifest.metrics["best"]["ndcg@10"]
+    # What is declared and served is measured on the merged model.
+    measured = manifest.metrics["normalizer"]["measured"]["full"]
+    assert told["ndcg@10_merged"] == measured["ndcg@10"]
+    assert any("trained on a 4-bit base" in note for note in manifest.notes)
+
+    from safetensors.torch import load_file
+
+    from genrec.recommend import Recommender
+
+    weights = load_file(run / "sft" / "model" / "model.safetensors")
+    assert {str(w.dtype) for w in weights.values()} == {"torch.float32"}
+    ids = SemanticIds.load(run / "semantic_ids")
+    made = Recommender.load(run, batch_size=8).recommend([ids.item_ids[0]], k=5)
+    assert len(made) == 5
+
+
+@pytest.mark.slow
+def test_a_chat_model_is_trained_reinforced_and_served_in_its_format(
+    recipe, copied_run, tiny, tiny_flags, tmp_path: Path
+):
+    from genrec.modeling import encode_prompts, load_tokenizer
+
+    base = tmp_path / "base"
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = "<|user|>{{ messages[0].content }}<|assistant|>"
+    tokenizer.save_pretrained(base)
+    tiny.lm(512).save_pretrained(base)
+    run = copied_run(*BEFORE_SFT)
+    flags = [*tiny_flags["sft"], "--model_name_or_path", str(base), "--sid_init", "titles"]
+    few = ["--max_steps", "4", "--eval_every_steps", "2"]
+    recipe("sft", run, *flags, *few, "--prompt_format", "chat")
+    recipe("grpo", run, *tiny_flags["grpo"], "--max_steps", "1")
+    ids = SemanticIds.load(run / "semantic_ids")
+    start = "Bought so far, oldest first: "
+    for stage in ("sft", "grpo"):
+        loaded, _ = load_tokenizer(run / stage / "model", ids)
+        (made,) = encode_prompts(loaded, [start + ids.sids()[0]])
+        assert loaded.decode(made) == f"<|user|>{start}<|assistant|>{ids.sids()[0]}"
+    assert require(run, "sft").metrics["best"]["ndcg@10"] >= 0
+    recipe("recommend", run, *tiny_flags["recommend"])
+    assert require(run, "recommend").rows == 10 * len(pl.read_parquet(run / "data/test.parquet"))
+
+
+@pytest.mark.slow
+def test_base_models_that_cannot_be_used_are_refused(
+    in_process, copied_run, tiny_run, tiny, tiny_flags, tmp_path: Path
+):
+    from genrec.modeling import save_model
+
+    run = copied_run(*BEFORE_SFT)
+    bare = tmp_path / "bare"
+    tiny.lm(512).save_pretrained(bare)
+    said = in_process("sft", run, *tiny_flags["sft"], "--model_name_or_path", str(bare), fails=True)
+    assert f"{bare} has no tokenizer" in said
+    foreign, stranger = tmp_path / "foreign", tiny.sids(12)
+    model, tokenizer, _ = tiny.sid_lm(stranger)
+    save_model(model, tokenizer, stranger, foreign, {"stage": "sft"})
+    said = in_process(
+        "sft", run, *tiny_flags["sft"], "--model_name_or_path", str(foreign), fails=True
+    )
+    assert f"was trained on SID map {stranger.sha256[:12]}" in said and "does not extend" in said
+    for wrong in (
+        ["--load_in_4bit", "true"], ["--use_dora", "true"], ["--prompt_format", "chat"],
+    ):  # fmt: skip
+        said = in_process("sft", run, *tiny_flags["sft"], *wrong, fails=True)
+        assert f"{wrong[0][2:]} " in said and " needs " in said
+    assert not (run / "sft" / "manifest.json").exists()
+
+
+@pytest.mark.slow
 def test_a_model_too_short_for_the_histories_is_refused(
     recipe, copied_run, tiny, tiny_flags, tmp_path
 ):
