@@ -61,6 +61,11 @@ def test_settings_that_need_whole_weights_are_refused(monkeypatch):
             sharding.check_sft(split, use_lora=True, eval_rows=0, loss_over="vocabulary")
         with pytest.raises(ValueError, match="eval_rows=5 under .*; set eval_rows to 0"):
             sharding.check_sft(split, use_lora=False, eval_rows=5, loss_over="vocabulary")
+        if sharding.sharding_of(split) == "ZeRO-3":
+            with pytest.raises(ValueError, match="loss_over=trie under ZeRO-3: the head is split"):
+                sharding.check_sft(split, use_lora=False, eval_rows=0, loss_over="trie")
+        else:
+            sharding.check_sft(split, use_lora=False, eval_rows=0, loss_over="trie")
         with pytest.raises(ValueError, match="grpo under .* rollouts search with whole weights"):
             sharding.check_grpo(split)
 
