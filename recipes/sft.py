@@ -181,6 +181,19 @@ def check_workers(number: int) -> None:
         )
 
 
+def check_families(loss_over: str, rows_per_epoch: list[dict[str, int]]) -> None:
+    """Refuse a loss over less than the vocabulary where SIDs are to be written amid text."""
+    mixed = sorted(
+        {name for counts in rows_per_epoch for name, rows in counts.items()
+         if rows and name.startswith("reasoning")}
+    )  # fmt: skip
+    if mixed and loss_over != "vocabulary":
+        raise ValueError(
+            f"loss_over={loss_over} with {', '.join(mixed)}: chains cite SIDs amid text, where a "
+            "SID competes with words; use loss_over=vocabulary"
+        )
+
+
 def named_normalizer(name: str) -> Normalizer | None:
     """The normaliser that the settings name; None for auto."""
     return next((known for known in NORMALIZERS if known == name), None)
@@ -374,6 +387,7 @@ def main() -> None:
 
     # Which rows each epoch sees; the tokenizer with SID tokens.
     rows, lengths, mixture, refresh = draw(args, training, rows, dataset, earlier)
+    check_families(args.loss_over, mixture.counts(rows.table[TASK]))
     base = earlier.model if earlier else args.model_name_or_path
     if base:
         tokenizer = modeling.base_tokenizer(str(base), semantic_ids)
