@@ -77,12 +77,13 @@ def recipe() -> Recipe:
 def in_process(monkeypatch, capsys, caplog) -> Callable[..., str]:
     """Runs a recipe in this process, so that heavy imports are made once; gives all that it said.
 
-    ``in_process(name, run_dir, *flags, fails=False)``.
+    ``in_process(name, run_dir, *flags, fails=False)``; None: a recipe without a run folder.
     """
 
-    def call(name: str, run_dir: Path, *flags: str, fails: bool = False) -> str:
+    def call(name: str, run_dir: Path | None, *flags: str, fails: bool = False) -> str:
         path = ROOT / "recipes" / f"{name}.py"
-        monkeypatch.setattr(sys, "argv", [str(path), "--run_dir", str(run_dir), *flags])
+        at = [] if run_dir is None else ["--run_dir", str(run_dir)]
+        monkeypatch.setattr(sys, "argv", [str(path), *at, *flags])
         monkeypatch.delenv("GENREC_DEBUG", raising=False)
         caplog.clear()
         if fails:

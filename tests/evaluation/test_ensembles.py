@@ -1,0 +1,59 @@
+"""Mixtures of lists against hand-computed probabilities."""
+
+from __future__ import annotations
+
+import math
+
+import polars as pl
+import pytest
+
+from genrec.evaluation.ensembles import mixture
+
+
+def lists(*rows: tuple[str, int, float]) -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "row_id": [r[0] for r in rows],
+            "user_id": [1 if r[0] == "a" else 2 for r in rows],
+            "item_id": [r[1] for r in rows],
+            "score": [math.log(r[2]) for r in rows],
+        },
+        schema_overrides={"score": pl.Float32},
+    )
+
+
+def test_the_mean_probability_decides():
+    one = lists(("a", 1, 0.5), ("a", 2, 0.2), ("b", 5, 0.3), ("b", 6, 0.1))
+    two = lists(("b", 6, 0.3), ("b", 7, 0.1), ("a", 2, 0.4), ("a", 3, 0.1))
+    mixed = mixture([one, two], 2)
+    assert mixed.select("row_id", "user_id", "item_id", "rank").rows() == [
+        ("a", 1, 2, 1), ("a", 1, 1, 2), ("b", 2, 6, 1), ("b", 2, 5, 2)
+    ]  # fmt: skip
+    assert mixed["score"].exp().to_list() == pytest.approx([0.3, 0.25, 0.2, 0.15], abs=1e-6)
+
+
+def test_ties_go_to_the_lower_item_and_lists_can_be_shorter():
+    one, two = lists(("a", 4, 0.25), ("b", 1, 0.1)), lists(("a", 3, 0.25), ("b", 1, 0.3))
+    mixed = mixture([one, two], 5)
+    places = mixed.select("row_id", "item_id", "rank").rows()
+    assert places == [("a", 3, 1), ("a", 4, 2), ("b", 1, 1)]
+
+
+def test_string_ids_are_kept():
+    one = lists(("a", 4, 0.25)).with_columns(pl.lit("x9").alias("item_id"))
+    assert mixture([one, one], 1)["item_id"].to_list() == ["x9"]
+    assert mixture([one, one], 1)["score"].exp()[0] == pytest.approx(0.25)
+
+
+def test_what_cannot_be_mixed():
+    one = lists(("a", 1, 0.5), ("b", 2, 0.5))
+    with pytest.raises(ValueError, match="at least two models"):
+        mixture([one], 1)
+    with pytest.raises(ValueError, match=r"other rows than model 0 \(1 and 2\)"):
+        mixture([one, one.head(1)], 1)
+    with pytest.raises(ValueError, match="model 1 lists an item twice"):
+        mixture([one, pl.concat([one, one])], 1)
+    with pytest.raises(ValueError, match="model 0 has scores above 0"):
+        mixture([one.with_columns(pl.lit(0.7).alias("score")), one], 1)
+    with pytest.raises(ValueError, match="k=0"):
+        mixture([one, one], 0)
