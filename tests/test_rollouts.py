@@ -12,8 +12,11 @@ from trl import GRPOConfig
 
 from genrec.adapters import expose_head_bias, lora_config
 from genrec.advantages import level_advantages, pass_at_k_advantages
+from genrec.artifacts import read_json
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
+from genrec.evaluation.collapse import CollapseStop
+from genrec.evaluation.validation import BeamValidation
 from genrec.modeling import add_sid_tokens, encode_prompts
 from genrec.rewards import make_rank_reward, prefix_reward, rule_reward
 from genrec.rollouts import BeamGRPOTrainer, Objective
@@ -558,3 +561,37 @@ def test_rl_learns_a_toy_world(world: World):
     before, after, _ = train_hits(world, max_steps=80)
     assert before <= 0.2
     assert after >= 0.95, (before, after)
+
+
+def test_a_collapse_is_stopped_and_the_best_model_kept(world: World):
+    def punish_hits(completion_ids, target_sid_ids, **kwargs) -> list[float]:
+        return [-reward for reward in rule_reward(completion_ids, target_sid_ids)]
+
+    trainer = world.trainer(
+        group=8,
+        beam_width=20,
+        per_device_train_batch_size=80,
+        max_steps=40,
+        learning_rate=3e-3,
+        rewards=[punish_hits],
+    )
+    validation = BeamValidation(
+        world.folder,
+        world.engine,
+        encode_prompts(world.tokenizer, world.prompts),
+        world.targets,
+        None,
+        every_steps=3,
+        at_start=True,
+    )
+    stop = CollapseStop(world.folder, validation, tolerance=0.1, patience=2)
+    trainer.add_callback(validation)
+    trainer.add_callback(stop)
+    trainer.train()
+    step = trainer.state.global_step
+    assert step < 40 and stop.reason is not None and "validation ndcg@10" in stop.reason
+    assert read_json(world.folder / "stopped.json") == {"step": step, "reason": stop.reason}
+    kept = validation.restore_best(trainer.model)
+    assert kept is not None
+    gain = validation.per_row(world.engine(trainer.model))[1].mean()
+    assert gain == pytest.approx(kept["ndcg@10"]) and gain >= validation.history[0]["ndcg@10"]
