@@ -205,6 +205,12 @@ class BeamGRPOTrainer(GRPOTrainer):
         self._rewards = torch.zeros(0)  # weighted, of the same completions
 
     @property
+    def _moment(self) -> int:
+        """Number of the micro-batch in the whole training; TRL's own count restarts at a resume."""
+        per_step = self.args.gradient_accumulation_steps
+        return self.state.global_step * per_step + self._step % per_step
+
+    @property
     def _group(self) -> int:
         return self.num_generations if self.model.training else self.num_generations_eval
 
@@ -282,7 +288,7 @@ class BeamGRPOTrainer(GRPOTrainer):
             without = np.flatnonzero(~(items == self._targets(rows)[:, None]).any(1))
             if not len(without):
                 break
-            seed = batch_seed(self.args.seed, self._step, self.accelerator.process_index, attempt)
+            seed = batch_seed(self.args.seed, self._moment, self.accelerator.process_index, attempt)
             drawn = np.random.default_rng(seed).integers(len(self.train_dataset), size=len(without))
             others = [self.train_dataset[int(place)] for place in drawn]
             found = self._search(others, group, attempt)
@@ -297,7 +303,7 @@ class BeamGRPOTrainer(GRPOTrainer):
         rollouts = self.objective.rollouts
         prompts = encode_prompts(self._text_tokenizer, [row["prompt"] for row in rows])
         seen = [np.asarray(row[SEEN], dtype=np.int64) for row in rows] if SEEN in rows[0] else None
-        seed = batch_seed(self.args.seed, self._step, self.accelerator.process_index, attempt)
+        seed = batch_seed(self.args.seed, self._moment, self.accelerator.process_index, attempt)
         n = n_drawn(rollouts, group, self.objective.oversample)
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
             engine = TorchEngine(

@@ -337,7 +337,7 @@ def test_sampled_rollouts(world: World, choice: str):
         assert np.allclose(np.exp(everything).sum(1), 1, atol=1e-4)  # what is drawn from
     again = rollouts(trainer, inputs_of(world, [0, 1, 2, 3], 6))["completion_ids"]
     assert (again == out["completion_ids"]).all()  # the same step draws the same
-    trainer._step = 1
+    trainer.state.global_step = 1
     other = rollouts(trainer, inputs_of(world, [0, 1, 2, 3], 6))["completion_ids"]
     assert (other != out["completion_ids"]).any()
 
@@ -347,7 +347,7 @@ def test_samples_are_those_of_the_policy(world: World):
     trainer = world.trainer(group=8, objective=Objective(rollouts="sample"))
     counts = np.zeros(N_ITEMS)
     for step in range(60):
-        trainer._step = step
+        trainer.state.global_step = step
         counts += np.bincount(
             trainer._search([inputs_of(world, [0], 1)[0]], 8, 0)[0], minlength=N_ITEMS
         )

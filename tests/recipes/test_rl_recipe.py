@@ -43,9 +43,11 @@ def test_reserved_targets_are_in_no_row_of_sft(copied_run, in_process):
             assert any(left[at : at + n] == history for at in range(len(left) - n + 1))
 
 
-def test_objectives_and_rewards_run_through(copied_run, in_process):
-    run = copied_run(*BEFORE)
-    in_process("build_dataset", run, "--rl_window", "2", "--overwrite", "true")
+@pytest.mark.slow
+def test_objectives_and_rewards_run_through(copied_run, in_process, tiny_flags):
+    run = copied_run(*BEFORE[:3])
+    in_process("build_dataset", run, "--rl_window", "2", "--reserve_last", "true")
+    in_process("sft", run, *tiny_flags["sft"], "--max_steps", "2")
     said = in_process(
         "grpo", run, *CPU, "--rewards", "rule", "prefix", "novelty", "future",
         "--reward_weights", "1", "0.2", "0.1", "0.5", "--future_window", "2",
