@@ -388,7 +388,7 @@ class BeamGRPOTrainer(GRPOTrainer):
         )
         assert entropies is not None
         reference = inputs.get("ref_per_token_logps")
-        values = {"entropy": entropies.mean().item()}
+        values: dict[str, float] = {"entropy": entropies.mean().item()}
         kl = made.new_zeros(())
         if reference is not None:
             kl = (torch.exp(reference - made) - (reference - made) - 1).mean()
