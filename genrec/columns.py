@@ -38,6 +38,8 @@ SEEN = "seen_item_index"  # all that the user had before the target, for filters
 # the order of time; the first is the target.
 RELEVANT = "relevant_item_index"
 
+FUTURE = "future_item_index"  # RL rows: the target and what follows it in the training part
+
 # Instruction rows. Lists hold item ids in files and item indices in memory.
 TASK = "task"
 TEMPLATE = "template"

@@ -1,45 +1,152 @@
-"""TRL's GRPOTrainer with constrained-beam rollouts and log-probabilities over the trie.
+"""TRL's GRPOTrainer with rollouts over the trie and log-probabilities over the trie.
 
-The only module that touches TRL's experimental hooks. Two of them are overridden: generation (a
-group is the beam: distinct, valid items, best first), and the policy's log-probabilities,
-renormalised over what the trie allows. With full-vocabulary log-probabilities, negative advantages
-push mass onto tokens that can never be produced, which the search doesn't see and the loss rewards.
+The only module that touches TRL's experimental hooks. Overridden are generation (a group is the
+beam, or what `genrec.rollout_groups` draws: valid items, best first), the policy's
+log-probabilities, renormalised over what the trie allows, and what comes after TRL's advantages
+(`Objective`). With full-vocabulary log-probabilities, negative advantages push mass onto tokens
+that can never be produced, which the search doesn't see and the loss rewards.
+
+Logged beside TRL's own: ``hits_per_group``, ``groups_without_hit``, ``zero_advantage`` (share of
+groups), ``invalid`` (share of completions that are no item: 0), ``resampled`` (share of groups),
+``level_entropy/<l>`` and ``valid_mass/<l>``, the full-vocabulary probability of what the trie
+allows, measured on a few completions of every batch.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import split_tensor_dict
 
+from genrec.advantages import level_advantages, with_pass_at_k_bonus, without_difference
 from genrec.columns import SEEN
 from genrec.decoding.beam import Normalizer, child_log_probs, normalize
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 from genrec.decoding.trie_tensors import TrieTensors
+from genrec.group_losses import Loss, listwise_loss, sdpo_loss
 from genrec.modeling import encode_prompts
+from genrec.rewards import CompletedItems
+from genrec.rollout_groups import (
+    DISTINCT,
+    Rollouts,
+    batch_seed,
+    best_first,
+    check_rollouts,
+    chosen,
+    n_drawn,
+    sampler_of,
+)
+
+TARGET_SID_IDS = "target_sid_ids"
+
+Credit = Literal["item", "level"]
+CREDITS: tuple[Credit, ...] = ("item", "level")
+
+_LOOKED_AT = 16  # completions of a batch whose valid mass is measured
+_AT_ONCE = 64  # rows that are searched together before training
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a group of rollouts is, and what is learned from it.
+
+    Attributes:
+        rollouts: see `genrec.rollout_groups`.
+        oversample: of "dynamic": draws per item of a group.
+        loss: "grpo" (TRL's, by its `loss_type`), or of `genrec.group_losses`.
+        listwise_temperature: of the listwise loss: rewards are divided by it.
+        credit: "item", one advantage per rollout, or "level" (see `level_advantages`).
+        pass_at_k: size of a draw in the pass@k bonus; 0: no bonus.
+        pass_at_k_weight: of the bonus.
+        filter_groups: groups without any advantage count nothing: neither in the loss's mean, nor
+            through a KL term.
+        resample: how often rows whose group has no hit are exchanged for others. The model then
+            learns from prompts that it can nearly answer; 0: never.
+    """
+
+    rollouts: Rollouts = "beam"
+    oversample: float = 1.5
+    loss: Loss = "grpo"
+    listwise_temperature: float = 0.1
+    credit: Credit = "item"
+    pass_at_k: int = 0
+    pass_at_k_weight: float = 1.0
+    filter_groups: bool = False
+    resample: int = 0
+
+    def check(self, args: Any, normalizer: str) -> None:
+        """Reject what can't work together.
+
+        Args:
+            args: TRL's GRPOConfig.
+            normalizer: of the policy's log-probabilities.
+
+        Raises:
+            ValueError: it can't.
+        """
+        check_rollouts(self.rollouts, normalizer, self.oversample)
+        if not 0 <= self.pass_at_k <= args.num_generations:
+            raise ValueError(
+                f"pass_at_k={self.pass_at_k} must lie between 1 and num_generations="
+                f"{args.num_generations}; 0 turns the bonus off"
+            )
+        if self.resample < 0 or self.listwise_temperature <= 0:
+            raise ValueError(
+                f"resample={self.resample} must be 0 or more, and listwise_temperature="
+                f"{self.listwise_temperature} above 0"
+            )
+        if self.loss == "grpo":
+            return
+        if self.credit != "item" or self.pass_at_k or self.filter_groups:
+            raise ValueError(
+                f"loss: {self.loss} has no advantages; credit, pass_at_k and filter_groups belong "
+                "to loss: grpo"
+            )
+        if self.rollouts not in DISTINCT:
+            raise ValueError(
+                f"loss: {self.loss} with rollouts: {self.rollouts}, which may hold an item twice; "
+                f"use one of {', '.join(DISTINCT)}"
+            )
+        if args.per_device_train_batch_size % args.num_generations:
+            raise ValueError(
+                f"loss: {self.loss} needs whole groups in a batch: per_device_train_batch_size="
+                f"{args.per_device_train_batch_size} is no multiple of num_generations="
+                f"{args.num_generations}"
+            )
+        if self.loss == "sdpo" and args.beta <= 0:
+            raise ValueError(
+                f"loss: sdpo with beta={args.beta}: S-DPO compares with the SFT model by beta; "
+                "set it above 0, e.g. 0.1"
+            )
 
 
 class BeamGRPOTrainer(GRPOTrainer):
-    """GRPO whose rollouts are the served beam search.
+    """GRPO whose rollouts are searched or sampled over the trie.
 
-    Dataset columns beside `prompt`: what the reward functions read (`target_sid_ids`), and
+    Dataset columns beside `prompt`: what the reward functions read, `target_sid_ids` always, and
     optionally `seen_item_index`, the catalogue rows that evaluation would filter for this row.
 
     Args:
         trie: trie of the SID map.
         sid_token_ids: per level the token id of each code.
         normalizer: of the policy's log-probabilities; "trie" is the one that stays stable.
-        beam_width: prefixes kept per level; at least `num_generations`.
+        beam_width: prefixes kept per level; at least `num_generations`. Of the beam alone.
+        objective: rollouts, loss and advantages; default: the beam and TRL's own.
         **kwargs: GRPOTrainer's own arguments.
 
     Raises:
-        ValueError: settings under which beam rollouts would be wrong.
+        ValueError: settings under which rollouts would be wrong.
     """
 
     def __init__(
@@ -49,6 +156,7 @@ class BeamGRPOTrainer(GRPOTrainer):
         sid_token_ids: list[list[int]],
         beam_width: int,
         normalizer: Normalizer = "trie",
+        objective: Objective | None = None,
         **kwargs: Any,
     ) -> None:
         args = kwargs["args"]
@@ -63,7 +171,13 @@ class BeamGRPOTrainer(GRPOTrainer):
             raise ValueError(
                 f"temperature={args.temperature}: beam rollouts are those of temperature 1.0"
             )
-        if not args.num_generations <= min(beam_width, trie.n_items):
+        self.objective = objective or Objective()
+        self.objective.check(args, normalizer)
+        if self.objective.rollouts == "beam":
+            room = min(beam_width, trie.n_items)
+        else:
+            room = trie.n_items
+        if not args.num_generations <= room:
             raise ValueError(
                 f"num_generations={args.num_generations} exceeds beam_width={beam_width} or the "
                 f"{trie.n_items} items of the catalogue"
@@ -80,47 +194,216 @@ class BeamGRPOTrainer(GRPOTrainer):
         self._code_of_token = torch.full((len(tokenizer),), -1, device=device)
         for ids in self._sid_ids:
             self._code_of_token[ids] = torch.arange(len(ids), device=device)
-        levels = list(enumerate(sid_token_ids))
         codes = trie.codes()
         self._item_tokens = np.stack(
-            [np.array(ids)[codes[:, level]] for level, ids in levels], axis=1
+            [np.array(ids)[codes[:, level]] for level, ids in enumerate(sid_token_ids)], axis=1
         )
+        self._completed = CompletedItems(trie, sid_token_ids)
         # Beyond the SID itself a completion holds EOS alone: it is what TRL calls "terminated".
         self._n_completion = trie.n_levels + 1
-        self._rows: list[dict[str, Any]] = []
+        self._made: list[list[int]] = []  # completions of the batch that is being scored
+        self._rewards = torch.zeros(0)  # weighted, of the same completions
+
+    @property
+    def _moment(self) -> int:
+        """Number of the micro-batch in the whole training; TRL's own count restarts at a resume."""
+        per_step = self.args.gradient_accumulation_steps
+        return self.state.global_step * per_step + self._step % per_step
+
+    @property
+    def _group(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """TRL shuffles completions over the batches; losses over groups need them whole."""
+        if self.objective.loss == "grpo" or not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        per_generation = self.args.steps_per_generation
+        if self._step % (per_generation * self.num_iterations) == 0 or not self._buffered_inputs:
+            made = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = split_tensor_dict(made, per_generation)
+        return self._buffered_inputs[self._step % per_generation]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._rows = inputs  # generation sees only prompts; the filters are columns of the rows
-        return super()._generate_and_score_completions(inputs)
+        """Roll out before TRL does: its generation sees prompts, ours the rows and their filters.
+
+        So a row can be exchanged for another while all its columns stay together.
+        """
+        group, rows = self._group, inputs[:: self._group]
+        attempts = self.objective.resample if self.model.training else 0
+        rows, items, exchanged = self._roll_out(rows, group, attempts)
+        targets = self._targets(rows)
+        hits = items == targets[:, None]
+        if self.objective.loss == "sdpo":
+            # The preferred item is in every group, in place of the least likely miss.
+            if (targets < 0).any():
+                raise ValueError(f"S-DPO needs a target in every row: {TARGET_SID_IDS} of an item")
+            items[~hits.any(1), -1] = targets[~hits.any(1)]
+        eos = self._tokenizer.eos_token_id
+        self._made = [[*sid, eos] for sid in self._item_tokens[items.ravel()].tolist()]
+        output = super()._generate_and_score_completions([r for r in rows for _ in range(group)])
+        output = self._learned_from(output, items == targets[:, None], group)
+        made = self._completed(output["completion_ids"].tolist())
+        self._note(
+            {
+                "hits_per_group": hits.sum(1).mean(),
+                "groups_without_hit": 1 - hits.any(1).mean(),
+                "invalid": (made < 0).mean(),
+                "resampled": exchanged / len(rows),
+            }
+        )
+        return output
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], None]:
+        """The completions that are made already, one SID and EOS each."""
+        return self._made, None
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return encode_prompts(self._text_tokenizer, prompts), None, {}
 
-    def _generate_single_turn(
-        self,
-        prompt_ids: list[list[int]],
-        images: Any,
-        multimodal_fields: Any,
-        num_generations: int,
-        has_tool_images: bool = False,
-    ) -> tuple[list[list[int]], None]:
-        """Beam rollouts: each distinct prompt is searched once and gives its whole group."""
-        first = prompt_ids[::num_generations]
-        rows = self._rows[::num_generations]
+    def _calculate_rewards(self, inputs: list[Any], *args: Any) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, *args)
+        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        first = self.accelerator.process_index * len(inputs)
+        self._rewards = weighted[first : first + len(inputs)]
+        return rewards
+
+    def _targets(self, rows: Sequence[dict[str, Any]]) -> np.ndarray:
+        """Catalogue row of each row's target; −2, which no item has, where none is given."""
+        if TARGET_SID_IDS not in rows[0]:
+            return np.full(len(rows), -2)
+        found = self._completed([row[TARGET_SID_IDS] for row in rows])
+        return np.where(found < 0, -2, found)
+
+    def _roll_out(
+        self, rows: list[dict[str, Any]], group: int, attempts: int
+    ) -> tuple[list[dict[str, Any]], np.ndarray, int]:
+        """Groups of items, (rows, group); rows without a hit are exchanged where others hit.
+
+        Returns:
+            The rows, some of them exchanged; their items, best first; how many were exchanged.
+        """
+        rows, items, exchanged = list(rows), self._search(rows, group, 0), 0
+        for attempt in range(1, attempts + 1):
+            without = np.flatnonzero(~(items == self._targets(rows)[:, None]).any(1))
+            if not len(without):
+                break
+            seed = batch_seed(self.args.seed, self._moment, self.accelerator.process_index, attempt)
+            drawn = np.random.default_rng(seed).integers(len(self.train_dataset), size=len(without))
+            others = [self.train_dataset[int(place)] for place in drawn]
+            found = self._search(others, group, attempt)
+            good = np.flatnonzero((found == self._targets(others)[:, None]).any(1))
+            exchanged += len(good)
+            for at, other in zip(without.tolist(), good.tolist(), strict=False):
+                rows[at], items[at] = others[other], found[other]
+        return rows, items, exchanged
+
+    def _search(self, rows: list[dict[str, Any]], group: int, attempt: int) -> np.ndarray:
+        """Items of each row's group, best first, (rows, group); each prompt is prefilled once."""
+        rollouts = self.objective.rollouts
+        prompts = encode_prompts(self._text_tokenizer, [row["prompt"] for row in rows])
         seen = [np.asarray(row[SEEN], dtype=np.int64) for row in rows] if SEEN in rows[0] else None
+        seed = batch_seed(self.args.seed, self._moment, self.accelerator.process_index, attempt)
+        n = n_drawn(rollouts, group, self.objective.oversample)
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
             engine = TorchEngine(
                 model, self.trie, self.sid_token_ids, self._tokenizer.pad_token_id, self.normalizer
             )
-            items = engine.search(first, num_generations, self.beam_width, seen).items
+            width, sampler = max(n, self.beam_width), sampler_of(rollouts, seed)
+            found = engine.search(prompts, n, width, seen, sampler=sampler)
+        places = None
+        if rollouts == "dynamic":
+            places = chosen(found.items, self._targets(rows), group)
+        items = best_first(found.items, found.scores, places)
         if (items < 0).any():
             raise ValueError(
-                f"fewer than num_generations={num_generations} items are left for some row after "
+                f"fewer than num_generations={group} items are left for some row after "
                 "its "
                 "filters; lower num_generations"
             )
-        eos = self._tokenizer.eos_token_id
-        return [[*row, eos] for row in self._item_tokens[items.ravel()].tolist()], None
+        return items
+
+    def hits_before(self, n_rows: int) -> dict[str, Any]:
+        """How many items of a group hit, on a seeded sample of the training rows, as it stands.
+
+        Returns:
+            ``rows``, ``rollouts``, ``num_generations``, ``hits_per_group`` (number of hits ->
+            groups) and ``groups_without_hit``, the share that teaches nothing by the rule reward.
+        """
+        order = np.random.default_rng(self.args.seed).permutation(len(self.train_dataset))[:n_rows]
+        counts: Counter[int] = Counter()
+        for start in range(0, len(order), _AT_ONCE):
+            rows = [self.train_dataset[int(place)] for place in order[start : start + _AT_ONCE]]
+            items = self._search(rows, self.num_generations, start)
+            counts.update((items == self._targets(rows)[:, None]).sum(1).tolist())
+        return {
+            "rows": len(order),
+            "rollouts": self.objective.rollouts,
+            "num_generations": self.num_generations,
+            "hits_per_group": {str(n): counts[n] for n in sorted(counts)},
+            "groups_without_hit": counts[0] / max(len(order), 1),
+        }
+
+    def _learned_from(self, output: dict[str, Any], hits: np.ndarray, group: int) -> dict[str, Any]:
+        """TRL's batch with our advantages, or with what the losses over groups need."""
+        goal, rewards = self.objective, self._rewards
+        is_hit = torch.from_numpy(hits).to(rewards.device)
+        idle = without_difference(rewards, group)
+        advantages = output["advantages"]
+        if goal.pass_at_k and self.model.training:
+            idle = idle & (is_hit == is_hit[:, :1]).all(1)
+            advantages = with_pass_at_k_bonus(
+                advantages, is_hit, goal.pass_at_k, goal.pass_at_k_weight
+            )
+        if goal.credit == "level":
+            tokens = output["completion_ids"][:, : self.trie.n_levels]
+            advantages = F.pad(level_advantages(advantages, tokens, group), (0, 1))  # EOS: nothing
+        share = self._note({"zero_advantage": idle.float().mean().item()})["zero_advantage"]
+        if goal.filter_groups:
+            left = (~idle).repeat_interleave(group).long().unsqueeze(1)
+            output["tool_mask"] = output["completion_mask"] * left
+            if share < 1 and self.args.loss_type != "bnpo":  # which counts what is left itself
+                advantages = advantages / (1 - share)
+        output["advantages"] = advantages
+        if goal.loss != "grpo":
+            output["rewards"], output["is_target"] = rewards, is_hit.view(-1)
+        return output
+
+    def _note(self, values: dict[str, float]) -> dict[str, float]:
+        """Log values through TRL, averaged over processes, which they are given back as."""
+        stacked = torch.tensor([float(v) for v in values.values()], device=self.accelerator.device)
+        means = self.accelerator.reduce(stacked, reduction="mean").tolist()
+        mode = "train" if self.model.training else "eval"
+        for name, mean in zip(values, means, strict=True):
+            self._metrics[mode][name].append(mean)
+        return dict(zip(values, means, strict=True))
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if self.objective.loss == "grpo":
+            return super()._compute_loss(model, inputs)
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        made, entropies, _ = self._get_per_token_logps_and_entropies(
+            model, ids, mask, self._n_completion, compute_entropy=True
+        )
+        assert entropies is not None
+        reference = inputs.get("ref_per_token_logps")
+        values: dict[str, float] = {"entropy": entropies.mean().item()}
+        kl = made.new_zeros(())
+        if reference is not None:
+            kl = (torch.exp(reference - made) - (reference - made) - 1).mean()
+            values["kl"] = kl.item()
+        items = made.sum(1).view(-1, self._group)
+        if self.objective.loss == "listwise":
+            rewards = inputs["rewards"].view(items.shape)
+            loss = listwise_loss(items, rewards, self.objective.listwise_temperature)
+            loss = loss + self.beta * kl
+        else:
+            assert reference is not None, "beta is above 0"
+            own = inputs["is_target"].view(items.shape)
+            loss = sdpo_loss(items, reference.sum(1).view(items.shape), own, self.beta)
+        self._note(values)
+        return loss / (self.current_gradient_accumulation_steps if self.model.training else 1)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -140,7 +423,7 @@ class BeamGRPOTrainer(GRPOTrainer):
         """
         assert logits_to_keep == self._n_completion, "completions are one SID and EOS"
         step = batch_size or len(input_ids)
-        log_probs, entropies = [], []
+        log_probs, entropies, masses = [], [], list[float]()
         for start in range(0, len(input_ids), step):
             ids, mask = input_ids[start : start + step], attention_mask[start : start + step]
             with self.accelerator.autocast():
@@ -152,30 +435,60 @@ class BeamGRPOTrainer(GRPOTrainer):
                     position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-2],
                     logits_to_keep=self.trie.n_levels,
                 ).logits
-            lp, entropy = self._score_completions(logits, ids[:, -logits_to_keep:-1])
+            made = ids[:, -logits_to_keep:-1]
+            if compute_entropy and start == 0:  # it is the loss that asks
+                masses = self._valid_mass(logits[:_LOOKED_AT], made[:_LOOKED_AT])
+            lp, entropy = self._score_completions(logits, made)
             log_probs.append(lp)
             entropies.append(entropy)
-        return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
+        if not compute_entropy:
+            return torch.cat(log_probs), None, None
+        entropy = torch.cat(entropies)
+        by_level = entropy.detach().mean(0).tolist()[:-1]
+        named = {"level_entropy": by_level, "valid_mass": masses}
+        self._note({f"{n}/{i + 1}": v for n, vs in named.items() for i, v in enumerate(vs)})
+        return torch.cat(log_probs), entropy, None
 
     def _score_completions(self, logits: Tensor, sid_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies (N, L + 1) of SIDs (N, L) from logits (N, L, V)."""
+        log_probs, entropies = [], []
+        for level, child_codes, exists, at in self._path(sid_tokens):
+            columns = normalize(logits[:, level : level + 1], self._sid_ids[level], self.normalizer)
+            scores = child_log_probs(columns, child_codes, exists, self.normalizer)
+            log_probs.append(scores.gather(-1, at).flatten())
+            allowed = scores.log_softmax(-1)
+            entropies.append(-(allowed.exp() * allowed.masked_fill(~exists, 0.0)).sum(-1).flatten())
+        zero = torch.zeros_like(log_probs[0])
+        return torch.stack([*log_probs, zero], 1), torch.stack([*entropies, zero], 1)
+
+    def _path(self, sid_tokens: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Per level what the trie allows behind the prefixes of SIDs (N, L).
+
+        Yields:
+            The level, codes of the children (N, 1, M), which exist (N, 1, M), and the place of the
+            SID's own code among them (N, 1, 1).
+        """
         codes = self._code_of_token[sid_tokens]
         node = torch.zeros(len(codes), 1, dtype=torch.int64, device=codes.device)
-        log_probs, entropies = [], []
         for level in range(self.trie.n_levels):
             child, exists = self._tensors.expand(level, node)  # (N, 1, M)
             child_codes = self._tensors.codes(level, child)
-            columns = normalize(logits[:, level : level + 1], self._sid_ids[level], self.normalizer)
-            scores = child_log_probs(columns, child_codes, exists, self.normalizer)
             match = (child_codes == codes[:, level].view(-1, 1, 1)) & exists
             if not match.any(-1).all():
                 raise ValueError(
                     "a rollout left the trie; it was not made by this trainer's search"
                 )
             at = match.int().argmax(-1, keepdim=True)
-            log_probs.append(scores.gather(-1, at).flatten())
-            allowed = scores.log_softmax(-1)
-            entropies.append(-(allowed.exp() * allowed.masked_fill(~exists, 0.0)).sum(-1).flatten())
+            yield level, child_codes, exists, at
             node = child.gather(-1, at).squeeze(-1)
-        zero = torch.zeros_like(log_probs[0])
-        return torch.stack([*log_probs, zero], 1), torch.stack([*entropies, zero], 1)
+
+    @torch.no_grad()
+    def _valid_mass(self, logits: Tensor, sid_tokens: Tensor) -> list[float]:
+        """Per level the mean probability, over the whole vocabulary, of what the trie allows."""
+        masses = []
+        for level, child_codes, exists, _ in self._path(sid_tokens):
+            full = logits[:, level].float()
+            allowed = full.gather(1, self._sid_ids[level][child_codes[:, 0]])
+            allowed = allowed.masked_fill(~exists[:, 0], -torch.inf)
+            masses.append((allowed.logsumexp(1) - full.logsumexp(1)).exp().mean().item())
+        return masses

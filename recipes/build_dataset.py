@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from genrec.artifacts import Stage, stage_folder, write_parquet
 from genrec.columns import (
+    FUTURE,
     HISTORY,
     HISTORY_ITEMS,
     ITEM_ID,
@@ -41,7 +42,7 @@ from genrec.columns import (
     USER_ID,
 )
 from genrec.config import check_choice, parse, run
-from genrec.data.splits import read_split
+from genrec.data.splits import GIVEN, read_split
 from genrec.prompts import PromptRenderer
 from genrec.semantic_ids import SemanticIds
 from genrec.tasks.attributes import AttributeIndex, item_attributes
@@ -52,6 +53,7 @@ from genrec.tasks.mixing import named_numbers
 from genrec.tasks.noise import ItemDraw, keep_about
 from genrec.tasks.reasoning import RATIONALE_ORIGIN, TRAINED_ON_TARGET
 from genrec.tasks.rendering import ItemTexts, render_rows
+from genrec.tasks.rl_rows import rl_rows, without_reserved
 from genrec.tasks.rows import InteractionLog, Sources, interaction_rows, item_rows, read_chunks
 from genrec.tasks.sequential import explode, sequential_rows
 from genrec.tasks.texts import item_intentions, item_queries, review_aspects, written_renderer
@@ -90,10 +92,16 @@ class DatasetArgs:
         None  # measures lengths for the card; else one made of rows
     )
     prompts_dir: str | None = None  # your own templates; default: genrec's
+    # RL rows: the target is each user's rl_window-th last training interaction; the items from
+    # there on are what the reward "future" counts. 1: the last one.
+    rl_window: int = 1
+    reserve_last: bool = False  # sft's rows end before the RL rows' targets
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""
+        if self.rl_window < 1:
+            raise ValueError(f"rl_window={self.rl_window} must be at least 1")
         check_choice("sequential_mode", self.sequential_mode, MODES)
         check_choice("writer", self.writer, WRITERS)
         if (self.writer == "rules") != (self.writer_model is None):
@@ -120,14 +128,18 @@ class DatasetArgs:
         return list(FAMILIES) if ALL in self.tasks else list(dict.fromkeys(self.tasks))
 
 
-def read_sources(args: DatasetArgs, data: Path, semantic_ids: SemanticIds) -> Sources:
-    """What rows are made of, beside the split rows."""
+def read_sources(
+    args: DatasetArgs, data: Path, semantic_ids: SemanticIds, reserved: pl.DataFrame | None
+) -> Sources:
+    """What rows are made of, beside the split rows; `reserved`: RL rows that sft must not see."""
     seed = args.seed
     catalog = pl.read_parquet(data / "catalog.parquet")
     wording = written_renderer()
     log = InteractionLog.of(data / "interactions.parquet")
     attributes = item_attributes(catalog)
-    aspects = review_aspects(training_reviews(data) if REVIEW in log.columns else _NO_REVIEWS)
+    aspects = review_aspects(
+        training_reviews(data, reserved) if REVIEW in log.columns else _NO_REVIEWS
+    )
     queries = item_queries(catalog, attributes, wording, seed)
     intentions = item_intentions(catalog, attributes, wording, aspects, seed)
     preferences = None
@@ -171,9 +183,11 @@ def make_writer(args: DatasetArgs) -> Writer:
 _NO_REVIEWS = pl.DataFrame(schema={USER_ID: pl.String, ITEM_INDEX: pl.Int32, POSITION: pl.Int32})
 
 
-def training_reviews(data: Path) -> pl.DataFrame:
-    """Interactions of the training part alone, with their reviews."""
+def training_reviews(data: Path, reserved: pl.DataFrame | None = None) -> pl.DataFrame:
+    """Interactions of the training part alone, with their reviews; none of the reserved ones."""
     train = pl.scan_parquet(data / "train.parquet", glob=False)
+    if reserved is not None:
+        train = without_reserved(train.drop(SEEN, strict=False).collect(), reserved).lazy()
     end = train.group_by(USER_ID).agg(pl.col(TARGET_POSITION).max().alias("_last"))
     log = pl.scan_parquet(data / "interactions.parquet", glob=False)
     return (
@@ -196,7 +210,11 @@ def shares(args: DatasetArgs, names: list[str], n_interactions: int) -> dict[str
 
 
 def training_rows(
-    args: DatasetArgs, train: Path, names: list[str], sources: Sources
+    args: DatasetArgs,
+    train: Path,
+    names: list[str],
+    sources: Sources,
+    reserved: pl.DataFrame | None,
 ) -> Iterator[pl.DataFrame]:
     """Rows of all families, from the training rows chunk by chunk."""
     keep = pl.read_parquet(args.keep_rows, columns=[ROW_ID]) if args.keep_rows else None
@@ -228,33 +246,13 @@ def training_rows(
     for chunk in read_chunks(train):
         if keep is not None:
             chunk = chunk.join(keep, on=ROW_ID, how="semi", maintain_order="left")
+        bar.update(len(chunk))
+        if reserved is not None:
+            chunk = without_reserved(chunk, reserved)
         rows = sequential_rows(explode(chunk) if per_item else chunk)
         yield rows if share == 1 else rows.filter(keep_about(rows[ROW_ID], args.seed, share))
         yield from interaction_rows(chunk, names, sources, taken)
-        bar.update(len(chunk))
     bar.close()
-
-
-def rl_rows(train: pl.DataFrame, data: Path) -> pl.DataFrame:
-    """Split rows for RL, one per user: the last training interaction; all before it is seen."""
-    last = train.group_by(USER_ID, maintain_order=True).last()
-    last = last.filter(pl.col(HISTORY).list.len() > 0)
-    last = last.with_columns(
-        pl.col(HISTORY).list.len().cast(pl.Int32).alias(SUPERVISE_FROM),
-        pl.col(ROW_ID).str.replace("train", "rl"),
-    )
-    moment = last.select(USER_ID, pl.col(TARGET_POSITION).cast(pl.Int64).alias("_moment"))
-    earlier = (
-        pl.scan_parquet(data / "interactions.parquet", glob=False)
-        .join(moment.lazy(), on=USER_ID)
-        # Without validation, test and the RL target itself.
-        .filter(pl.col(POSITION) < pl.col("_moment"))
-        .group_by(USER_ID)
-        .agg(pl.col(ITEM_INDEX).unique().sort().alias(SEEN))
-        .collect()
-    )
-    rows = last.join(earlier, on=USER_ID, how="left", maintain_order="left")
-    return rows.with_columns(pl.col(SEEN).fill_null([]))
 
 
 def write_rows(path: Path, tables: Iterator[pl.DataFrame], writer: RowWriter) -> Counter[str]:
@@ -303,9 +301,16 @@ def main() -> None:
     )  # fmt: skip
     if stage.is_done(args.overwrite):
         return
+    if args.rl_window > 1 and stage.upstream["prepare"].config.get("protocol") == GIVEN:
+        raise ValueError(
+            f"rl_window={args.rl_window}: given rows are single moments, and what follows one "
+            "isn't known; use rl_window: 1"
+        )
     data = stage_folder(args.run_dir, "prepare")
     semantic_ids = SemanticIds.load(stage_folder(args.run_dir, "quantize"))
-    sources = read_sources(args, data, semantic_ids)
+    last = rl_rows(read_split(args.run_dir, "train", "build_dataset"), data, args.rl_window)
+    reserved = last if args.reserve_last else None
+    sources = read_sources(args, data, semantic_ids, reserved)
     off = switched_off(args.families, sources.has())
     names = [name for name in args.families if name not in off]
     for name, reason in off.items():
@@ -317,7 +322,7 @@ def main() -> None:
     train = data / "train.parquet"
     item_ids, user_id = semantic_ids.item_ids, pl.read_parquet_schema(train)[USER_ID]
     path = stage.folder / "train.parquet"
-    tables = (render(rows) for rows in training_rows(args, train, names, sources))
+    tables = (render(rows) for rows in training_rows(args, train, names, sources, reserved))
     counts = write_rows(path, tables, RowWriter(path, names, item_ids, user_id))
     serving = renderer.names(SEQUENTIAL)[0]
     for split in ("valid", "test"):
@@ -325,8 +330,8 @@ def main() -> None:
         path = stage.folder / f"{split}.parquet"
         one = iter([render(sequential_rows(rows), serving)])
         write_rows(path, one, RowWriter(path, [SEQUENTIAL], item_ids, user_id))
-    last = rl_rows(read_split(args.run_dir, "train", "build_dataset"), data)
-    rows = render(sequential_rows(last), serving).with_columns(last[TARGET], last[SEEN])
+    rows = render(sequential_rows(last), serving)
+    rows = rows.with_columns(last[TARGET], last[SEEN], last[FUTURE])
     ids = [gathered(rows[name], item_ids) for name in (TARGETS, HISTORY_ITEMS)]
     write_parquet(stage.folder / "rl.parquet", rows.with_columns(ids))
     shutil.copytree(renderer.folder, stage.folder / "prompts", dirs_exist_ok=True)

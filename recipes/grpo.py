@@ -1,11 +1,15 @@
-"""Reinforcement learning with verifiable rewards: TRL's GRPO on constrained-beam rollouts (ReRe).
+"""Reinforcement learning with verifiable rewards: TRL's GRPO over the trie (ReRe, GREAM).
 
     accelerate launch recipes/grpo.py --config recipes/configs/quickstart/grpo.yaml
 
 Starts from ``sft/model`` (merged, so that a reference model is the SFT model exactly). Settings of
 TRL's GRPOConfig go into the same YAML or on the command line. Writes ``grpo/model``,
-``grpo/validation.json`` and ``grpo/log.json``. Killed and started again, it resumes at the last
-checkpoint.
+``grpo/before.json`` (how often a group hits before training), ``grpo/validation.json`` and
+``grpo/log.json``, and ``grpo/stopped.json`` where the training collapsed and was stopped; the model
+is the best measured one in any case. Killed and started again, it resumes at the last checkpoint.
+
+``build_dataset --reserve_last true`` keeps the targets of RL rows out of what SFT learns; without
+it, RL trains on targets that the model has seen.
 
 Rollouts, log-probabilities and validation share one score normaliser, and the model that comes out
 declares it, so that serving follows. ``grpo/curves.svg`` is a picture of the training, and
@@ -15,32 +19,50 @@ declares it, so that serving follows. ``grpo/curves.svg`` is a picture of the tr
 import logging
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import polars as pl
 from accelerate.state import PartialState
 from datasets import Dataset
 from trl import GRPOConfig
 
 from genrec import adapters, modeling, sharding
-from genrec.artifacts import Stage, stage_folder, write_json, write_text
+from genrec.artifacts import Stage, read_json, stage_folder, write_json, write_text
 from genrec.bundle.files import CARD
 from genrec.bundle.training_card import training_card, training_settings
-from genrec.columns import PROMPT, ROW_ID, SEEN, TARGET
+from genrec.columns import FUTURE, PROMPT, ROW_ID, SEEN, TARGET, TRAIN_COUNT
 from genrec.config import check_choice, parse, run, training_fingerprint
 from genrec.data.splits import read_split
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
+from genrec.embedding.vectors import COLLABORATIVE_VECTORS, content_vectors
+from genrec.evaluation.collapse import CollapseStop
 from genrec.evaluation.curves import CurvesPicture
 from genrec.evaluation.normalizer_choice import measure_normalizers
 from genrec.evaluation.validation import BeamValidation
+from genrec.group_losses import LOSSES, Loss
 from genrec.normalizers import NORMALIZERS, Normalizer, declared_normalizer
-from genrec.rewards import make_rank_reward, rule_reward
-from genrec.rollouts import BeamGRPOTrainer
+from genrec.rewards import (
+    NOVELTY_ON,
+    CompletedItems,
+    RewardFunction,
+    make_future_reward,
+    make_novelty_reward,
+    make_rank_reward,
+    make_similarity_reward,
+    prefix_reward,
+    rule_reward,
+)
+from genrec.rollout_groups import ROLLOUTS, Rollouts
+from genrec.rollouts import CREDITS, BeamGRPOTrainer, Credit, Objective
 from genrec.semantic_ids import SemanticIds
 
 logger = logging.getLogger(__name__)
 
-REWARDS = ("rule", "rank")
+REWARDS = ("rule", "rank", "prefix", "semantic", "collaborative", "future", "novelty")
+DEFAULT_REWARDS = ("rule", "rank")
 
 
 @dataclass
@@ -49,8 +71,29 @@ class GrpoArgs:
 
     run_dir: str = "runs/default"
     overwrite: bool = False
-    rewards: list[str] = field(default_factory=lambda: list(REWARDS))  # weights: reward_weights
+    # Weighted by TRL's reward_weights, in this order; formulas and failure modes: genrec.rewards.
+    rewards: list[str] = field(default_factory=lambda: list(DEFAULT_REWARDS))
+    future_window: int = 1  # of "future"; build_dataset's rl_window must be as large
+    future_discount: float = 0.7
+    novelty_on: str = "hits"  # or beside: all items of a group that has a hit
     beam_width: int = 50  # of the rollouts; num_generations of these items form a group
+    rollouts: str = "beam"  # or sample, gumbel, dynamic; see genrec.rollout_groups
+    oversample: float = 1.5  # dynamic: draws per item of a group
+    # grpo (TRL's loss_type), listwise (cross entropy over the group) or sdpo (the target against
+    # the beam's misses; TRL's beta is S-DPO's); see genrec.group_losses.
+    loss: str = "grpo"
+    listwise_temperature: float = 0.1
+    credit: str = "item"  # or level: each level gets what its prefix decided
+    pass_at_k: int = 0  # GREAM's bonus; 0: none. Its weight:
+    pass_at_k_weight: float = 1.0
+    filter_groups: bool = False  # groups without a difference in reward count nothing
+    resample: int = 0  # exchange rows whose group has no hit, so many times at most
+    before_rows: int = 500  # rows whose hits are counted before training; 0: none
+    # A training is stopped whose NDCG@10 stays below (1 - stop_tolerance) x its start, or whose
+    # entropy below stop_entropy x its start, for stop_patience measurements (logs); 0: never.
+    stop_patience: int = 3
+    stop_tolerance: float = 0.1
+    stop_entropy: float = 0.02
     # Over what scores are normalised: in rollouts, the policy's log-probabilities, validation, and
     # by the model that comes out. trie is the stable one: under the others, negative advantages
     # push mass onto tokens that can't be produced. null: what the SFT model declares.
@@ -67,11 +110,115 @@ class GrpoArgs:
         """Reject settings that can't work before anything is read."""
         for reward in self.rewards:
             check_choice("rewards", reward, REWARDS)
-        if not self.rewards:
-            raise ValueError("rewards is empty; name at least one")
+        if not self.rewards or len(set(self.rewards)) < len(self.rewards):
+            raise ValueError(f"rewards={self.rewards} must name at least one, each once")
+        check_choice("rollouts", self.rollouts, ROLLOUTS)
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("credit", self.credit, CREDITS)
+        check_choice("novelty_on", self.novelty_on, NOVELTY_ON)
         if self.normalizer is not None:
             check_choice("normalizer", self.normalizer, NORMALIZERS)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        CollapseStop.check(self.stop_tolerance, self.stop_patience, self.stop_entropy)
+
+    @property
+    def objective(self) -> Objective:
+        """Rollouts, loss and advantages."""
+        return Objective(
+            cast(Rollouts, self.rollouts), self.oversample, cast(Loss, self.loss),
+            self.listwise_temperature, cast(Credit, self.credit), self.pass_at_k,
+            self.pass_at_k_weight, self.filter_groups, self.resample,
+        )  # fmt: skip
+
+
+def reward_functions(
+    args: GrpoArgs, items: CompletedItems, num_generations: int
+) -> list[RewardFunction]:
+    """The rewards that are asked for, with what of the run they look at.
+
+    Raises:
+        ValueError: the run has no vectors of the kind that a reward compares.
+    """
+    found: list[RewardFunction] = []
+    for name in args.rewards:
+        if name == "rule":
+            found.append(rule_reward)
+        elif name == "rank":
+            found.append(make_rank_reward(num_generations))
+        elif name == "prefix":
+            found.append(prefix_reward)
+        elif name == "future":
+            found.append(make_future_reward(items, args.future_window, args.future_discount))
+        elif name == "novelty":
+            catalog = stage_folder(args.run_dir, "prepare") / "catalog.parquet"
+            counts = pl.read_parquet(catalog, columns=[TRAIN_COUNT])[TRAIN_COUNT].to_numpy()
+            found.append(make_novelty_reward(items, counts, num_generations, args.novelty_on))
+        else:
+            found.append(make_similarity_reward(name, item_vectors(args.run_dir, name), items))
+    return found
+
+
+def item_vectors(run_dir: str, reward: str) -> np.ndarray:
+    """Vectors that the rewards "semantic" and "collaborative" compare, (n_items, dim)."""
+    if reward == "semantic":
+        vectors, fix = content_vectors(run_dir), "method: text or fused"
+    else:
+        path = stage_folder(run_dir, "embed") / COLLABORATIVE_VECTORS
+        vectors, fix = np.load(path) if path.exists() else None, "collaborative vectors"
+    if vectors is None:
+        raise ValueError(
+            f"reward {reward}: the embed stage of {run_dir} has no such vectors; run embed with "
+            f"{fix}, or leave the reward out"
+        )
+    return vectors
+
+
+def check_rewards(args: GrpoArgs, training: GRPOConfig, objective: Objective) -> None:
+    """Refuse weights and data that don't go with the rewards, before a model is loaded."""
+    weights = training.reward_weights
+    if weights is not None and len(weights) != len(args.rewards):
+        raise ValueError(
+            f"reward_weights={weights} for rewards={args.rewards}: one weight per reward is needed"
+        )
+    objective.check(training, args.normalizer or "trie")
+    for name in {"semantic", "collaborative"} & set(args.rewards):
+        item_vectors(args.run_dir, name)
+    if "future" not in args.rewards:
+        return
+    built = read_json(stage_folder(args.run_dir, "build_dataset") / "manifest.json")["config"]
+    if built.get("rl_window", 1) < args.future_window:
+        raise ValueError(
+            f"future_window={args.future_window} exceeds build_dataset's rl_window="
+            f"{built.get('rl_window', 1)}; build the rows with --rl_window {args.future_window}"
+        )
+
+
+def rl_columns(
+    rows: pl.DataFrame, semantic_ids: SemanticIds, token_ids: list[list[int]], filter_seen: bool
+) -> dict[str, list[Any]]:
+    """The training rows as TRL takes them; what is a row's own stays in it."""
+    codes = semantic_ids.codes[rows[TARGET].to_numpy()]
+    levels = [np.asarray(ids)[codes[:, level]] for level, ids in enumerate(token_ids)]
+    columns = {
+        "prompt": rows[PROMPT].to_list(),
+        "row_id": rows[ROW_ID].to_list(),
+        "target_sid_ids": np.stack(levels, axis=1).tolist(),
+        TARGET: rows[TARGET].to_list(),
+    }
+    shown = [SEEN] if filter_seen else []
+    shown += [FUTURE] if FUTURE in rows.columns else []
+    return columns | {name: rows[name].to_list() for name in shown}
+
+
+def count_hits(trainer: BeamGRPOTrainer, folder: Path, n_rows: int) -> None:
+    """Write ``before.json`` and say it; a resumed training keeps what it has."""
+    path = folder / "before.json"
+    if not n_rows or path.exists() or not trainer.accelerator.is_main_process:
+        return
+    found = trainer.hits_before(n_rows)
+    write_json(path, found)
+    groups = ", ".join(f"{hits} hits: {n:,}" for hits, n in found["hits_per_group"].items())
+    print(f"before training, of {found['rows']:,} groups by hits: {groups}")
 
 
 def chosen_normalizer(asked: str | None, declared: Normalizer) -> tuple[Normalizer, list[str]]:
@@ -97,12 +244,16 @@ def main() -> None:
     """Run the stage."""
     args, training = parse(GrpoArgs, GRPOConfig)
     sharding.check_grpo(training)
+    objective = args.objective
     config = {**asdict(args), "training": training_fingerprint(training)}
     inputs = ["prepare", "quantize", "build_dataset", "sft"]
+    if {"semantic", "collaborative"} & set(args.rewards):
+        inputs.append("embed")
     with PartialState().main_process_first():
         stage = Stage(args.run_dir, "grpo", config, inputs)
         if stage.is_done(args.overwrite and PartialState().is_main_process):
             return
+    check_rewards(args, training, objective)
     dataset = stage_folder(args.run_dir, "build_dataset")
     semantic_ids = SemanticIds.load(stage_folder(args.run_dir, "quantize"))
     trie = SidTrie.build(semantic_ids.codes)
@@ -119,37 +270,31 @@ def main() -> None:
         stage_folder(args.run_dir, "sft") / "model", semantic_ids, args.dtype
     )
     token_ids = modeling.sid_token_ids(tokenizer, semantic_ids)
-    columns = {
-        "prompt": rows[PROMPT].to_list(),
-        "row_id": rows[ROW_ID].to_list(),
-        "target_sid_ids": [
-            [token_ids[level][code] for level, code in enumerate(codes)]
-            for codes in semantic_ids.codes[rows[TARGET].to_numpy()].tolist()
-        ],
-    }
-    if args.filter_seen:
-        columns[SEEN] = rows[SEEN].to_list()
     lora = None
     if args.use_lora:
         lora = adapters.lora_config(model, token_ids, args.lora_rank, args.lora_alpha)
 
     training.output_dir = str(stage.folder / "checkpoints")
     training.max_completion_length = trie.n_levels + 1  # a SID and EOS
-    rewards = {"rule": rule_reward, "rank": make_rank_reward(training.num_generations)}
+    items = CompletedItems(trie, token_ids)
     trainer = BeamGRPOTrainer(
         trie=trie,
         sid_token_ids=token_ids,
         beam_width=args.beam_width,
         normalizer=normalizer,
+        objective=objective,
         model=model,
         args=training,
-        reward_funcs=[rewards[name] for name in args.rewards],
-        train_dataset=Dataset.from_dict(columns),
+        reward_funcs=reward_functions(args, items, training.num_generations),
+        train_dataset=Dataset.from_dict(
+            rl_columns(rows, semantic_ids, token_ids, args.filter_seen)
+        ),
         processing_class=tokenizer,
         peft_config=lora,
     )
     assert trainer.model is not None
     adapters.expose_head_bias(trainer.model)
+    count_hits(trainer, stage.folder, args.before_rows)
 
     engine = partial(
         TorchEngine, trie=trie, sid_token_ids=token_ids, pad_token_id=tokenizer.pad_token_id
@@ -170,6 +315,10 @@ def main() -> None:
         )
         validation.log_to(trainer)
         trainer.add_callback(validation)
+    stop = CollapseStop(
+        stage.folder, validation, args.stop_tolerance, args.stop_patience, args.stop_entropy
+    )
+    trainer.add_callback(stop)  # behind the validation that it reads
     trainer.add_callback(CurvesPicture(stage.folder, "grpo", validation))
     trainer.train(resume_from_checkpoint=modeling.last_checkpoint(training.output_dir))
 
@@ -191,6 +340,7 @@ def main() -> None:
         parameters = sum(p.numel() for p in trained.parameters())
         metrics = {
             "parameters": parameters, "start": start, "best": best, "rewards": args.rewards,
+            "stopped": stop.reason,
             "normalizer": {
                 "normalizer": normalizer, "declared_by_sft": declared,
                 "measured": compared.measured if compared else {},

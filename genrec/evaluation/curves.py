@@ -31,17 +31,26 @@ STAGES = {"sft": "Supervised fine-tuning", "grpo": "Reinforcement learning (GRPO
 # Series of the trainer's log that say how a training goes, in the order of their panels. A name
 # that ends in a slash stands for all that begin with it.
 LOGGED = (
-    "reward", "rewards/", "entropy", "kl", "frac_reward_zero_std", "loss", "learning_rate",
-    "grad_norm", "mean_token_accuracy",
+    "reward", "rewards/", "hits_per_group", "groups_without_hit", "frac_reward_zero_std",
+    "zero_advantage", "entropy", "level_entropy/", "valid_mass/", "invalid", "kl", "loss",
+    "learning_rate", "grad_norm", "mean_token_accuracy",
 )  # fmt: skip
 _AXES = {"learning_rate": "learning rate", "grad_norm": "norm of the gradient",
     "mean_token_accuracy": "token accuracy", "frac_reward_zero_std": "share of groups",
-    "rewards/": "reward", "kl": "KL divergence"}  # fmt: skip
+    "rewards/": "reward", "kl": "KL divergence", "hits_per_group": "hits",
+    "groups_without_hit": "share of groups", "zero_advantage": "share of groups",
+    "level_entropy/": "entropy", "valid_mass/": "probability",
+    "invalid": "share of completions"}  # fmt: skip
 _TITLES = {"learning_rate": "learning rate", "grad_norm": "gradient norm",
     "mean_token_accuracy": "training token accuracy", "loss": "training loss",
     "frac_reward_zero_std": "groups without a difference in reward",
     "kl": "distance from the reference", "rewards/": "rewards by function",
-    "entropy": "entropy of the policy"}  # fmt: skip
+    "entropy": "entropy of the policy", "hits_per_group": "hits per group",
+    "groups_without_hit": "groups without a hit",
+    "zero_advantage": "groups without an advantage",
+    "level_entropy/": "entropy by level of the SID",
+    "valid_mass/": "probability of what the trie allows, by level",
+    "invalid": "completions that are no item"}  # fmt: skip
 _VARIABLE = re.compile(r"var\((--[\w-]+)\)")
 _BOX = re.compile(r'viewBox="0 0 ([\d.]+) ([\d.]+)"')
 _MARGIN, _GAP, _HEAD, _TITLE = 16, 28, 40, 24  # px
@@ -112,8 +121,9 @@ def training_curves(
     for name in LOGGED:
         names = [name] if name in there else []
         if name.endswith("/"):
-            # The spread within a group is another matter than the mean.
-            names = [n for n in there if n.startswith(name) and n.endswith("/mean")]
+            names = [n for n in there if n.startswith(name)]
+            if name == "rewards/":  # the spread within a group is another matter than the mean
+                names = [n for n in names if n.endswith("/mean")]
         key = name.rstrip("/").replace("_", "-")
         title = _TITLES.get(name, f"training {name}")
         curves.append(_curve(key, title, _AXES.get(name, name), log, names))
@@ -129,8 +139,15 @@ def _curve(
         finite = [(step, float(value)) for step, value in found if math.isfinite(value)]
         left_out += len(found) - len(finite)
         if finite:
-            points[name.removeprefix("rewards/").removesuffix("/mean")] = finite
+            points[_line_name(name)] = finite
     return Curve(key, title, axis, points, left_out)
+
+
+def _line_name(name: str) -> str:
+    prefix, slash, rest = name.partition("/")
+    if slash and rest.isdigit():
+        return f"level {rest}"
+    return name.removeprefix("rewards/").removesuffix("/mean")
 
 
 def _is_number(value: object) -> bool:

@@ -50,6 +50,19 @@ def test_rewards_share_a_panel():
     assert found["rewards"].points == {"rule": [(1, 0.2)], "rank": [(1, 0.1)]}
 
 
+def test_what_watches_a_reinforcement_learning_has_panels():
+    log = [
+        {"step": 1, "hits_per_group": 0.3, "groups_without_hit": 0.7, "zero_advantage": 0.6,
+         "invalid": 0.0, "entropy": 2.0, "level_entropy/1": 3.0, "level_entropy/2": 1.0,
+         "valid_mass/1": 0.9, "valid_mass/2": 0.8}
+    ]  # fmt: skip
+    found = {curve.key: curve for curve in training_curves([], log)}
+    assert list(found) == ["hits-per-group", "groups-without-hit", "zero-advantage", "entropy",
+        "level-entropy", "valid-mass", "invalid"]  # fmt: skip
+    assert found["level-entropy"].points == {"level 1": [(1, 3.0)], "level 2": [(1, 1.0)]}
+    assert found["valid-mass"].points == {"level 1": [(1, 0.9)], "level 2": [(1, 0.8)]}
+
+
 def test_the_picture_stands_by_itself(tmp_path: Path):
     path = write_curves(tmp_path, "sft", VALIDATION, [*LOG, {"step": 31, "loss": math.nan}])
     assert path == tmp_path / "curves.svg"
