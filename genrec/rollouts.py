@@ -21,10 +21,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import split_tensor_dict
 
@@ -149,6 +150,15 @@ class BeamGRPOTrainer(GRPOTrainer):
         ValueError: settings under which rollouts would be wrong.
     """
 
+    # TRL and Transformers type these more widely than they are here.
+    args: GRPOConfig
+    model: torch.nn.Module  # type: ignore[assignment]
+    train_dataset: Dataset  # type: ignore[assignment]
+    num_generations: int
+    num_generations_eval: int
+    objective: Objective
+    _buffered_inputs: list[dict[str, Tensor | None]] | None  # type: ignore[assignment]
+
     def __init__(
         self,
         *,
@@ -164,8 +174,7 @@ class BeamGRPOTrainer(GRPOTrainer):
         if per_process % args.num_generations:
             raise ValueError(
                 f"per_device_train_batch_size x steps_per_generation = {per_process} splits "
-                "groups of "
-                f"num_generations={args.num_generations} over processes; make it a multiple"
+                f"groups of num_generations={args.num_generations} over processes; make it a multiple"
             )
         if args.temperature != 1.0:
             raise ValueError(
@@ -317,8 +326,7 @@ class BeamGRPOTrainer(GRPOTrainer):
         items = best_first(found.items, found.scores, places)
         if (items < 0).any():
             raise ValueError(
-                f"fewer than num_generations={group} items are left for some row after "
-                "its "
+                f"fewer than num_generations={group} items are left for some row after its "
                 "filters; lower num_generations"
             )
         return items
