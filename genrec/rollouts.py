@@ -174,7 +174,8 @@ class BeamGRPOTrainer(GRPOTrainer):
         if per_process % args.num_generations:
             raise ValueError(
                 f"per_device_train_batch_size x steps_per_generation = {per_process} splits "
-                f"groups of num_generations={args.num_generations} over processes; make it a multiple"
+                f"groups of num_generations={args.num_generations} over processes; make it a "
+                "multiple"
             )
         if args.temperature != 1.0:
             raise ValueError(
@@ -228,6 +229,7 @@ class BeamGRPOTrainer(GRPOTrainer):
         if self.objective.loss == "grpo" or not self.model.training:
             return super()._prepare_inputs(generation_batch)
         per_generation = self.args.steps_per_generation
+        assert per_generation is not None  # TRL fills it in
         if self._step % (per_generation * self.num_iterations) == 0 or not self._buffered_inputs:
             made = self._generate_and_score_completions(generation_batch)
             self._buffered_inputs = split_tensor_dict(made, per_generation)
