@@ -5,8 +5,8 @@ Whoever has the salt can prove what the content was; without it a commitment can
 even of a history of one item. Erasing a user deletes contents and salts, and leaves every record,
 hash and signature as it was.
 
-The store is one SQLite file. ``secure_delete`` overwrites what is deleted, inside that file: copies,
-backups and what the file system keeps of old blocks are beyond it.
+The store is one SQLite file. ``secure_delete`` overwrites what is deleted, inside that file;
+copies, backups and what the file system keeps of old blocks are beyond it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ STORE = "payloads.sqlite"
 PARTS = ("identity", "input", "chains")  # committed to one by one, so that one can be shown alone
 _TABLE = """
 CREATE TABLE payload (
-    record INTEGER NOT NULL, part TEXT NOT NULL, pseudonym TEXT NOT NULL,
+    record INTEGER NOT NULL, part TEXT NOT NULL,
     salt TEXT NOT NULL, content TEXT NOT NULL, PRIMARY KEY (record, part)
-);
-CREATE INDEX of_user ON payload (pseudonym);
+)
 """
 
 
@@ -68,22 +67,23 @@ def _connect(path: Path, make: bool = False) -> Iterator[sqlite3.Connection]:
         raise ValueError(f"{path} can't be read: {error}; restore it") from error
 
 
-def write_payloads(folder: Path | str, payloads: Iterable[tuple[int, str, Payload]]) -> None:
+def write_payloads(folder: Path | str, payloads: Iterable[Payload]) -> None:
     """Write the store of a new log; one that is there is replaced.
 
     Args:
         folder: of the log.
-        payloads: (record number, pseudonym, payload).
+        payloads: of the records 0, 1, …
     """
     path = Path(folder) / STORE
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     with _connect(path, make=True) as connection:
-        connection.executescript(_TABLE)
+        connection.execute(_TABLE)
         connection.executemany(
-            "INSERT INTO payload VALUES (?, ?, ?, ?, ?)",
+            "INSERT INTO payload VALUES (?, ?, ?, ?)",
             (
-                (number, part, pseudonym, sealed.salt, canonical(sealed.content).decode("ascii"))
-                for number, pseudonym, payload in payloads
+                (number, part, sealed.salt, canonical(sealed.content).decode("ascii"))
+                for number, payload in enumerate(payloads)
                 for part, sealed in payload.items()
             ),
         )
@@ -109,14 +109,14 @@ def read_payloads(folder: Path | str) -> dict[int, dict[str, Sealed]]:
     return found
 
 
-def erase_payloads(folder: Path | str, pseudonym: str) -> list[int]:
-    """Delete all payloads of a user; returns the numbers of the records that had one."""
+def erase_payloads(folder: Path | str, records: Iterable[int]) -> int:
+    """Delete the payloads of records; returns how many there were."""
     path = Path(folder) / STORE
+    numbers = [(number,) for number in records]
     with _connect(path) as connection:
-        query = "SELECT DISTINCT record FROM payload WHERE pseudonym = ? ORDER BY record"
-        numbers = [row[0] for row in connection.execute(query, (pseudonym,))]
-        connection.execute("DELETE FROM payload WHERE pseudonym = ?", (pseudonym,))
-    if numbers:
-        with closing(sqlite3.connect(path)) as connection:
-            connection.execute("VACUUM")  # free pages leave the file
-    return numbers
+        query = "SELECT COUNT(*) FROM payload WHERE record = ? AND part = 'identity'"
+        found = sum(connection.execute(query, number).fetchone()[0] for number in numbers)
+        connection.executemany("DELETE FROM payload WHERE record = ?", numbers)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("VACUUM")  # free pages leave the file
+    return found
