@@ -139,19 +139,24 @@ def next_state(folder: Path | str, anchor_file: Path | str, key: PublicKey) -> t
     """(log id, counter) of the log that is to be written into `folder`.
 
     A rewrite keeps the id of what it replaces, so that the anchor tells which state is the newest.
+
+    Raises:
+        ValueError: the anchor is damaged or another key's, so that no head can be added to it.
     """
-    log_id = None
+    known = anchor.Anchor([], [])
+    if Path(anchor_file).is_file():
+        known = anchor.read_anchor(anchor_file, key)
+    if known.problems:
+        raise ValueError(
+            f"{known.problems[0]}: no head can be added; restore it, or name another --anchor_file"
+        )
     path = Path(folder) / HEAD
-    if path.is_file():
-        head = read_json(path)
-        log_id = head.get("log_id") if isinstance(head, dict) else None
-    if not isinstance(log_id, str):
+    head = read_json(path) if path.is_file() else None
+    log_id = head.get("log_id") if isinstance(head, dict) else None
+    if not isinstance(head, dict) or not isinstance(log_id, str):
         return secrets.token_hex(6), 1
-    if not Path(anchor_file).is_file():
-        return log_id, int(head.get("counter", 0)) + 1
-    latest = anchor.read_anchor(anchor_file, key).latest_head(log_id)
-    before = latest["content"]["counter"] if latest else head.get("counter", 0)
-    return log_id, int(before) + 1
+    latest = known.latest_head(log_id)
+    return log_id, int(latest["content"]["counter"] if latest else head.get("counter", 0)) + 1
 
 
 def leaves_file(anchor_file: Path | str, head: Mapping[str, Any]) -> Path:

@@ -143,6 +143,8 @@ def test_an_older_log_that_was_signed(bench, made, log):
     older = shutil.copytree(log[0], log[0].with_name("older"))
     more = [*made, bench["invented"](N, KEY, random.Random(2), 3)]
     assert next_state(log[0], log[1], KEY.public)[1] == 2
+    with pytest.raises(ValueError, match="no head can be added; restore it, or name another"):
+        next_state(log[0], log[1], AuditKey(b"x" * 32).public)
     bench["make_log"](log[0], more, KEY, SIZE)
     assert said(log) == ""
     assert len({entry["log_id"] for entry in read_anchor(log[1], KEY.public).entries}) == 1
