@@ -132,7 +132,7 @@ class SidTrie:
         digest = hashlib.sha256(f"{self.n_levels} {self.end_code}".encode())
         for name, array in self._arrays():
             digest.update(f"{name} {array.dtype.str} {array.size}".encode())
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def save(self, folder: Path | str, sid_map_sha256: str) -> None:
