@@ -72,6 +72,8 @@ def test_a_sound_log_has_no_findings(log):
     assert [len(records(log, n)) for n in range(3)] == [4, 4, 2]
     assert [r["record"] for r in read_log(log[0])] == list(range(N))
     assert said(log, anchor=False) == ""
+    leaves_file(log[1], state.head).unlink()  # they only locate
+    assert said(log) == ""
 
 
 def test_chains_and_numbers(made):
