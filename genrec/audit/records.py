@@ -290,7 +290,7 @@ def build_records(
     """
     shared = run_facts(run)
     by_row = run.lists.partition_by(ROW_ID, as_dict=True, include_key=True)
-    made = []
+    made: list[tuple[dict[str, Any], Payload]] = []
     users, row_ids = run.rows[USER_ID].to_list(), run.rows[ROW_ID].to_list()
     earlier = run.rows[TARGET_POSITION].to_list()  # interactions before the target
     for user, row_id, count, given in zip(users, row_ids, earlier, inputs(run), strict=True):

@@ -366,11 +366,11 @@ def main() -> None:
     """Tamper, write, replay, and say what came out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for item in fields(Settings):
-        flag = {"action": "store_true"} if item.name == "quick" else {"default": item.default}
-        kind = type(item.default) if isinstance(item.default, int) else str
-        parser.add_argument(
-            f"--{item.name}", **(flag if "action" in flag else {**flag, "type": kind})
-        )
+        if item.name == "quick":
+            parser.add_argument("--quick", action="store_true")
+        else:
+            caster = int if isinstance(item.default, int) else str
+            parser.add_argument(f"--{item.name}", type=caster, default=item.default)
     args = Settings(**vars(parser.parse_args()))
     out, rng = Path(args.out), random.Random(args.seed)
     for name in ("tampered", "clean", "throughput"):
