@@ -1,34 +1,51 @@
-"""Explained lists -> tamper-evident records and a report page; verify and replay them.
+"""Explained lists -> tamper-evident records and a report; verify, replay, prove, erase them.
 
     genrec audit --config recipes/configs/quickstart/audit.yaml --run_dir runs/quickstart
-    genrec audit verify --run_dir runs/quickstart
+    genrec audit keygen --key_file /secure/audit.key
+    genrec audit verify --run_dir runs/quickstart --report verified.json
     genrec audit replay --run_dir runs/quickstart --record 0
+    genrec audit report --run_dir runs/quickstart
+    genrec audit prove --run_dir runs/quickstart --record 0 --output proof.json
+    genrec audit check --proof proof.json --public_key runs/quickstart.custody/audit.pub
+    genrec audit erase --run_dir runs/quickstart --user U
 
-The first form writes ``audit/audit.jsonl`` (a hash-chained record per explained list),
-``audit/head.json`` (their number and last hash, signed) and ``audit/report.html``. The key,
-`<run_dir>/audit.key` unless --key_file names another, is made if absent. Keep it, and a copy of
-head.json as an anchor, where those who can write the run can't: with the key a log can be forged,
-and an older log with its own valid head looks sound to whoever has no anchor. Records hold item
-ids of histories under pseudonyms, so treat them as personal data.
+The first form writes into ``audit/``: shards of records (``audit-00000.jsonl`` …, each a hash
+chain), ``head.json`` (the signed Merkle root over them), ``payloads.sqlite`` (user ids, histories,
+prompts, chains; records hold salted commitments to them), ``environment.txt`` and ``report.html``.
 
-`verify` exits with status 1 on any finding, `replay` if a list isn't reproduced.
+Key and anchor lie outside the run folder: `<run_dir>.custody/audit.key`, made if absent, and
+``heads.jsonl`` beside it, unless --key_file and --anchor_file name other places. The anchor lists
+every head that was signed, which is how an older log that was put back is found out. Keep both
+where those who can write the run can't.
+
+`verify` and `check` exit with status 1 on any finding, `replay` if a list isn't reproduced; a
+record whose user was erased is said to be so and counts as neither.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from genrec.artifacts import Stage, load_manifest, require, stage_folder, write_text
+from genrec.artifacts import (
+    Stage,
+    load_manifest,
+    read_json,
+    require,
+    stage_folder,
+    write_json,
+    write_text,
+)
 from genrec.config import parse, run
 
 if TYPE_CHECKING:
-    from genrec.audit.custody import AuditKey
+    from genrec.audit.keys import AuditKey
 
 
 @dataclass
@@ -37,13 +54,25 @@ class AuditArgs:
 
     run_dir: str = "runs/default"
     overwrite: bool = False
-    key_file: str | None = None  # default: <run_dir>/audit.key, made if absent
-    report_users: int = 20  # lists shown in report.html; audit.jsonl holds all explained ones
+    key_file: str | None = None  # default: <run_dir>.custody/audit.key, made if absent
+    anchor_file: str | None = None  # default: heads.jsonl beside the key
+    shard_size: int = 10_000  # records per file
+    report_users: int = 20  # lists shown in report.html; the log holds all explained ones
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""
         if self.report_users < 0:
             raise ValueError(f"report_users={self.report_users} must be at least 0")
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size={self.shard_size} must be at least 1")
+
+
+@dataclass
+class KeygenSettings:
+    """Settings of `genrec audit keygen`."""
+
+    run_dir: str = "runs/default"
+    key_file: str | None = None  # default: <run_dir>.custody/audit.key
 
 
 @dataclass
@@ -51,7 +80,11 @@ class VerifySettings:
     """Settings of `genrec audit verify`."""
 
     run_dir: str = "runs/default"
-    key_file: str | None = None  # default: <run_dir>/audit.key
+    key_file: str | None = None  # default: <run_dir>.custody/audit.key
+    public_key: str | None = None  # its public half, enough for all but the pseudonyms
+    anchor_file: str | None = None  # default: heads.jsonl beside the key
+    log_only: bool = False  # neither payloads nor artefact files
+    report: str | None = None  # JSON file to write the findings to
 
 
 @dataclass
@@ -60,19 +93,77 @@ class ReplaySettings:
 
     run_dir: str = "runs/default"
     record: int | None = None  # number of the record
+    record_id: str | None = None  # or its id
     all: bool = False  # every record
 
     def __post_init__(self) -> None:
-        """Exactly one of the two must be given."""
-        if (self.record is None) == (not self.all):
-            raise ValueError("name one record with --record N, or take --all")
+        """Exactly one of the three must be given."""
+        if (self.record is not None) + (self.record_id is not None) + self.all != 1:
+            raise ValueError("name one record with --record N or --record_id ID, or take --all")
 
 
-def the_key(args: AuditArgs) -> AuditKey:
+@dataclass
+class ReportSettings:
+    """Settings of `genrec audit report`."""
+
+    run_dir: str = "runs/default"
+    report_users: int = 20
+
+
+@dataclass
+class ProveSettings:
+    """Settings of `genrec audit prove`."""
+
+    run_dir: str = "runs/default"
+    record: int = 0  # number of the record
+    reveal: list[str] = field(default_factory=list)  # of the payload: identity, input, chains
+    output: str | None = None  # default: print it
+
+
+@dataclass
+class CheckSettings:
+    """Settings of `genrec audit check`."""
+
+    proof: str = "proof.json"
+    public_key: str = "audit.pub"
+
+
+@dataclass
+class EraseSettings:
+    """Settings of `genrec audit erase`."""
+
+    run_dir: str = "runs/default"
+    user: str | None = None  # user id
+    key_file: str | None = None  # default: <run_dir>.custody/audit.key
+    anchor_file: str | None = None  # default: heads.jsonl beside the key
+    report_users: int = 20
+
+    def __post_init__(self) -> None:
+        """A user must be named."""
+        if self.user is None:
+            raise ValueError("name the user whose payloads are to go: --user U")
+
+
+def now() -> str:
+    """UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def custody(
+    run_dir: str, key_file: str | None, anchor_file: str | None = None
+) -> tuple[Path, Path]:
+    """Where key and anchor lie; both must be outside the run folder."""
+    from genrec.audit.anchor import ANCHOR
+    from genrec.audit.keys import KEY, check_outside, custody_folder
+
+    key = check_outside(key_file or custody_folder(run_dir) / KEY, run_dir, "key_file")
+    return key, check_outside(anchor_file or key.with_name(ANCHOR), run_dir, "anchor_file")
+
+
+def the_key(args: AuditArgs, path: Path) -> AuditKey:
     """The key that signs; a new one only where no log exists that an old one signed."""
-    from genrec.audit.custody import DEFAULT_KEY, AuditKey
+    from genrec.audit.keys import AuditKey
 
-    path = Path(args.key_file or Path(args.run_dir) / DEFAULT_KEY)
     if path.exists():
         return AuditKey.load(path)
     if load_manifest(args.run_dir, "audit") is not None and not args.overwrite:
@@ -83,6 +174,18 @@ def the_key(args: AuditArgs) -> AuditKey:
     key = AuditKey.create(path)
     print(f"made key {key.key_id} in {path}: keep it away from those who can write the run")
     return key
+
+
+def keygen() -> None:
+    """Make a key pair."""
+    args = parse(KeygenSettings, args=sys.argv[2:])
+    from genrec.audit.keys import AuditKey, public_path
+
+    path, _ = custody(args.run_dir, args.key_file)
+    if path.exists():
+        raise ValueError(f"{path} exists; a key is never overwritten: name another --key_file")
+    key = AuditKey.create(path)
+    print(f"made key {key.key_id}: secret {path}, public {public_path(path)}")
 
 
 def write() -> None:
@@ -97,29 +200,62 @@ def write() -> None:
         )
     model_stage = made["model_stage"]
     require(args.run_dir, "explain")
-    from genrec.audit.custody import seal, write_log
-    from genrec.audit.records import ExplainedRun, build_records
-    from genrec.audit.report import render_report
+    from genrec.audit.custody import SCHEMA, next_state, seal, write_log
+    from genrec.audit.payloads import write_payloads
+    from genrec.audit.records import (
+        ENVIRONMENT,
+        UNLISTED,
+        ExplainedRun,
+        build_records,
+        environment,
+    )
+    from genrec.audit.schema import check
 
-    key = the_key(args)
-    config = {**asdict(args), "key_id": key.key_id}
+    key_path, anchor_path = custody(args.run_dir, args.key_file, args.anchor_file)
+    key = the_key(args, key_path)
+    config = {**asdict(args), "key_id": key.key_id, "schema": SCHEMA}
     inputs = ["prepare", "quantize", "build_dataset", model_stage, "recommend", "explain"]
-    stage = Stage(args.run_dir, "audit", config, inputs, ignore=["key_file"])
+    ignore = ["key_file", "anchor_file", "report_users"]
+    stage = Stage(args.run_dir, "audit", config, inputs, ignore=ignore)
+    state = next_state(stage.folder, anchor_path, key.public)
     if stage.is_done(args.overwrite):
         return
-    explained = ExplainedRun.load(args.run_dir)
-    time = datetime.now(UTC).isoformat(timespec="seconds")
-    sealed = seal(build_records(explained, key, time))
-    write_log(stage.folder, sealed, key)
-    write_text(
-        stage.folder / "report.html", render_report(explained, sealed, key, args.report_users)
-    )
-    last = sealed[-1]["sha256"]
-    stage.finish(rows=len(sealed), metrics={"last_sha256": last, "key_id": key.key_id})
+    explained, time = ExplainedRun.load(args.run_dir), now()
+    made_records = build_records(explained, key, time)
+    sealed = seal((record for record, _ in made_records), state[0], args.shard_size)
+    for record in sealed:
+        check(record)
+    write_text(stage.folder / ENVIRONMENT, environment())
+    write_payloads(stage.folder, [payload for _, payload in made_records])
+    head = write_log(stage.folder, sealed, key, anchor_path, state, time)
+    render(args.run_dir, args.report_users)
+    root = head["merkle_root"]
+    metrics = {"merkle_root": root, "key_id": key.key_id, "log_id": head["log_id"]}
+    stage.finish(rows=len(sealed), metrics=metrics, skip=UNLISTED)
     print(
-        f"{len(sealed):,} records, last hash {last}\n"
-        f"keep a copy of {stage.folder}/head.json elsewhere; open {stage.folder}/report.html"
+        f"{len(sealed):,} records, Merkle root {root}, anchored in {anchor_path}\n"
+        f"open {stage.folder}/report.html"
     )
+
+
+def render(run_dir: str, users: int) -> Path:
+    """Write the page from the log as it is now."""
+    from genrec.audit.custody import HEAD
+    from genrec.audit.records import ExplainedRun, read_opened
+    from genrec.audit.report import render_report
+
+    folder = stage_folder(run_dir, "audit")
+    records, head = read_opened(folder), read_json(folder / HEAD)
+    page = render_report(ExplainedRun.load(run_dir), records, head, users)
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def report() -> None:
+    """Write the page again, of as many lists as asked for."""
+    args = parse(ReportSettings, args=sys.argv[2:])
+    require(args.run_dir, "audit")
+    print(f"open {render(args.run_dir, args.report_users)}")
 
 
 def verify() -> None:
@@ -127,30 +263,50 @@ def verify() -> None:
     args = parse(VerifySettings, args=sys.argv[2:])
     from genrec.audit.verify import verify as verify_log
 
-    found = verify_log(args.run_dir, args.key_file)
+    found = verify_log(
+        args.run_dir, args.key_file, args.public_key, args.anchor_file, args.log_only
+    )
+    if args.report:
+        write_json(args.report, found.to_json())
     for finding in found.findings:
         print(finding)
     if found.findings:
         print(f"NOT verified: {len(found.findings)} findings in {found.records:,} records")
         raise SystemExit(1)
+    around = (
+        "payloads and artefact files not looked at"
+        if args.log_only
+        else f"payloads as committed to ({found.erased:,} erased), {found.files} files unchanged"
+    )
     print(
-        f"OK: {found.records:,} records, chain and numbering whole, head signed by key "
-        f"{found.key_id}, {found.files} files unchanged; last hash {found.last_sha256}"
+        f"OK: {found.records:,} records in {found.shards} shards, chains and numbering whole, head "
+        f"signed by key {found.key_id} and anchored, {around}; Merkle root "
+        f"{found.head['merkle_root']}"
     )
 
 
 def replay() -> None:
     """Replay one record or all; exit status 1 if a list isn't reproduced."""
     args = parse(ReplaySettings, args=sys.argv[2:])
-    from genrec.audit.custody import read_log
-    from genrec.audit.replay import load_recommender
+    from genrec.audit.records import read_opened
+    from genrec.audit.replay import ERASED, load_recommender
     from genrec.audit.replay import replay as replay_record
     from genrec.audit.verify import current_hashes
 
-    log = read_log(stage_folder(args.run_dir, "audit"))
-    if not args.all and not 0 <= args.record < len(log):
-        raise ValueError(f"record={args.record} is not in the log; it has 0..{len(log) - 1}")
-    records = log if args.all else [log[args.record]]
+    log = read_opened(stage_folder(args.run_dir, "audit"))
+    records = log
+    if not args.all:
+        records = [r for r in log if args.record_id in (None, r.get("record_id"))]
+        records = [r for r in records if args.record in (None, r.get("record"))]
+        if not records:
+            asked = f"record={args.record}" if args.record_id is None else args.record_id
+            raise ValueError(f"{asked} is not in the log; it has 0..{len(log) - 1}")
+    erased = [record for record in records if record["erased"]]
+    for record in erased:
+        print(f"record {record['record']}: {ERASED}")
+    records = [record for record in records if not record["erased"]]
+    if not records:
+        return
     recommender = load_recommender(args.run_dir, records[0])
     current = current_hashes(args.run_dir, records)
     results = []
@@ -167,12 +323,78 @@ def replay() -> None:
         raise SystemExit(1)
 
 
+def prove() -> None:
+    """Write the inclusion proof of one record."""
+    args = parse(ProveSettings, args=sys.argv[2:])
+    from genrec.audit.proofs import prove as make_proof
+
+    proof = make_proof(stage_folder(args.run_dir, "audit"), args.record, args.reveal)
+    if args.output is None:
+        print(json.dumps(proof, indent=2))
+        return
+    write_json(args.output, proof)
+    print(f"proof of record {args.record} in {args.output}; check it with the public key alone")
+
+
+def check() -> None:
+    """Check an inclusion proof; exit status 1 if it doesn't hold."""
+    args = parse(CheckSettings, args=sys.argv[2:])
+    from genrec.audit.keys import PublicKey
+    from genrec.audit.proofs import check_proof
+
+    if not Path(args.proof).is_file():
+        raise ValueError(f"there is no proof at {args.proof}; name one with --proof")
+    proof, key = read_json(args.proof), PublicKey.load(args.public_key)
+    for wrong in (found := check_proof(proof, key)):
+        print(wrong)
+    if found:
+        raise SystemExit(1)
+    record, head = proof["record"], proof["head"]
+    shown = ", ".join(proof.get("payload", {})) or "nothing"
+    print(
+        f"OK: record {record['record']} of {head['records']:,} in log {head['log_id']}, state "
+        f"{head['counter']}, signed by key {key.key_id}; of its payload it shows {shown}"
+    )
+
+
+def erase() -> None:
+    """Erase a user's payloads and show the page without them."""
+    args = parse(EraseSettings, args=sys.argv[2:])
+    from genrec.audit.erasure import erase as erase_user
+    from genrec.audit.keys import AuditKey
+
+    key_path, anchor_path = custody(args.run_dir, args.key_file, args.anchor_file)
+    folder = stage_folder(args.run_dir, "audit")
+    done = erase_user(args.run_dir, args.user, AuditKey.load(key_path), anchor_path, now())
+    page = folder / "report.html"
+    page.unlink(missing_ok=True)
+    print(f"erased {done.payloads} payloads of {len(done.records)} records: {done.records}")
+    for path in done.left:
+        print(f"{path} is of an older schema and holds the history in the log itself: delete it")
+    try:
+        render(args.run_dir, args.report_users)
+    except ValueError as error:
+        print(f"{page} is removed; it can't be made again: {error}")
+    print(
+        "the stages that the log was made from (data, dataset, recommendations, explanations, "
+        "evaluation) still hold this user's rows: rebuild or delete them"
+    )
+
+
 def main() -> None:
     """Dispatch on the first argument."""
-    verbs = {"verify": verify, "replay": replay}
+    verbs = {
+        "keygen": keygen,
+        "verify": verify,
+        "replay": replay,
+        "report": report,
+        "prove": prove,
+        "check": check,
+        "erase": erase,
+    }
     first = sys.argv[1] if len(sys.argv) > 1 else "--"
     if not first.startswith("-") and first not in verbs:
-        raise ValueError(f"{first!r} is no verb of audit; use verify, replay, or none")
+        raise ValueError(f"{first!r} is no verb of audit; use {', '.join(verbs)}, or none")
     verbs.get(first, write)()
 
 

@@ -338,10 +338,10 @@ def show_record(view: View) -> None:
     """Number and hash of the audit record."""
     if "audit" not in view.manifests:
         return
-    from genrec.audit.custody import read_log
+    from genrec.audit.records import read_opened
 
     view.heading("7. The audit record (audit)")
-    log = read_log(stage_folder(view.run_dir, "audit"))
+    log = read_opened(stage_folder(view.run_dir, "audit"))
     found = [record for record in log if record.get(ROW_ID) == view.row[ROW_ID]]
     for record in found:
         view.say(f"record {record['record']} of {len(log)}, sha256 {record['sha256']}")
@@ -349,7 +349,8 @@ def show_record(view: View) -> None:
             f"replay: genrec audit replay --run_dir {view.run_dir} --record {record['record']}"
         )
     if not found:
-        view.say("no record of this list")
+        erased = sum(record["erased"] for record in log)
+        view.say(f"no record of this list{f' ({erased} records are erased)' if erased else ''}")
 
 
 def main() -> None:

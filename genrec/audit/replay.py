@@ -21,6 +21,7 @@ from genrec.modeling import encode_prompts
 from genrec.recommend import Recommender
 
 EPSILON = 1e-3  # |Δ log-prob| that engines and batch layouts may differ by, in float32
+ERASED = "erased: its payload is gone, so it can't be replayed; its hash and place still verify"
 # Best first; a list that misses all of them is "different".
 LEVELS = ("same bytes", "same ordered list", "same set", "within epsilon", "different")
 
@@ -99,13 +100,16 @@ def replay(
     """Replay one record.
 
     Args:
-        record: as read from the log.
+        record: with its payload, from `genrec.audit.records.opened`.
         recommender: from `load_recommender` for a record with the same settings.
         current: hashes now, from `genrec.audit.verify.current_hashes`.
 
     Raises:
-        ValueError: the record names items that the catalogue lacks, or has not a record's fields.
+        ValueError: the payload was erased, the list was made under a filter that replay doesn't
+            have, or the record names items that the catalogue lacks or has not a record's fields.
     """
+    if record.get("erased"):
+        raise ValueError(f"record {record.get('record')!r}: {ERASED}")
     try:
         return _replay(record, recommender, current)
     except (KeyError, TypeError) as error:
@@ -119,6 +123,12 @@ def _replay(
     record: Mapping[str, Any], recommender: Recommender, current: Mapping[str, str | None]
 ) -> Replay:
     given, made = record["input"], record["decoding"]
+    others = [f["name"] for f in record["filters"] if f["name"] != "seen"]
+    if others:
+        raise ValueError(
+            f"record {record['record']}: its list was made under the filters {others}, whose items "
+            "the run doesn't keep; replay knows the filter of seen items alone"
+        )
     history = recommender.rows_of([entry[ITEM_ID] for entry in given["history"]])
     recommender.template = given["template"]
     prompt = recommender.prompts([history])

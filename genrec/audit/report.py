@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup, escape
+
 from genrec.artifacts import load_manifest, read_json, stage_folder
-from genrec.audit.custody import AuditKey
 from genrec.audit.records import ExplainedRun
 from genrec.columns import ITEM_ID, ROW_ID, SCORE, TARGET, TITLE
 from genrec.page import display_text, environment
@@ -26,20 +30,32 @@ _MEASURED = {
 }
 
 
+MAPPING = Path(__file__).with_name("mapping.md")
+
+
 def render_report(
-    run: ExplainedRun, sealed: Sequence[Mapping[str, Any]], key: AuditKey, users: int = 20
+    run: ExplainedRun,
+    records: Sequence[Mapping[str, Any]],
+    head: Mapping[str, Any],
+    users: int = 20,
 ) -> str:
     """The page.
 
     Args:
         run: the finished stages.
-        sealed: all records of the log.
-        key: the one that signs the log (only its id is shown).
+        records: all records of the log with their payloads (`genrec.audit.records.opened`).
+        head: of the log.
         users: show the lists of the first so many records.
     """
+    masked: Counter[str] = Counter()
+    for record in records:
+        masked.update(record["masked"])
     metrics = run.manifests["explain"].metrics
-    cards = _cards(run, sealed[:users])
-    widest = max((e["delta"] for c in cards for i in c["items"] for e in i["evidence"]), default=1)
+    cards = _cards(run, records[:users])
+    widest = max(
+        (e["delta"] for c in cards if not c["erased"] for i in c["items"] for e in i["evidence"]),
+        default=1,
+    )
     return (
         environment()
         .get_template("audit/report.html.jinja")
@@ -53,12 +69,35 @@ def render_report(
             checks=_checks(metrics),
             cards=cards,
             widest=widest,
-            n_records=len(sealed),
-            time=sealed[0]["time"] if sealed else "",
-            last=sealed[-1]["sha256"] if sealed else "",
-            key_id=key.key_id,
+            n_records=len(records),
+            n_shards=len(head["shards"]),
+            erased=sum(record["erased"] for record in records),
+            masked=masked,
+            time=records[0]["time"] if records else "",
+            head=head,
+            key_id=head["key_id"],
+            mapping=read_mapping(),
         )
     )
+
+
+def read_mapping() -> dict[str, Any]:
+    """``mapping.md``, which ships with the package: paragraphs, columns and rows of its table."""
+    text = MAPPING.read_text(encoding="utf-8")
+    blocks = [block for block in text.split("\n\n") if not block.startswith("#")]
+    lines = [line.strip("| \n").split(" | ") for line in blocks[-1].splitlines()]
+    columns, _, *rows = lines
+    return {
+        "paragraphs": [_inline(" ".join(block.split())) for block in blocks[:-1]],
+        "columns": columns,
+        "rows": [[_inline(cell) for cell in row] for row in rows],
+    }
+
+
+def _inline(text: str) -> Markup:
+    """Markdown's bold and code, which is all that the mapping uses."""
+    html = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
+    return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", html))
 
 
 def _facts(run: ExplainedRun) -> dict[str, str]:
@@ -156,6 +195,9 @@ def _cards(run: ExplainedRun, records: Sequence[Mapping[str, Any]]) -> list[dict
     targets = {row: ids[target] for row, target in run.rows.select(ROW_ID, TARGET).iter_rows()}
     cards = []
     for record in records:
+        if record["erased"]:
+            cards.append({name: record[name] for name in ("record", "sha256", "erased")})
+            continue
         history = [
             {"id": e[ITEM_ID], "title": titles[e[ITEM_ID]]} for e in record["input"]["history"]
         ]
@@ -164,6 +206,7 @@ def _cards(run: ExplainedRun, records: Sequence[Mapping[str, Any]]) -> list[dict
         cards.append(
             {
                 "record": record["record"],
+                "erased": False,
                 "sha256": record["sha256"],
                 "pseudonym": record["user"]["pseudonym"],
                 "row_id": record["row_id"],

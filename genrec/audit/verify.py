@@ -1,11 +1,11 @@
-"""Verify a log: lines, hashes, chain, numbering, signed head, and the files that it names.
+"""Verify a run's log: its integrity, its payloads, and the files that it names.
 
-Nothing here trusts the log: any JSON may stand in it. Verification reads and never writes.
+`genrec.audit.integrity` checks the log by itself; this module holds it against what lies around it.
+Verification reads and never writes.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,172 +14,207 @@ from typing import Any
 import polars as pl
 
 from genrec.artifacts import FOLDERS, load_manifest, sha256_file, stage_folder
-from genrec.audit.custody import (
-    DEFAULT_KEY,
-    GENESIS,
-    HEAD,
-    LOG,
-    AuditKey,
-    canonical,
-    head_is_signed,
-    record_hash,
-)
+from genrec.audit.anchor import ANCHOR
+from genrec.audit.erasure import read_erasures
+from genrec.audit.integrity import Finding, Line, LogState, check_log
+from genrec.audit.keys import KEY, AuditKey, PublicKey, custody_folder, public_path
+from genrec.audit.payloads import PARTS, STORE, Sealed, read_payloads
 from genrec.columns import ROW_ID, USER_ID
 
 _STAGES = {folder: stage for stage, folder in FOLDERS.items()}
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Something that is wrong.
+class Verification:
+    """Outcome: what was looked at, and every finding.
 
     Attributes:
-        line: of ``audit.jsonl``, from 1; None where it concerns the whole log.
-        text: what.
+        records: lines that hold a record.
+        shards: files that hold them.
+        erased: records whose payload was erased, with an entry that says so.
+        files: artefact files that were hashed.
+        key_id: of the key that was verified with; None: there was none.
+        head: what the log says of itself.
+        findings: everything that is wrong; none means verified.
     """
 
-    line: int | None
-    text: str
-
-    def __str__(self) -> str:
-        """As printed."""
-        return self.text if self.line is None else f"line {self.line}: {self.text}"
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Outcome: what was looked at, and every finding."""
-
     records: int
+    shards: int
+    erased: int
     files: int
     key_id: str | None
-    last_sha256: str
+    head: Mapping[str, Any]
     findings: list[Finding]
 
+    def to_json(self) -> dict[str, Any]:
+        """The report that ``verify --report`` writes."""
+        named = ("log_id", "counter", "time", "merkle_root")
+        return {
+            "verified": not self.findings,
+            "records": self.records,
+            "shards": self.shards,
+            "erased": self.erased,
+            "files": self.files,
+            "key_id": self.key_id,
+            "head": {name: self.head.get(name) for name in named},
+            "findings": [finding.to_json() for finding in self.findings],
+        }
 
-def verify(run_dir: Path | str, key_file: Path | str | None = None) -> Verification:
+
+def verify(
+    run_dir: Path | str,
+    key_file: Path | str | None = None,
+    public_key: Path | str | None = None,
+    anchor_file: Path | str | None = None,
+    log_only: bool = False,
+) -> Verification:
     """Verify the log of a run.
 
     Args:
         run_dir: the run.
-        key_file: the key that signed it; default ``<run_dir>/audit.key``.
+        key_file: the key that signed it; default ``<run_dir>.custody/audit.key``. Only with it are
+            pseudonyms held against user ids.
+        public_key: its public half, enough for everything else; default: beside `key_file`.
+        anchor_file: default ``heads.jsonl`` beside the key.
+        log_only: look at the log alone, without payloads and artefact files: for whoever was
+            handed no more than that.
 
     Raises:
-        ValueError: there is no audit folder at all.
+        ValueError: there is no log, or one of another schema.
     """
     folder = stage_folder(run_dir, "audit")
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist; run: genrec audit --run_dir {run_dir}")
-    findings: list[Finding] = []
-    records = _read(folder / LOG, findings)
-    last = _check_chain(records, findings)
-    key = _load_key(Path(key_file or Path(run_dir) / DEFAULT_KEY), findings)
-    _check_head(folder / HEAD, len(records), last, key, findings)
-    files = _check_files(Path(run_dir), records, findings)
-    if key is not None:
-        _check_pseudonyms(Path(run_dir), records, key, findings)
-    findings.sort(key=lambda finding: finding.line or 0)
-    return Verification(len(records), files, key.key_id if key else None, last, findings)
+    key_path = Path(key_file or custody_folder(run_dir) / KEY)
+    trouble: list[Finding] = []
+    secret = _secret(key_path, public_key, trouble)
+    public = secret.public if secret else _public(key_path, public_key, trouble)
+    beside = Path(public_key) if public_key and not key_file else key_path
+    state = check_log(folder, public, anchor_file or beside.with_name(ANCHOR))
+    state.findings += trouble
+    erased, files = 0, 0
+    if not log_only:
+        erased = _check_payloads(state, Path(run_dir), folder, public, secret)
+        files = _check_files(Path(run_dir), state)
+    return Verification(
+        len(state.lines),
+        len({line.file for line in state.lines}),
+        erased,
+        files,
+        public.key_id if public else None,
+        state.head,
+        state.findings,
+    )
 
 
-def _read(path: Path, findings: list[Finding]) -> list[tuple[int, dict[str, Any]]]:
-    """Lines that hold a JSON object in its canonical form, with their numbers."""
-    if not path.is_file():
-        findings.append(Finding(None, f"{path} is missing"))
-        return []
-    *lines, rest = path.read_bytes().split(b"\n")
-    if rest:
-        findings.append(Finding(len(lines) + 1, "the last line is cut off: it has no line end"))
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            same = isinstance(record, dict) and canonical(record) == line
-        except (ValueError, RecursionError) as error:
-            findings.append(Finding(number, f"not a JSON record: {error}"))
-            continue
-        if not same:
-            findings.append(Finding(number, "not one JSON object in canonical form"))
-        if isinstance(record, dict):
-            records.append((number, record))
-    return records
-
-
-def _check_chain(records: list[tuple[int, dict[str, Any]]], findings: list[Finding]) -> str:
-    """Own hashes, links and numbers; returns the hash of the last record."""
-    previous = GENESIS
-    for place, (line, record) in enumerate(records):
-        if record.get("sha256") != record_hash(record):
-            findings.append(Finding(line, "its content doesn't match its own hash: it was changed"))
-        if record.get("previous_sha256") != previous:
-            findings.append(
-                Finding(line, "it doesn't follow the line before it: the previous hash differs")
-            )
-        if record.get("record") != place:
-            text = f"it is record {record.get('record')!r}, record {place} belongs here"
-            findings.append(Finding(line, text))
-        previous = str(record.get("sha256"))
-    return previous
-
-
-def _load_key(path: Path, findings: list[Finding]) -> AuditKey | None:
+def _secret(path: Path, public_key: Path | str | None, trouble: list[Finding]) -> AuditKey | None:
+    """The secret key if it is at hand; verifying needs it for pseudonyms alone."""
+    if not path.exists() or public_key is not None:
+        return None
     try:
         return AuditKey.load(path)
     except ValueError as error:
-        findings.append(Finding(None, f"the signature was not checked: {error}"))
+        trouble.append(Finding("key", f"the signature was not checked: {error}"))
         return None
 
 
-def _check_head(
-    path: Path, records: int, last: str, key: AuditKey | None, findings: list[Finding]
-) -> None:
+def _public(path: Path, public_key: Path | str | None, trouble: list[Finding]) -> PublicKey | None:
+    if trouble:
+        return None
     try:
-        head = json.loads(path.read_bytes())
-        if not isinstance(head, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
-        findings.append(Finding(None, f"{path} can't be read: {error}"))
-        return
-    if head.get("records") != records:
-        text = f"{LOG} has {records} records, the head states {head.get('records')!r}"
-        findings.append(Finding(None, f"{text}: records were cut off or added"))
-    if head.get("last_sha256") != last:
-        findings.append(Finding(None, "the last record's hash is not the one that the head states"))
-    if key is None:
-        return
-    if head.get("key_id") != key.key_id:
-        text = f"the head names key {head.get('key_id')!r}, this key is {key.key_id!r}"
-        findings.append(Finding(None, f"{text}: another key, or a forged head"))
-    try:
-        signed = head_is_signed(head, key)
-    except ValueError:
-        signed = False
-    if not signed:
-        findings.append(Finding(None, "the head's signature is not valid under this key"))
+        return PublicKey.load(public_key or public_path(path))
+    except ValueError as error:
+        trouble.append(Finding("key", f"neither signature nor anchor was checked: {error}"))
+        return None
 
 
-def _check_files(
-    run_dir: Path, records: list[tuple[int, dict[str, Any]]], findings: list[Finding]
+def _check_payloads(
+    state: LogState, run_dir: Path, folder: Path, public: PublicKey | None, secret: AuditKey | None
 ) -> int:
+    """Each record's payload must give its commitments, or be erased on record; counts the latter.
+
+    Of the splits only ids are read and no targets, so this is no reading of the test rows that is
+    to be noted.
+    """
+    try:
+        payloads = read_payloads(folder)
+    except ValueError as error:
+        state.find("payload", str(error), STORE)
+        return 0
+    erased = set()
+    if public is not None:
+        erased = read_erasures(folder, state.head, public)
+        if state.anchor is not None:
+            log = state.head.get("log_id"), state.head.get("counter")
+            erased |= state.anchor.erased(*log)
+    users: dict[str, object] = {}
+    for split in ("valid", "test"):
+        path = stage_folder(run_dir, "prepare") / f"{split}.parquet"
+        if path.exists():
+            users |= dict(pl.read_parquet(path, columns=[ROW_ID, USER_ID]).iter_rows())
+    gone = 0
+    for line in state.lines:
+        number = line.record.get("record")
+        payload = payloads.pop(number, None) if isinstance(number, int) else None
+        if payload is None and number in erased:
+            gone += 1
+        elif payload is None:
+            text = "its payload is missing, and no erasure is on record"
+            state.find("payload", text, line.file, line.number)
+        elif number in erased:
+            text = "its payload is there although it was erased: an older store was put back"
+            state.find("payload", text, line.file, line.number)
+        else:
+            _check_payload(state, line, payload, users, secret)
+    if payloads:
+        state.find("payload", f"it holds payloads of no record: {sorted(payloads)[:5]}", STORE)
+    return gone
+
+
+def _check_payload(
+    state: LogState,
+    line: Line,
+    payload: Mapping[str, Sealed],
+    users: Mapping[str, object],
+    secret: AuditKey | None,
+) -> None:
+    for part in PARTS:
+        stated = _at(line.record, "commitments", part)
+        if part not in payload or payload[part].commitment != stated:
+            text = f"the {part} in its payload is not what the record commits to"
+            state.find("payload", text, line.file, line.number)
+            return
+    identity = payload["identity"].content
+    if secret is None:
+        return
+    user = _at(identity, USER_ID)
+    if _at(line.record, "user", "pseudonym") != secret.pseudonym(user):
+        text = "its pseudonym is not that of its payload's user under this key"
+        state.find("payload", text, line.file, line.number)
+    elif users and (row := _at(identity, ROW_ID)) not in users:
+        state.find("payload", f"row {row!r} is not in this run's splits", line.file, line.number)
+    elif users and users[str(row)] != user:
+        state.find("payload", f"row {row!r} is another user's", line.file, line.number)
+
+
+def _check_files(run_dir: Path, state: LogState) -> int:
     """Hash each named file once and compare with manifest and records; returns their number."""
-    stated: dict[tuple[str, str], list[int]] = {}
-    for line, record in records:
-        files = _at(record, "artefacts", "files")
-        if not isinstance(files, Mapping) or not files:
-            findings.append(Finding(line, "it names no artefact files"))
-            continue
-        for name, sha256 in files.items():
-            stated.setdefault((name, str(sha256)), []).append(line)
-    current = current_hashes(run_dir, [record for _, record in records])
+    stated: dict[tuple[str, str], list[Line]] = {}
+    for line in state.lines:
+        files = _at(line.record, "artefacts", "files")
+        if isinstance(files, Mapping):  # the schema has said so where it isn't
+            for name, sha256 in files.items():
+                stated.setdefault((name, str(sha256)), []).append(line)
+    current = current_hashes(run_dir, [line.record for line in state.lines])
     for name in sorted(current):
-        if problem := _against_manifest(run_dir, name, current[name]):
-            findings.append(Finding(None, problem))
+        if wrong := _against_manifest(run_dir, name, current[name]):
+            state.find("file", wrong)
     for (name, sha256), lines in sorted(stated.items()):
         if sha256 != current[name]:
             now = (current[name] or "absent")[:12]
-            more = f" (and {len(lines) - 1} more lines)" if len(lines) > 1 else ""
+            more = f" (and {len(lines) - 1} more records)" if len(lines) > 1 else ""
             text = f"{name} was {sha256[:12]} when the list was made and is {now} now{more}"
-            findings.append(Finding(lines[0], text))
+            state.find("file", text, lines[0].file, lines[0].number)
     return len(current)
 
 
@@ -217,33 +252,8 @@ def _against_manifest(run_dir: Path, name: str, sha256: str | None) -> str | Non
     return None
 
 
-def _check_pseudonyms(
-    run_dir: Path,
-    records: list[tuple[int, dict[str, Any]]],
-    key: AuditKey,
-    findings: list[Finding],
-) -> None:
-    """Each record's pseudonym must belong to the user of its row.
-
-    Only ids are read and no targets, so this is no reading of the test rows that is to be noted.
-    """
-    users: dict[str, object] = {}
-    for split in ("valid", "test"):
-        path = stage_folder(run_dir, "prepare") / f"{split}.parquet"
-        if path.exists():
-            users |= dict(pl.read_parquet(path, columns=[ROW_ID, USER_ID]).iter_rows())
-    for line, record in records:
-        row_id = record.get("row_id")
-        if not isinstance(row_id, str) or row_id not in users:
-            findings.append(Finding(line, f"row {row_id!r} is not in this run's splits"))
-        elif _at(record, "user", "pseudonym") != key.pseudonym(users[row_id]):
-            findings.append(
-                Finding(line, f"its pseudonym is not that of {row_id}'s user under this key")
-            )
-
-
-def _at(record: Mapping[str, Any], *names: str) -> Any:
-    value: Any = record
+def _at(record: Any, *names: str) -> Any:
+    value = record
     for name in names:
         value = value.get(name) if isinstance(value, Mapping) else None
     return value

@@ -12,6 +12,7 @@ expressed in keys ``user * n_nodes + node``, again per level.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -124,6 +125,15 @@ class SidTrie:
             yield f"leaves-{level}", self.leaves[level]
         yield "items", self.items
         yield "leaf_of_item", self.leaf_of_item
+
+    @property
+    def sha256(self) -> str:
+        """Hash over all arrays, the same for a trie that was built and one that was loaded."""
+        digest = hashlib.sha256(f"{self.n_levels} {self.end_code}".encode())
+        for name, array in self._arrays():
+            digest.update(f"{name} {array.dtype.str} {array.size}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def save(self, folder: Path | str, sid_map_sha256: str) -> None:
         """Write the arrays as .npy files that `load` maps into memory; the folder appears whole.

@@ -8,14 +8,66 @@ import polars as pl
 import pytest
 
 from genrec.artifacts import sha256_file
-from genrec.audit.custody import AuditKey, read_log
-from genrec.audit.records import ExplainedRun, build_records
+from genrec.audit.custody import SCHEMA, read_log
+from genrec.audit.keys import AuditKey
+from genrec.audit.payloads import read_payloads
+from genrec.audit.records import ExplainedRun, build_records, mask_chains, read_opened
+from genrec.audit.schema import problem
 from genrec.chains import Chain, read_chains
 
 
 @pytest.fixture(scope="module")
 def records(audited_run):
-    return read_log(audited_run / "audit")
+    """With their payloads."""
+    return read_opened(audited_run / "audit")
+
+
+def test_records_fit_the_schema_and_hold_no_payload(audited_run, records):
+    log = read_log(audited_run / "audit")
+    assert [problem(record) for record in log] == [None] * 6
+    text = "".join(p.read_text() for p in sorted((audited_run / "audit").glob("audit-*.jsonl")))
+    assert text.count("\n") == 6
+    for record in records:
+        for secret in (
+            record["row_id"],
+            record["input"]["prompt"],
+            record["input"]["prompt_sha256"],
+        ):
+            assert secret not in text
+        listed = {item["item_id"] for item in record["items"]}
+        raw = log[record["record"]]
+        history = {entry["item_id"] for entry in record["input"]["history"]}
+        assert {item["item_id"] for item in raw["items"]} == listed
+        assert not history & listed  # seen items are left out, so none of them is in the record
+        assert raw["input"]["history_items"] == len(record["input"]["history"])
+        assert raw["filters"][0]["removed_items"] == len(
+            history | set(record["input"]["set_aside_item_ids"])
+        )
+
+
+def test_commitments_are_those_of_the_payloads(audited_run, records):
+    for number, payload in read_payloads(audited_run / "audit").items():
+        for part, sealed in payload.items():
+            assert records[number]["commitments"][part] == sealed.commitment
+
+
+def test_what_does_not_fit_the_schema_is_named(audited_run):
+    record = read_log(audited_run / "audit")[0]
+    assert "schema version 1, this genrec reads 2" in problem({**record, "schema": 1})
+    assert "no schema version" in problem({"record": 1}) and SCHEMA == 2
+    assert "$: " in problem({**record, "extra": 1})
+    wrong = {**record, "items": [{**record["items"][0], "score": "high"}]}
+    assert "at $.items[0].score: 'high'" in problem(wrong)
+    del wrong["artefacts"]
+    assert problem(wrong)
+
+
+def test_texts_are_masked_and_ids_are_not():
+    step = {"type": "evidence", "text": "seen 4111111111111111 by a@b.org", "cited_item_ids": []}
+    chains = [None, {"steps": [step]}]
+    assert mask_chains(chains, [4111111111111111]) == {"email": 1}
+    assert step["text"] == "seen 4111111111111111 by [email]"
+    assert mask_chains(chains, []) == {"card": 1}
 
 
 def test_a_record_per_explained_list(audited_run, records):
@@ -62,7 +114,7 @@ def test_lists_and_chains_are_those_of_the_stages(audited_run, records):
 
 
 def test_users_are_pseudonyms(audited_run, records):
-    key = AuditKey.load(audited_run / "audit.key")
+    key = AuditKey.load(audited_run.with_name("run.custody") / "audit.key")
     rows = dict(
         pl.read_parquet(audited_run / "data" / "test.parquet")
         .select("row_id", "user_id")
@@ -71,7 +123,7 @@ def test_users_are_pseudonyms(audited_run, records):
     for record in records:
         user = rows[record["row_id"]]
         assert record["user"] == {"pseudonym": key.pseudonym(user), "key_id": key.key_id}
-    text = (audited_run / "audit" / "audit.jsonl").read_text()
+    text = "".join(p.read_text() for p in (audited_run / "audit").glob("audit-*.jsonl"))
     assert not any(f'"{user}"' in text for user in rows.values())
 
 
@@ -85,7 +137,13 @@ def test_artefacts_are_the_files_that_decide(audited_run, records):
     } <= set(files)  # fmt: skip
     for name, sha256 in files.items():
         assert sha256_file(audited_run / name) == sha256
-    assert records[0]["decoding"]["filter_rule"].startswith("items that the user had before")
+    made = records[0]["artefacts"]
+    assert made["tokenizer_sha256"] == files["sft/model/tokenizer.json"]
+    assert made["catalogue_sha256"] == files["data/catalog.parquet"]
+    assert made["lockfile"]["sha256"] == files["audit/environment.txt"]
+    assert made["adapter_sha256"] is None and made["base_model"]["sha256"] is None
+    assert [f["name"] for f in records[0]["filters"]] == ["seen"]
+    assert {r["verdict"] for r in records} == {"passed"}
 
 
 def test_a_list_from_another_prompt_is_refused(audited_run):

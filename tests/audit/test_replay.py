@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 
-from genrec.audit.custody import read_log
+from genrec.audit.records import opened, read_opened
 from genrec.audit.replay import EPSILON, LEVELS, load_recommender, replay
 from genrec.audit.verify import current_hashes
 from genrec.decoding.beam import BeamResult
@@ -16,7 +16,7 @@ from genrec.decoding.beam import BeamResult
 @pytest.fixture(scope="module")
 def world(audited_run):
     """(records, recommender, current hashes)"""
-    records = read_log(audited_run / "audit")
+    records = read_opened(audited_run / "audit")
     return records, load_recommender(audited_run, records[0]), current_hashes(audited_run, records)
 
 
@@ -35,7 +35,7 @@ def test_every_record_is_reproduced(world):
 
 
 def test_integer_ids_are_reproduced(other_run):
-    records = read_log(other_run / "audit")
+    records = read_opened(other_run / "audit")
     recommender = load_recommender(other_run, records[0])
     current = current_hashes(other_run, records)
     assert isinstance(records[0]["items"][0]["item_id"], int)
@@ -109,6 +109,11 @@ def test_changed_files_are_named(world, record):
 
 
 def test_what_can_not_be_replayed_is_refused(world, record):
+    with pytest.raises(ValueError, match="record 2: erased: its payload is gone"):
+        replay(opened(record, None), world[1], world[2])
+    filtered = {**record, "filters": [{"name": "deny"}]}
+    with pytest.raises(ValueError, match=r"under the filters \['deny'\]"):
+        replay(filtered, world[1], world[2])
     record["items"][0]["item_id"] = "no such item"
     with pytest.raises(ValueError, match="not in the catalogue"):
         replay(record, world[1], world[2])

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from page_elements import Page
 
-from genrec.audit.custody import AuditKey, read_log
-from genrec.audit.records import ExplainedRun
-from genrec.audit.report import render_report
+from genrec.artifacts import read_json
+from genrec.audit.records import ExplainedRun, opened, read_opened
+from genrec.audit.report import MAPPING, read_mapping, render_report
 from genrec.page import MAX_TITLE_CHARS, display_text
 
 
@@ -61,14 +61,15 @@ def test_headings_tables_and_landmarks(page):
 
 def test_what_it_says(page, html, audited_run):
     text = " ".join(page.pieces())
-    records = read_log(audited_run / "audit")
+    records = read_opened(audited_run / "audit")
     assert len(page.all("article")) == 5 and "6 lists on record" in text  # --report_users 5
     for record in records[:5]:
         assert f'id="record-{record["record"]}"' in html and record["sha256"][:12] in text
         assert record["user"]["pseudonym"][:12] in text
         for place in range(len(record["input"]["history"])):
             assert f'id="r{record["record"]}-h{place}"' in html
-    assert records[-1]["sha256"] in text
+    assert read_json(audited_run / "audit" / "head.json")["merkle_root"] in text
+    assert "2 shards" in text
     assert "They are not the model’s reasoning" in text and "origin: template" in text
     assert "Not measured: the evaluate stage has not run" in text
     assert "Not explained: beyond the explained top 5." in text
@@ -77,12 +78,32 @@ def test_what_it_says(page, html, audited_run):
     assert not users & set(re.findall(r"[\w]+", text))
 
 
+def test_the_mapping_is_the_file_that_ships(page):
+    mapping = read_mapping()
+    assert len(mapping["columns"]) == 5 and len(mapping["rows"]) == 10
+    assert all(len(row) == 5 for row in mapping["rows"])
+    text = " ".join(page.pieces())
+    assert "Not legal advice." in text and "**" not in text and "`" not in text
+    for article in ("Art. 27(1)", "Art. 37", "Art. 38", "Art. 40(4)", "2024/436", "2025/2050"):
+        assert article in text and article in MAPPING.read_text(encoding="utf-8")
+
+
+def test_an_erased_record_is_a_card_without_content(audited_run):
+    run, head = ExplainedRun.load(audited_run), read_json(audited_run / "audit/head.json")
+    records = read_opened(audited_run / "audit")
+    gone = opened({k: v for k, v in records[1].items() if k not in ("row_id", "user_id")}, None)
+    page = Page(render_report(run, [records[0], gone], head))
+    text = " ".join(page.pieces())
+    assert "The user was erased" in text and "1 of these records were erased" in text
+    assert records[0]["row_id"] in text and records[1]["row_id"] not in text
+
+
 @pytest.fixture(scope="module")
 def hostile(audited_run) -> str:
     """A page that shows every list, and so every hostile title."""
     run = ExplainedRun.load(audited_run)
-    sealed = read_log(audited_run / "audit")
-    return render_report(run, sealed, AuditKey.load(audited_run / "audit.key"), users=100)
+    records, head = read_opened(audited_run / "audit"), read_json(audited_run / "audit/head.json")
+    return render_report(run, records, head, users=100)
 
 
 def test_hostile_titles_stay_text(hostile):

@@ -1,86 +1,75 @@
-"""Verification finds every kind of tampering, and nothing in a sound log."""
+"""Verification of a run: its log, payloads and files; and erasing a user."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 
 import pytest
 
-from genrec.audit.custody import AuditKey
+from genrec.artifacts import sha256_file
+from genrec.audit.anchor import read_anchor
+from genrec.audit.custody import read_log
+from genrec.audit.erasure import ERASURES, erase
+from genrec.audit.keys import AuditKey, public_path
+from genrec.audit.payloads import STORE
+from genrec.audit.records import read_opened
 from genrec.audit.verify import verify
 
+TIME = "2026-01-01T00:00:00+00:00"
 
-def findings(run, key=None) -> str:
-    return "\n".join(map(str, verify(run, key).findings))
+
+def findings(run, *where, **more) -> str:
+    return "\n".join(map(str, verify(run, *where, **more).findings))
+
+
+def custody(run):
+    return run.with_name(f"{run.name}.custody")
 
 
 def test_a_sound_log_has_no_findings(audited_run, tmp_path):
     found = verify(audited_run)
-    assert found.findings == [] and found.records == 6 and found.files > 10
+    assert found.findings == [] and found.records == 6 and found.shards == 2
+    assert found.files > 10 and found.erased == 0
+    report = found.to_json()
+    assert report["verified"] and report["head"]["counter"] == 1
+    json.dumps(report)
+    public = shutil.copy(custody(audited_run) / "audit.pub", tmp_path / "given.pub")
+    shutil.copy(custody(audited_run) / "heads.jsonl", tmp_path / "heads.jsonl")
     moved = shutil.copytree(audited_run, tmp_path / "elsewhere")
-    key = shutil.move(moved / "audit.key", tmp_path / "kept.key")
-    assert verify(moved, key).findings == []
+    assert findings(moved, public_key=public) == ""
+    (moved / "audit" / STORE).unlink()
+    shutil.rmtree(moved / "sft")
+    assert findings(moved, public_key=public, log_only=True) == ""
+    assert "payloads.sqlite is missing" in findings(moved, public_key=public)
 
 
-def test_an_edited_line(copied, log):
-    log.edit(2, lambda r: r["items"][0].update(score=-0.1))
-    assert findings(copied) == "line 3: its content doesn't match its own hash: it was changed"
-    log.edit(2, lambda r: None, rehash=True)  # the editor mends the line's own hash
-    assert "line 4: it doesn't follow the line before it" in findings(copied)
-
-
-def test_a_deleted_last_line(copied, log):
-    log.write(log.records()[:-1])
-    text = findings(copied)
-    assert "has 5 records, the head states 6: records were cut off or added" in text
-    assert "not the one that the head states" in text
-
-
-def test_swapped_lines(copied, log):
-    records = log.records()
-    log.write([records[0], records[2], records[1], *records[3:]])
-    text = findings(copied)
-    assert "line 2: it is record 2, record 1 belongs here" in text
-    assert all(f"line {n}: it doesn't follow the line before it" in text for n in (2, 3, 4))
-
-
-def test_a_deleted_and_a_doubled_line(copied, log):
-    records = log.records()
-    log.write(records[:2] + records[3:])
-    assert "line 3: it is record 3, record 2 belongs here" in findings(copied)
-    log.write([*records, records[-1]])
-    assert "line 7: it is record 5, record 6 belongs here" in findings(copied)
-
-
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_recomputed_chain_fails_without_the_key(copied, log, cut):
-    records = log.records()
-    records[1]["items"][0]["item_id"] = records[1]["items"][1]["item_id"]
-    log.write(records[:-1] if cut else records)
-    log.recompute()
-    assert findings(copied) == "the head's signature is not valid under this key"
-
-
-def test_a_wrong_and_an_absent_key(copied, tmp_path):
+def test_an_absent_and_a_wrong_key(copied, tmp_path):
     AuditKey.create(tmp_path / "other.key")
+    shutil.copy(custody(copied) / "heads.jsonl", tmp_path / "heads.jsonl")
     text = findings(copied, tmp_path / "other.key")
     assert "another key, or a forged head" in text and "signature is not valid" in text
-    assert text.count("its pseudonym is not that of") == 6
-    (copied / "audit.key").unlink()
-    assert "the signature was not checked: there is no key at" in findings(copied)
-    assert not (copied / "audit.key").exists()
+    assert "heads.jsonl, line 1: signed by key" in text
+    assert text.count("its pseudonym is not that of its payload's user") == 6
+    shutil.rmtree(custody(copied))
+    assert "neither signature nor anchor was checked: there is no public key" in findings(copied)
+    assert not custody(copied).exists()
+    shutil.rmtree(copied / "audit")
+    with pytest.raises(ValueError, match="does not exist; run: genrec audit"):
+        verify(copied)
 
 
-def test_a_head_signed_by_another_key_under_the_old_name(copied, log):
-    head = json.loads(log.head_path.read_text())
-    log.head_path.write_text(json.dumps({**head, "signature": AuditKey(b"x" * 32).sign(b"")}))
-    assert findings(copied) == "the head's signature is not valid under this key"
-    for broken in ("", "[]", "{}"):
-        log.head_path.write_text(broken)
-        assert findings(copied)
-    log.head_path.unlink()
-    assert "head.json can't be read" in findings(copied)
+def test_changed_payloads(copied):
+    with sqlite3.connect(copied / "audit" / STORE) as connection:
+        connection.execute("UPDATE payload SET content = '[]' WHERE record = 1 AND part = 'chains'")
+        connection.execute("DELETE FROM payload WHERE record = 4")
+        connection.execute("INSERT INTO payload VALUES (99, 'input', '00', '1')")
+    connection.close()
+    text = findings(copied)
+    assert "audit-00000.jsonl, line 2: the chains in its payload is not what" in text
+    assert "audit-00001.jsonl, line 1: its payload is missing, and no erasure is on record" in text
+    assert "holds payloads of no record: [99]" in text and text.count("\n") == 2
 
 
 def test_a_changed_file_names_the_file(copied):
@@ -89,7 +78,7 @@ def test_a_changed_file_names_the_file(copied):
     (copied / "sft" / "model" / "tokenizer.json").unlink()
     text = findings(copied)
     assert "data/catalog.parquet doesn't match data/manifest.json" in text
-    assert "line 1: data/catalog.parquet was" in text and "(and 5 more lines)" in text
+    assert "line 1: data/catalog.parquet was" in text and "(and 5 more records)" in text
     assert "sft/model/tokenizer.json was" in text and "is absent now" in text
 
 
@@ -98,63 +87,73 @@ def test_a_rebuilt_stage_is_found_although_its_manifest_fits(copied):
     path = copied / "explanations" / "chains.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))
-    from genrec.artifacts import sha256_file
-
     manifest = copied / "explanations" / "manifest.json"
     value = json.loads(manifest.read_text())
     value["outputs"]["chains.jsonl"]["sha256"] = sha256_file(path)
     manifest.write_text(json.dumps(value))
-    assert findings(copied).startswith("line 1: explanations/chains.jsonl was")
-
-
-def test_another_runs_log(other_run, copied):
-    other = other_run
-    for name in ("audit", "audit.key"):
-        source, target = other / name, copied / name
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
-        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
-    text = findings(copied)
-    assert "data/catalog.parquet was" in text and "sft/model/model.safetensors was" in text
-    assert "signature" not in text  # it is a sound log, of another run
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        b"",
-        b"nonsense",
-        b"[1]",
-        b'{"a": 1}',
-        b'{"a":NaN}',
-        b"[" * 100_000,
-        b"\xff\xfe",
-        b"null",
-        b'{"a":1}',
-    ],
-)
-def test_any_bytes_in_the_log_are_findings_not_crashes(copied, log, line):
-    log.path.write_bytes(log.path.read_bytes() + line + b"\n")
-    assert "line 7: " in findings(copied)
-
-
-def test_a_cut_line_and_missing_files(copied, log):
-    log.path.write_bytes(log.path.read_bytes()[:-20])
-    assert "line 6: the last line is cut off" in findings(copied)
-    log.path.unlink()
-    assert "audit.jsonl is missing" in findings(copied)
-    shutil.rmtree(copied / "audit")
-    with pytest.raises(ValueError, match="does not exist; run: genrec audit"):
-        verify(copied)
+    assert findings(copied).startswith(
+        "file: audit-00000.jsonl, line 1: explanations/chains.jsonl was"
+    )
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a\0b", "data", "x" * 5000])
-def test_names_outside_the_run_are_never_read(copied, log, name):
+def test_names_outside_the_run_are_never_read(copied, name):
     (copied.parent / "outside").write_text("x")
-    log.edit(0, lambda r: r["artefacts"]["files"].update({name: "0" * 64}))
+    path = copied / "audit" / "audit-00000.jsonl"
+    first, *rest = path.read_text().splitlines()
+    record = json.loads(first)
+    record["artefacts"]["files"][name] = "0" * 64
+    path.write_text("\n".join([json.dumps(record), *rest, ""]))
     assert "is absent now" in findings(copied)
 
 
-@pytest.mark.parametrize("value", [None, 3, {}, {"files": [1]}, {"files": {}}])
-def test_a_record_without_artefacts(copied, log, value):
-    log.edit(0, lambda r: r.update(artefacts=value))
-    assert "line 1: it names no artefact files" in findings(copied)
+def test_erasing_a_user_leaves_the_rest_verifiable(copied):
+    key = AuditKey.load(custody(copied) / "audit.key")
+    anchor_file = custody(copied) / "heads.jsonl"
+    before = read_log(copied / "audit")
+    kept = shutil.copy(copied / "audit" / STORE, copied.parent / "kept.sqlite")
+    record = read_opened(copied / "audit")[2]
+    old = shutil.copytree(copied / "audit", copied / "audit.old-1")
+    (copied / "audit.old-2").mkdir()
+    (copied / "audit.old-2" / "audit.jsonl").write_text("{}\n")
+    done = erase(copied, record["user_id"], key, anchor_file, TIME)
+    assert done.records == [2] and done.payloads == 2  # the older state's too
+    assert done.left == [copied / "audit.old-2" / "audit.jsonl"]
+    assert not (old / "report.html").exists()
+    found = verify(copied)
+    assert found.findings == [] and found.erased == 1 and read_log(copied / "audit") == before
+    opened = read_opened(copied / "audit")
+    assert [r["erased"] for r in opened] == [n == 2 for n in range(6)] and "row_id" not in opened[2]
+    for path in (copied / "audit").iterdir():
+        if path.name not in ("report.html", "manifest.json"):
+            assert record["input"]["prompt"].encode() not in path.read_bytes()
+    assert str(record["user_id"]) not in anchor_file.read_text()
+    # Once more changes nothing; the entry stands once.
+    assert erase(copied, record["user_id"], key, anchor_file, TIME).payloads == 0
+    assert len(read_anchor(anchor_file, key.public).entries) == 2
+    # Without the entry beside the log the anchor still knows; the store put back is found.
+    (copied / "audit" / ERASURES).unlink()
+    assert findings(copied) == ""
+    shutil.copy(kept, copied / "audit" / STORE)
+    assert "its payload is there although it was erased" in findings(copied)
+
+
+def test_who_can_not_be_erased(copied, tmp_path):
+    key, anchor_file = AuditKey.load(custody(copied) / "audit.key"), custody(copied) / "heads.jsonl"
+    with pytest.raises(ValueError, match="no record of user 'nobody'"):
+        erase(copied, "nobody", key, anchor_file, TIME)
+    with pytest.raises(ValueError, match="was made under key .* name the right one"):
+        erase(copied, "u1", AuditKey(b"x" * 32), anchor_file, TIME)
+    assert findings(copied) == ""
+
+
+def test_a_forged_erasure_counts_for_nothing(copied):
+    with sqlite3.connect(copied / "audit" / STORE) as connection:
+        connection.execute("DELETE FROM payload WHERE record = 0")
+    connection.close()
+    head = json.loads((copied / "audit" / "head.json").read_bytes())
+    entry = {"kind": "erasure", "log_id": head["log_id"], "signature": "0" * 128,
+             "content": {"counter": 1, "records": [0]}}  # fmt: skip
+    (copied / "audit" / ERASURES).write_text(json.dumps(entry) + "\n{}\nnonsense\n")
+    assert "line 1: its payload is missing, and no erasure is on record" in findings(copied)
+    assert public_path(custody(copied) / "audit.key").is_file()

@@ -192,6 +192,7 @@ def test_saved_tries_are_mapped_and_belong_to_a_map(tmp_path):
     trie = SidTrie.build(codes)
     trie.save(tmp_path / "trie", "abc")
     loaded = SidTrie.load(tmp_path / "trie", "abc")
+    assert loaded.sha256 == trie.sha256
     assert (loaded.codes() == codes).all() and loaded.nbytes == trie.nbytes
     assert isinstance(loaded.items.base, np.memmap) and loaded.end_code is None
     assert (loaded.allow(np.array([3, 7])).mask() == trie.allow(np.array([7, 3])).mask()).all()

@@ -70,7 +70,7 @@ def test_lists_explanations_and_replay_follow_the_model(in_process, copied: Path
     explained = load_manifest(copied, "explain")
     assert explained is not None and explained.config["normalizer"] == "trie"
     in_process("audit", copied)
-    record = json.loads((copied / "audit" / "audit.jsonl").read_text().splitlines()[0])
+    record = json.loads((copied / "audit" / "audit-00000.jsonl").read_text().splitlines()[0])
     assert record["decoding"]["normalizer"] == "trie"
     assert "normalised over the trie" in (copied / "audit" / "report.html").read_text()
     caplog.clear()

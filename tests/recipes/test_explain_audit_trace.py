@@ -38,7 +38,13 @@ def finished(listed, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(finished, tmp_path) -> Path:
+    shutil.copytree(custody(finished), tmp_path / "run.custody")
     return shutil.copytree(finished, tmp_path / "run")
+
+
+def custody(run: Path) -> Path:
+    """Where key and anchor of a run lie."""
+    return run.with_name(f"{run.name}.custody")
 
 
 def refused(capsys, name: str, *args: str) -> str:
@@ -129,24 +135,68 @@ def test_bad_explain_input(capsys, listed, tmp_path):
 def test_audit_without_what_it_needs(capsys, listed):
     error = refused(capsys, "audit", "--run_dir", str(listed))
     assert "stage 'explain' has not finished" in error
-    assert not (listed / "audit.key").exists() and not (listed / "audit").exists()
+    assert not custody(listed).exists() and not (listed / "audit").exists()
     error = refused(capsys, "audit", "verfy", "--run_dir", str(listed))
-    assert "'verfy' is no verb of audit; use verify, replay" in error
+    assert "'verfy' is no verb of audit; use keygen, verify, replay" in error
     assert "does not exist" in refused(capsys, "audit", "verify", "--run_dir", str(listed))
 
 
-def test_verify_and_its_exit_status(capsys, copied):
+def test_verify_and_its_exit_status(capsys, copied, tmp_path):
     call("audit", "verify", "--run_dir", str(copied))
-    assert "OK: 5 records, chain and numbering whole" in capsys.readouterr().out
-    path = copied / "audit" / "audit.jsonl"
+    assert "OK: 5 records in 1 shards, chains and numbering whole" in capsys.readouterr().out
+    path = copied / "audit" / "audit-00000.jsonl"
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join(lines[:-2]) + b"\n")
+    report = tmp_path / "verified.json"
     with pytest.raises(SystemExit) as stop:
-        call("audit", "verify", "--run_dir", str(copied))
+        call("audit", "verify", "--run_dir", str(copied), "--report", str(report))
     said = capsys.readouterr().out
-    assert (
-        stop.value.code == 1 and "the head states 5" in said and "NOT verified: 2 findings" in said
-    )
+    assert stop.value.code == 1 and "record 4 is cut off at its end" in said
+    found = json.loads(report.read_text())
+    assert not found["verified"] and found["findings"][0]["line"] == 5
+    assert found["findings"][0]["kind"] == "truncation" and "NOT verified: " in said
+
+
+def test_prove_check_erase_and_report(capsys, copied, tmp_path):
+    proof, where = tmp_path / "proof.json", ("--run_dir", str(copied))
+    call("audit", "prove", *where, "--record", "2", "--reveal", "input", "--output", str(proof))
+    shown = ("--proof", str(proof), "--public_key", str(custody(copied) / "audit.pub"))
+    call("audit", "check", *shown)
+    assert "OK: record 2 of 5 in log" in capsys.readouterr().out
+    row = pl.read_parquet(copied / "data" / "test.parquet")
+    chains = read_chains(copied / "explanations" / "chains.jsonl")
+    first = sorted({chain.row_id for chain in chains})[0]
+    user = row.filter(pl.col("row_id") == first)["user_id"][0]
+    call("audit", "erase", *where, "--user", str(user))
+    assert "erased 1 payloads of 1 records: [0]" in capsys.readouterr().out
+    page = (copied / "audit" / "report.html").read_text()
+    assert first not in page and "The user was erased" in page
+    call("audit", "verify", *where)
+    assert "(1 erased)" in capsys.readouterr().out
+    call("audit", "replay", *where, "--record", "0")
+    assert "record 0: erased: its payload is gone" in capsys.readouterr().out
+    call("audit", "report", *where, "--report_users", "2")
+    assert (copied / "audit" / "report.html").read_text().count("<article") == 2
+    proof.write_text(proof.read_text().replace('"passed"', '"failed"'))
+    with pytest.raises(SystemExit) as stop:
+        call("audit", "check", *shown)
+    assert stop.value.code == 1 and "match its hash" in capsys.readouterr().out
+    assert "name the user" in refused(capsys, "audit", "erase", *where)
+
+
+def test_keys_inside_the_run_are_refused(capsys, listed, copied, tmp_path):
+    for verb in ((), ("keygen",)):
+        inside = ("--run_dir", str(copied), "--key_file", str(copied / "audit.key"))
+        error = refused(capsys, "audit", *verb, *inside)
+        assert "lies inside the run folder" in error and not (copied / "audit.key").exists()
+    error = refused(capsys, "audit", "--run_dir", str(copied), "--anchor_file",
+                    str(copied / "heads.jsonl"))  # fmt: skip
+    assert "anchor_file=" in error and "lies inside the run folder" in error
+    key = tmp_path / "safe" / "audit.key"
+    call("audit", "keygen", "--run_dir", str(copied), "--key_file", str(key))
+    assert "made key" in capsys.readouterr().out and key.with_suffix(".pub").is_file()
+    again = refused(capsys, "audit", "keygen", "--run_dir", str(copied), "--key_file", str(key))
+    assert "a key is never overwritten" in again
 
 
 def test_replay_and_its_exit_status(capsys, copied):
@@ -154,7 +204,7 @@ def test_replay_and_its_exit_status(capsys, copied):
     assert "record 0: reproduced, same" in capsys.readouterr().out
     call("audit", "replay", "--run_dir", str(copied), "--all")
     assert "5 of 5 records reproduced" in capsys.readouterr().out
-    path = copied / "audit" / "audit.jsonl"
+    path = copied / "audit" / "audit-00000.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     records[1]["items"].reverse()
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -167,23 +217,36 @@ def test_replay_and_its_exit_status(capsys, copied):
         assert "name one record" in refused(capsys, "audit", "replay", *flags)
     error = refused(capsys, "audit", "replay", "--run_dir", str(copied), "--record", "5")
     assert "record=5 is not in the log; it has 0..4" in error
+    call("audit", "replay", "--run_dir", str(copied), "--record-id", records[0]["record_id"])
+    assert "record 0: reproduced" in capsys.readouterr().out
 
 
-def test_the_key_stays_outside_the_log(capsys, finished, copied, tmp_path):
-    assert stat.S_IMODE((finished / "audit.key").stat().st_mode) == 0o600
+def test_the_key_stays_outside_the_run(capsys, finished, copied, tmp_path):
+    assert stat.S_IMODE((custody(finished) / "audit.key").stat().st_mode) == 0o600
     manifest = load_manifest(finished, "audit")
     assert manifest is not None and set(manifest.outputs) == {
-        "audit.jsonl", "head.json", "report.html", "config.yaml",
+        "audit-00000.jsonl", "head.json", "environment.txt", "config.yaml",
     }  # fmt: skip
-    secret = (finished / "audit.key").read_text().strip()
-    assert not any(secret in p.read_text() for p in (finished / "audit").iterdir())
-    (copied / "audit.key").unlink()
+    secret = (custody(finished) / "audit.key").read_text().strip().encode()
+    assert not any(secret in p.read_bytes() for p in finished.rglob("*") if p.is_file())
+    (custody(copied) / "audit.key").unlink()
     error = refused(capsys, "audit", "--run_dir", str(copied))
-    assert "a log was signed already" in error and not (copied / "audit.key").exists()
+    assert "a log was signed already" in error and not (custody(copied) / "audit.key").exists()
     key = tmp_path / "safe" / "k"
     call("audit", "--run_dir", str(copied), "--key_file", str(key), "--overwrite", "true")
     call("audit", "verify", "--run_dir", str(copied), "--key_file", str(key))
-    assert (copied / "audit.old-1" / "audit.jsonl").exists()
+    assert (copied / "audit.old-1" / "audit-00000.jsonl").exists()
+
+
+def test_an_older_log_put_back_is_a_rollback(capsys, copied):
+    call("audit", "--run_dir", str(copied), "--shard_size", "2", "--overwrite", "true")
+    call("audit", "verify", "--run_dir", str(copied))
+    assert "5 records in 3 shards" in capsys.readouterr().out
+    shutil.rmtree(copied / "audit")
+    shutil.move(copied / "audit.old-1", copied / "audit")
+    with pytest.raises(SystemExit):
+        call("audit", "verify", "--run_dir", str(copied))
+    assert "rollback: head.json: it is state 1 of" in capsys.readouterr().out
 
 
 def test_a_rebuilt_upstream_stage_is_refused(capsys, copied):
