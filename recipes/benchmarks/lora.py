@@ -59,7 +59,7 @@ def genrec(stage: str, *arguments: str) -> None:
 
 
 def pretrain(run_dir: Path, folder: Path, size: str, epochs: float) -> float:
-    """A base model that has read the catalogue, saved in `folder`; returns its last loss."""
+    """A base model that has read the catalogue, saved in `folder`; returns its mean loss."""
     done = folder / "pretraining.json"
     if done.exists():
         return float(read_json(done)["loss"])
@@ -77,12 +77,11 @@ def pretrain(run_dir: Path, folder: Path, size: str, epochs: float) -> float:
     )  # fmt: skip
     data = Dataset.from_dict({"input_ids": rows, "labels": rows})
     trainer = SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
-    trainer.train()
+    loss = float(trainer.train().training_loss)
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(folder)
-    loss = [e["loss"] for e in trainer.state.log_history if "loss" in e][-1]
-    write_json(done, {"loss": float(loss)})
-    return float(loss)
+    write_json(done, {"loss": loss})
+    return loss
 
 
 def train_and_score(
@@ -125,8 +124,9 @@ def trained_weights(run: Path, way: str) -> int:
     from safetensors import safe_open
 
     path = stage_folder(run, "sft") / "adapter" / "adapter_model.safetensors"
-    with safe_open(path, framework="np") as file:
-        return sum(int(np.prod(file.get_slice(key).get_shape())) for key in file.keys())
+    with safe_open(path, framework="np") as file:  # the whole embedding lies in it, too
+        trained = [key for key in file.keys() if "lora_" in key or "trainable_tokens" in key]
+        return sum(int(np.prod(file.get_slice(key).get_shape())) for key in trained)
 
 
 def target_ranks(run: Path) -> pl.DataFrame:
