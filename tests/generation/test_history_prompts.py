@@ -72,6 +72,7 @@ def test_a_tokenizer_that_joins_sid_tokens_is_asked_each_time(tiny, shop):
         """Begins a prompt with another token where SID tokens end it."""
 
         bos_token_id = None
+        init_kwargs = tokenizer.init_kwargs
 
         def __call__(self, texts, **options):
             ids = tokenizer(texts, **options)["input_ids"]

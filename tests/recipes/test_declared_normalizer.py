@@ -136,10 +136,12 @@ def grpo() -> SimpleNamespace:
 
 def test_sft_declares_what_is_named_or_full_where_nothing_is_measured(sft):
     for name in NORMALIZERS:
-        assert sft.decide(sft.named_normalizer(name), None, None, 0).normalizer == name
+        assert sft.decide(sft.named_normalizer(name), NORMALIZERS, None, None, 0).normalizer == name
     assert sft.named_normalizer("auto") is None
-    choice = asdict(sft.decide(None, None, None, 0))
+    choice = asdict(sft.decide(None, NORMALIZERS, None, None, 0))
     assert choice["normalizer"] == "full" and "eval_rows=0" in choice["rule"]
+    # Trained over a level, the vocabulary's probabilities mean nothing: the level is the default.
+    assert sft.decide(None, ("level", "trie"), None, None, 0).normalizer == "level"
     with pytest.raises(ValueError, match="normalizer='best' is not known; choose one of auto"):
         sft.SftArgs(normalizer="best")
 

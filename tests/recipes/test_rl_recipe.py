@@ -16,7 +16,7 @@ BEFORE = ("data", "embeddings", "semantic_ids", "dataset", "sft")
 
 
 def test_reserved_targets_are_in_no_row_of_sft(copied_run, in_process):
-    run = copied_run("data", "semantic_ids")
+    run = copied_run("data", "embeddings", "semantic_ids")
     in_process(
         "build_dataset", run, "--reserve_last", "true", "--rl_window", "2",
         "--tasks", "sequential", "direct", "title_to_sid",
