@@ -20,8 +20,11 @@ from transformers import AutoTokenizer
 
 import genrec
 from genrec.artifacts import (
+    ABOUT,
     FOLDERS,
     Manifest,
+    load_manifest,
+    read_json,
     read_shards,
     require,
     sha256_bytes,
@@ -165,13 +168,23 @@ def environment() -> str:
     return "".join(f"{name}=={version}\n" for name, version in sorted(found))
 
 
-def _base_model(config: Mapping[str, Any]) -> dict[str, Any]:
+def base_name(run: ExplainedRun) -> str:
+    """What the weights began as; `grpo` hands on what `sft` noted in ``genrec.json``."""
+    about = read_json(stage_folder(run.run_dir, run.model_stage) / "model" / ABOUT)
+    base = str(about["base"])
+    if base.startswith("scratch-"):
+        return f"from scratch, size {base.removeprefix('scratch-')}"
+    return base
+
+
+def _base_model(run: ExplainedRun) -> dict[str, Any]:
     """Name of what was fine-tuned, and the hash of its files where they are at hand."""
-    name = config.get("model_name_or_path")
-    if not name:
-        return {"name": f"from scratch, size {config.get('size', 'unknown')}", "sha256": None}
-    files = [p for p in sorted(Path(name).glob("*")) if p.suffix in (".safetensors", ".json")]
-    return {"name": str(name), "sha256": _combined({p.name: sha256_file(p) for p in files})}
+    trained = load_manifest(run.run_dir, "sft")
+    path = trained.config.get("model_name_or_path") if trained else None
+    files = sorted(Path(path).glob("*")) if path else []
+    weights = [p for p in files if p.suffix in (".safetensors", ".json")]
+    sha256 = _combined({p.name: sha256_file(p) for p in weights})
+    return {"name": base_name(run), "sha256": sha256}
 
 
 def _artefacts(run: ExplainedRun) -> dict[str, Any]:
@@ -187,7 +200,7 @@ def _artefacts(run: ExplainedRun) -> dict[str, Any]:
             "sha256": sha256_bytes(packages.encode()),
         },
         "model_stage": run.model_stage,
-        "base_model": _base_model(run.manifests[run.model_stage].config),
+        "base_model": _base_model(run),
         "model_sha256": _combined({n: h for n, h in model.items() if n.startswith("model/")}),
         "adapter_sha256": _combined({n: h for n, h in model.items() if n.startswith("adapter/")}),
         "tokenizer_sha256": model.get("model/tokenizer.json"),

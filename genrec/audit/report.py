@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from genrec.artifacts import load_manifest, read_json, stage_folder
-from genrec.audit.records import ExplainedRun
+from genrec.audit.records import ExplainedRun, base_name
 from genrec.columns import ITEM_ID, ROW_ID, SCORE, TARGET, TITLE
 from genrec.page import display_text, environment
 
@@ -105,9 +105,8 @@ def _facts(run: ExplainedRun) -> dict[str, str]:
     split = read_json(stage_folder(run.run_dir, "prepare") / "split.json")
     prepare, quantize = run.manifests["prepare"], run.manifests["quantize"]
     made, model = run.manifests["recommend"], run.manifests[run.model_stage]
-    decoding, config = made.config, model.config
+    decoding = made.config
     sizes = [f"{split[n]:,} {n}" for n in ("users", "items", "interactions") if n in split]
-    base = config.get("model_name_or_path") or f"from scratch, size {config.get('size', 'unknown')}"
     parameters, exact = model.metrics.get("parameters"), made.metrics.get("certified_share")
     over = {"full": "whole vocabulary", "level": "codes of a level", "trie": "trie"}
     facts = {
@@ -116,7 +115,7 @@ def _facts(run: ExplainedRun) -> dict[str, str]:
         f"the lists answer the {run.split} rows",
         "History": f"a prompt shows at most the newest {prepare.config['max_history']} items",
         "Seen items": "left out of the lists" if decoding["filter_seen"] else "may be recommended",
-        "Model": f"{run.model_stage} stage, {base}"
+        "Model": f"{run.model_stage} stage, {base_name(run)}"
         + (f", {parameters:,} parameters" if parameters else ""),
         "Semantic ids": f"{len(quantize.metrics.get('levels', []))} levels, {quantize.rows:,} "
         "items, no two share one",

@@ -60,6 +60,7 @@ def test_headings_tables_and_landmarks(page):
 
 
 def test_what_it_says(page, html, audited_run):
+    assert "size unknown" not in html and "sft stage, tiny" in html
     text = " ".join(page.pieces())
     records = read_opened(audited_run / "audit")
     assert len(page.all("article")) == 5 and "6 lists on record" in text  # --report_users 5
