@@ -481,16 +481,14 @@ class BeamGRPOTrainer(GRPOTrainer):
         codes = self._code_of_token[sid_tokens]
         node = torch.zeros(len(codes), 1, dtype=torch.int64, device=codes.device)
         for level in range(self.trie.n_levels):
-            child, exists = self._tensors.expand(level, node)  # (N, 1, M)
-            child_codes = self._tensors.codes(level, child)
-            match = (child_codes == codes[:, level].view(-1, 1, 1)) & exists
-            if not match.any(-1).all():
+            child_codes, exists, at, node, found = self._tensors.follow(
+                level, node, codes[:, level : level + 1]
+            )
+            if not found.all():
                 raise ValueError(
                     "a rollout left the trie; it was not made by this trainer's search"
                 )
-            at = match.int().argmax(-1, keepdim=True)
             yield level, child_codes, exists, at
-            node = child.gather(-1, at).squeeze(-1)
 
     @torch.no_grad()
     def _valid_mass(self, logits: Tensor, sid_tokens: Tensor) -> list[float]:

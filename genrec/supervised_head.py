@@ -65,13 +65,14 @@ def use_supervised_head(
         Whether this module scores from now on.
 
     Raises:
-        ValueError: "level" or "trie" with a model whose logits aren't those of a linear head.
+        ValueError: "level" or "trie" with a model whose logits aren't those of a linear head, or
+            whose routers have a loss of their own.
     """
     plain = _is_linear(model)
     if loss_over != "vocabulary" and not plain:
         raise ValueError(
             f"loss_over={loss_over}: {type(model).__name__} does more to its logits than a linear "
-            "head (scaled, capped or sharded); use loss_over=vocabulary"
+            "head (scaled, capped, sharded, or a router's loss); use loss_over=vocabulary"
         )
     device = cast(Tensor, model.get_input_embeddings().weight).device
     if loss_over == "vocabulary" and (not plain or device.type != "cpu"):
@@ -113,6 +114,7 @@ class SupervisedHead:
         trie: SidTrie | None = None,
     ) -> None:
         self._levels = [torch.tensor(ids, device=device) for ids in sid_token_ids]
+        self._spans = [_span(ids) for ids in sid_token_ids]
         self._trie = None if trie is None else TrieTensors(trie, None, device)
         largest = max((int(ids.max()) for ids in self._levels), default=-1)
         # Of each token: its level (0 for text, so that text comes first) and its code there.
@@ -205,15 +207,17 @@ class SupervisedHead:
             tokens: (B, T).
             places: row and column of each label in `tokens`, (N, 2).
         """
-        ids = self._levels[level]
+        ids, span = self._levels[level], self._spans[level]
+        rows = ids if span is None else span  # a slice is a view: nothing is copied
+        own = None if bias is None else bias[rows]
         if self._trie is None or not len(codes):
-            return _scores(states, *_columns(weight, bias, ids), codes)
+            return _scores(states, weight[rows], own, codes)
         child, exists = self._continued(tokens, places, level)  # (N, M) each
         if child.shape[1] * _FEW > len(ids):
             # What is no child goes to a spare column.
             open_codes = torch.zeros(len(codes), len(ids) + 1, dtype=torch.bool, device=ids.device)
             open_codes.scatter_(1, child.masked_fill(~exists, len(ids)), True)
-            return _scores(states, *_columns(weight, bias, ids), codes, open_codes[:, :-1])
+            return _scores(states, weight[rows], own, codes, open_codes[:, :-1])
         # Few children of a wide level: only their columns. An embedding lookup, since its gradient
         # is summed far faster than that of an index.
         columns = F.embedding(ids[child], weight)  # (N, M, d)
@@ -240,24 +244,24 @@ class SupervisedHead:
         for above in range(level):
             before = tokens[places[:, 0], (places[:, 1] - level + above).clamp(min=0)]
             known, code = self._level_and_code(before)
-            child, exists = trie.expand(above, nodes)
-            same = exists & (trie.codes(above, child) == code.view(-1, 1, 1))
-            if not bool((same.any(-1).squeeze(1) & (known == above + 1)).all()):
+            *_, nodes, found = trie.follow(above, nodes, code.unsqueeze(1))
+            if not bool((found.squeeze(1) & (known == above + 1)).all()):
                 raise ValueError(
                     "a SID that is learned begins no item's: the rows belong to another SID map; "
                     "run build_dataset again"
                 )
-            nodes = child.gather(-1, same.long().argmax(-1, keepdim=True)).squeeze(-1)
         child, exists = trie.expand(level, nodes)
         return trie.codes(level, child).squeeze(1), exists.squeeze(1)
 
 
-def _columns(weight: Tensor, bias: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A level's part of the head; tokens that were added together lie side by side."""
-    first, last = int(ids[0]), int(ids[-1])
-    if last - first == len(ids) - 1 and bool((ids[1:] - ids[:-1] == 1).all()):
-        return weight[first : last + 1], None if bias is None else bias[first : last + 1]
-    return weight[ids], None if bias is None else bias[ids]
+def _span(ids: Sequence[int]) -> slice | None:
+    """The rows of a level's tokens as one slice: those added together lie side by side."""
+    first = ids[0]
+    return (
+        slice(first, first + len(ids))
+        if list(ids) == list(range(first, first + len(ids)))
+        else None
+    )
 
 
 def _scores(
@@ -333,6 +337,8 @@ def _is_linear(model: PreTrainedModel) -> bool:
     weight = getattr(head, "weight", None)
     if head is None or decoder is model or not isinstance(weight, Tensor) or weight.dim() != 2:
         return False
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        return False  # a mixture of experts has a loss of its own beside, which TRL's head gives
     ids = torch.arange(2, device=weight.device).unsqueeze(0)
     was_training = model.training
     model.eval()

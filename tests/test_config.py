@@ -155,6 +155,19 @@ def test_dataset_lookup(tmp_path: Path, monkeypatch):
         dataset_path("/absent/log.csv", str(flag))
 
 
+def said_by_run(error: Exception, capsys, monkeypatch) -> str:
+    """What a recipe tells its user about an error, with status 2."""
+    monkeypatch.delenv("GENREC_DEBUG", raising=False)
+
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 2
+    return str(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("error", [ValueError("k=3 is wrong"), FileNotFoundError("no such file")])
 def test_run_ends_user_mistakes_with_one_line_and_status_2(error: Exception, capsys, monkeypatch):
     monkeypatch.delenv("GENREC_DEBUG", raising=False)
@@ -181,15 +194,7 @@ def test_run_ends_user_mistakes_with_one_line_and_status_2(error: Exception, cap
     ],
 )
 def test_run_says_which_file_or_extra(error: Exception, said: str, capsys, monkeypatch):
-    monkeypatch.delenv("GENREC_DEBUG", raising=False)
-
-    def main() -> None:
-        raise error
-
-    with pytest.raises(SystemExit) as stop:
-        run(main)
-    assert stop.value.code == 2
-    shown = capsys.readouterr().err
+    shown = said_by_run(error, capsys, monkeypatch)
     assert shown.startswith(f"error: {said}") and shown.count("\n") == 1
 
 
@@ -233,15 +238,7 @@ def test_a_recipe_ends_with_status_2_and_one_line(tmp_path: Path):
     ids=["system", "quota", "safetensors", "torch"],
 )
 def test_run_says_that_the_disk_is_full(error: Exception, capsys, monkeypatch):
-    monkeypatch.delenv("GENREC_DEBUG", raising=False)
-
-    def main() -> None:
-        raise error
-
-    with pytest.raises(SystemExit) as stop:
-        run(main)
-    assert stop.value.code == 2
-    said = capsys.readouterr().err
+    said = said_by_run(error, capsys, monkeypatch)
     assert said.startswith("error: the disk is full") and said.count("\n") == 1
     assert "goes on at its last whole checkpoint" in said
 

@@ -211,6 +211,14 @@ def test_models_with_capped_logits_are_refused(tiny, monkeypatch):
     assert not use_supervised_head(model, token_ids, "vocabulary", TRIE)
 
 
+def test_models_whose_routers_have_a_loss_are_left_to_trl(tiny):
+    model, _, token_ids = tiny.sid_lm(tiny.sids(20))
+    model.config.output_router_logits = True
+    assert not use_supervised_head(model, token_ids, "vocabulary", TRIE)
+    with pytest.raises(ValueError, match="or a router's loss"):
+        use_supervised_head(model, token_ids, "trie", TRIE)
+
+
 def test_hidden_dropout_acts_in_training_alone_and_is_not_saved(tiny, tmp_path):
     model = modeling.from_scratch("tiny", 100, 64, 0)
     names = set(model.state_dict())

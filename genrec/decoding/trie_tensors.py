@@ -88,6 +88,26 @@ class TrieTensors:
         exists = child < stop.unsqueeze(-1)
         return child.clamp_(max=self.n_nodes[level] - 1), exists
 
+    def follow(
+        self, level: int, nodes: Tensor, codes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """One level down along given codes.
+
+        Args:
+            level: level of the children.
+            nodes: parents, (U, B).
+            codes: the code to follow from each, (U, B); one that is no child's is not found.
+
+        Returns:
+            Codes of the children (U, B, M), which of them exist (U, B, M), the place of the given
+            code among them (U, B, 1), its node (U, B), and whether it was found (U, B).
+        """
+        child, exists = self.expand(level, nodes)
+        child_codes = self.codes(level, child)
+        same = exists & (child_codes == codes.unsqueeze(-1))
+        place = same.int().argmax(-1, keepdim=True)
+        return child_codes, exists, place, child.gather(-1, place).squeeze(-1), same.any(-1)
+
     def allowed(
         self, level: int, child: Tensor, users: LevelFilter | None, first: int = 0
     ) -> Tensor:

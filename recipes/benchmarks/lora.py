@@ -24,7 +24,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,11 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from genrec import modeling
-from genrec.artifacts import read_json, read_shards, stage_folder, write_json, write_parquet
-from genrec.columns import ITEM_INDEX, RANK, ROW_ID, TARGET
+from genrec.artifacts import read_json, stage_folder, write_json, write_parquet
+from genrec.columns import RANK
 from genrec.embedding.lsa import item_texts
-from genrec.evaluation.significance import bootstrap_means, interval, resample_seeds
+from genrec.evaluation.rank_tables import compare_ranks, target_ranks
+from genrec.metrics import gains
 
 K = 10
 LORA = ["--use_lora", "true", "--lora_rank", "16", "--lora_alpha", "32"]
@@ -108,7 +108,7 @@ def train_and_score(
     )  # fmt: skip
     genrec("recommend", "--run_dir", str(run), "--split", "valid", "--max_rows", str(args.rows),
         "--beam_width", "30", "--filter_seen", str(args.filter_seen).lower())  # fmt: skip
-    scored = target_ranks(run)
+    scored = target_ranks(run, "valid")
     trained = trained_weights(run, way)
     write_json(moved, {"trained": trained})
     write_parquet(ranks, scored)
@@ -127,47 +127,6 @@ def trained_weights(run: Path, way: str) -> int:
     with safe_open(path, framework="np") as file:  # the whole embedding lies in it, too
         trained = [key for key in file.keys() if "lora_" in key or "trainable_tokens" in key]
         return sum(int(np.prod(file.get_slice(key).get_shape())) for key in trained)
-
-
-def target_ranks(run: Path) -> pl.DataFrame:
-    """Columns row_id and rank of the target in its list, 0 where it is not there."""
-    folder = stage_folder(run, "recommend")
-    lists = read_shards(folder, "recommendations")
-    rows = pl.read_parquet(folder / "rows.parquet").join(
-        pl.read_parquet(stage_folder(run, "prepare") / "valid.parquet"), ROW_ID, "left"
-    )
-    hits = lists.select(ROW_ID, pl.col(ITEM_INDEX).cast(pl.Int64).alias(TARGET), RANK)
-    found = rows.with_columns(pl.col(TARGET).cast(pl.Int64)).join(hits, [ROW_ID, TARGET], "left")
-    return found.select(ROW_ID, pl.col(RANK).fill_null(0)).sort(ROW_ID)
-
-
-def gains(ranks: np.ndarray) -> np.ndarray:
-    """NDCG@10 of one target per row."""
-    hit = (ranks > 0) & (ranks <= K)
-    return np.where(hit, 1 / np.log2(np.maximum(ranks, 1) + 1.0), 0.0)
-
-
-def summarise(found: dict[str, list[np.ndarray]]) -> dict[str, dict[str, Any]]:
-    """Mean NDCG@10 and HR@10 of each way, and its paired difference from "full"."""
-    base = found["full"]
-    table = {}
-    for way, seeds in found.items():
-        columns = []
-        for at, ranks in enumerate(seeds):
-            gain = gains(ranks)
-            columns += [gain, (gain > 0).astype(float), gain - gains(base[at])]
-        values = np.stack(columns, axis=1)
-        draws = bootstrap_means(values).reshape(-1, len(seeds), 3)
-        means = values.mean(axis=0).reshape(len(seeds), 3)
-        spread = resample_seeds(draws, 0)
-        ends = [interval(means[:, i].mean(), spread[:, i], seeds=means[:, i]) for i in range(3)]
-        table[way] = {
-            label: {name: np.round(part, 5).tolist() for name, part in asdict(end).items()}
-            for label, end in zip(
-                (f"ndcg@{K}", f"hr@{K}", f"ndcg@{K} minus full"), ends, strict=True
-            )
-        }
-    return table
 
 
 def quick_run(folder: Path) -> Path:
@@ -223,8 +182,8 @@ def main() -> None:
         for way in args.ways:
             ranks, trained[way] = train_and_score(args, base, way, seed)
             found[way].append(ranks[RANK].to_numpy())
-            print(f"{way} seed {seed}: NDCG@{K} {gains(found[way][-1]).mean():.4f}", flush=True)
-    table = summarise(found)
+            print(f"{way} seed {seed}: NDCG@{K} {gains(found[way][-1], K).mean():.4f}", flush=True)
+    table: dict[str, dict[str, Any]] = {**compare_ranks(found, "full", K)}
     for way, row in table.items():
         row["trained_weights"] = trained[way]
         print(f"{way:12} {row}")

@@ -22,16 +22,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 
-from genrec.artifacts import read_shards, stage_folder, write_json, write_parquet
-from genrec.columns import ITEM_INDEX, RANK, ROW_ID, TARGET
-from genrec.evaluation.significance import bootstrap_means, interval, resample_seeds
+from genrec.artifacts import stage_folder, write_json, write_parquet
+from genrec.columns import RANK
+from genrec.evaluation.rank_tables import compare_ranks, target_ranks
+from genrec.metrics import gains, hits
 
 K = 10
 FUSED = ["--collaborative", "cooccurrence"]
@@ -122,54 +121,10 @@ def train_and_score(args: argparse.Namespace, name: str, seed: int, folder: Path
         "none", "--save_strategy", "no", "--gradient_checkpointing", "false",
         "--seed", str(seed))  # fmt: skip
     genrec("recommend", *at, "--split", "valid", "--max_rows", str(args.rows), "--beam_width", "30")
-    scored = target_ranks(run)
+    scored = target_ranks(run, "valid")
     write_parquet(ranks, scored)
     shutil.rmtree(run)
     return scored
-
-
-def target_ranks(run: Path) -> pl.DataFrame:
-    """Columns row_id and rank of the target in its list, 0 where it is not there."""
-    folder = stage_folder(run, "recommend")
-    lists = read_shards(folder, "recommendations")
-    rows = pl.read_parquet(folder / "rows.parquet").join(
-        pl.read_parquet(stage_folder(run, "prepare") / "valid.parquet"), ROW_ID, "left"
-    )
-    hits = lists.select(ROW_ID, pl.col(ITEM_INDEX).cast(pl.Int64).alias(TARGET), RANK)
-    found = rows.with_columns(pl.col(TARGET).cast(pl.Int64)).join(hits, [ROW_ID, TARGET], "left")
-    return found.select(ROW_ID, pl.col(RANK).fill_null(0)).sort(ROW_ID)
-
-
-def ndcg_and_hits(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """NDCG@10 and HR@10 of one target per row."""
-    hit = (ranks > 0) & (ranks <= K)
-    return np.where(hit, 1 / np.log2(np.maximum(ranks, 1) + 1.0), 0.0), hit.astype(float)
-
-
-def summarise(
-    found: dict[str, list[np.ndarray]], reference: str, quality: dict[str, Any]
-) -> dict[str, Any]:
-    """Means and intervals per index, and paired differences from the reference."""
-    n_seeds = min(len(seeds) for seeds in found.values())
-    base = [ndcg_and_hits(r)[0] for r in found[reference][:n_seeds]]
-    table = {}
-    for name, seeds in found.items():
-        columns = []
-        for at, ranks in enumerate(seeds[:n_seeds]):
-            ndcg, hit = ndcg_and_hits(ranks)
-            columns += [ndcg, hit, ndcg - base[at]]
-        values = np.stack(columns, axis=1)
-        draws = bootstrap_means(values).reshape(-1, n_seeds, 3)
-        means = values.mean(axis=0).reshape(n_seeds, 3)
-        spread = resample_seeds(draws, 0)
-        ends = [interval(means[:, i].mean(), spread[:, i], seeds=means[:, i]) for i in range(3)]
-        labels = (f"ndcg@{K}", f"hr@{K}", f"ndcg@{K} minus {reference}")
-        table[name] = {
-            label: {name: np.round(part, 5).tolist() for name, part in asdict(e).items()}
-            for label, e in zip(labels, ends, strict=True)
-        }
-        table[name] |= quality[name]
-    return table
 
 
 def arguments() -> argparse.Namespace:
@@ -210,22 +165,20 @@ def main() -> None:
         for name in args.indexes:
             ranks = train_and_score(args, name, seed, args.work_dir)[RANK].to_numpy()
             found[name].append(ranks)
-            ndcg, hit = ndcg_and_hits(ranks)
-            print(
-                f"{name}, seed {seed}: NDCG@10 {ndcg.mean():.4f}, HR@10 {hit.mean():.4f}",
-                flush=True,
-            )
+            ndcg, hit = gains(ranks, K).mean(), hits(ranks, K).mean()
+            print(f"{name}, seed {seed}: NDCG@{K} {ndcg:.4f}, HR@{K} {hit:.4f}", flush=True)
     quality = {}
     for name in args.indexes:
         manifest = json.loads((make_index(args, name, args.work_dir) / "manifest.json").read_text())
         kept = ("collisions", "vector_neighbours", "copurchase_neighbours")
         quality[name] = {key: manifest["metrics"][key] for key in kept}
     reference = "letter" if "letter" in found else args.indexes[0]
+    table = compare_ranks(found, reference, K)
     report = {
         "rows": len(next(iter(found.values()))[0]),
         "epochs": args.epochs,
         "seeds": args.seeds,
-        "indexes": summarise(found, reference, quality),
+        "indexes": {name: {**row, **quality[name]} for name, row in table.items()},
     }
     write_json(args.work_dir / "downstream.json", report)
     if args.quick:

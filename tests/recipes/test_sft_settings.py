@@ -34,8 +34,9 @@ def test_settings_that_cannot_work(sft, settings: dict, message: str):
 
 
 def test_settings_that_can(sft):
-    sft["SftArgs"](loss_over="level", normalizer="trie", hidden_dropout=0.3, ema_decay=0.999)
-    sft["SftArgs"](loss_over="trie", normalizer="auto")
+    args = sft["SftArgs"](loss_over="level", normalizer="trie", hidden_dropout=0.3, ema_decay=0.999)
+    assert (args.loss_over, args.normalizer, args.hidden_dropout) == ("level", "trie", 0.3)
+    assert sft["SftArgs"](loss_over="trie", normalizer="auto").ema_decay == 0.0
 
 
 def test_chains_are_learned_over_the_vocabulary_alone(sft):
