@@ -25,6 +25,8 @@ STEP_TYPES = (
     "formulation",
     "rewriting",
     "decision",
+    "set_aside",
+    "counterfactual",
 )
 ORIGINS = ("before", "after", "template")
 

@@ -54,6 +54,7 @@ from genrec.columns import (
 )
 from genrec.data.splits import read_split
 from genrec.decoding.trie import SidTrie
+from genrec.explain.thresholds import VERDICTS
 from genrec.modeling import encode_prompts
 from genrec.prompts import PromptRenderer
 from genrec.semantic_ids import SemanticIds
@@ -66,7 +67,6 @@ _DECISIVE = {
 ENVIRONMENT = "environment.txt"  # in the log's folder
 # Of the log's folder, what erasing changes: the stage's manifest doesn't list it.
 UNLISTED = (STORE, ERASURES, "report.html")
-_LISTED = ("citations_in_history", "attributes_match", "score_difference")
 
 
 @dataclass(frozen=True)
@@ -414,7 +414,7 @@ def _items(
 
 def _counts(chains: list[dict[str, Any] | None]) -> dict[str, dict[str, int]]:
     """Per check with a verdict: how many chains passed, failed, or didn't define it."""
-    counts = {name: {"passed": 0, "failed": 0, "undefined": 0} for name in _LISTED}
+    counts = {name: {"passed": 0, "failed": 0, "undefined": 0} for name in VERDICTS}
     for chain in chains:
         for check in chain["checks"] if chain else ():
             if check["name"] in counts:

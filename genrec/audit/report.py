@@ -19,14 +19,22 @@ _CHECKS = {
     "citations_in_history": "Every cited item lies in the history that the prompt showed",
     "attributes_match": "Every claimed attribute stands in the catalogue",
     "score_difference": "The stored score was found again (within 0.001)",
+    "target_leak": "No claim is true of the held-out item and of nothing in the history",
+    "contradictions": "Nothing is both rested on and set aside, and no item is given two brands",
 }
-_MEASURED = {
-    "comprehensiveness": "Fall when all cited items are left out (comprehensiveness)",
-    "comprehensiveness_random": "Fall when as many random uncited items are left out",
-    "comprehensiveness_gain": "Difference of the two",
-    "sufficiency": "Fall when only the cited items are kept (sufficiency; lower is better)",
-    "sufficiency_random": "Fall when only as many random uncited items are kept",
-    "sufficiency_gain": "Difference of the two",
+_FIGURES = {
+    "citations_in_history": "Citations in the history",
+    "attributes_match": "Claims true of the item",
+    "evidence_agreement": "Citations among the largest Δ",
+    "comprehensiveness": "Fall when the cited items are replaced by similar ones",
+    "sufficiency": "Fall when all others are replaced (lower is better)",
+    "stability": "Same citations under another wording of the prompt",
+}
+_CONTROLS = {
+    "random": "Random",
+    "newest": "Newest",
+    "popular": "Most popular",
+    "other_chain": "Another list's",
 }
 
 
@@ -175,16 +183,31 @@ def _evaluation(run: ExplainedRun) -> dict[str, Any] | None:
     }
 
 
-def _checks(metrics: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of the two check tables."""
+def _checks(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of the tables of checks, figures and thresholds."""
     verdicts = [
-        {"label": label, "share": metrics[f"{name}_passed"], "n": metrics[f"{name}_checked"]}
+        {"label": label, **metrics["verdicts"][name]}
         for name, label in _CHECKS.items()
+        if name in metrics["verdicts"]
     ]
-    measured = [
-        {"label": label, **metrics[name]} for name, label in _MEASURED.items() if name in metrics
+    figures = [
+        {
+            "label": label,
+            "n": figure["n"],
+            "chain": figure["chain"],
+            "controls": [figure["controls"].get(name) for name in _CONTROLS],
+        }
+        for name, label in _FIGURES.items()
+        if (figure := metrics["figures"].get(name)) is not None
     ]
-    return {"verdicts": verdicts, "measured": measured}
+    return {
+        "verdicts": verdicts,
+        "figures": figures,
+        "controls": list(_CONTROLS.values()),
+        "thresholds": metrics["thresholds"],
+        "slices": metrics["slices"],
+        "counterfactuals": metrics["counterfactuals"],
+    }
 
 
 def _cards(run: ExplainedRun, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -232,6 +255,7 @@ def _item(
         "explained": item["chain"] is not None,
         "evidence": [],
         "attributes": [],
+        "said": [],
         "note": "",
     }
     if item["chain"] is None:
@@ -244,6 +268,9 @@ def _item(
     ]
     if not shown["evidence"]:
         shown["note"] = display_text(steps["evidence"]["text"], 400)
+    for name in ("preference", "set_aside", "counterfactual"):
+        if name in steps:
+            shown["said"].append(display_text(steps[name]["text"], 600))
     if "shared_attributes" in steps:
         shown["attributes"] = [
             {"name": s["attribute"], "value": display_text(s["value"]), "share": s["share"]}

@@ -8,7 +8,7 @@ the items that the measurement picked. They are not measured causes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +28,12 @@ from genrec.columns import (
     SCORE,
     TITLE,
 )
-from genrec.explain.evidence import MIN_DELTA, Evidence, IntArray
+from genrec.explain.counterfactuals import Counterfactual
+from genrec.explain.evidence import MIN_DELTA, UNLISTED, Evidence, IntArray
 from genrec.prompts import escape_text
 
 COMMON_SHARE = 0.5  # a value that more of the catalogue has says nothing about an item
+_MOST_ASIDE = 3  # history items that are named as speaking against an item
 _TITLE_CHARS = 80
 
 
@@ -182,6 +184,116 @@ def shared_attributes_step(
     )
 
 
+def preference_step(attributes: Attributes, history: IntArray, deltas: np.ndarray) -> Step | None:
+    """The attribute that most of the measured support comes from; None if no two items share one.
+
+    Each history item's Δ (where it is above `MIN_DELTA`) counts for every attribute that the
+    catalogue gives it. The attribute with the largest sum is named, of equal ones the rarer.
+
+    Args:
+        attributes: of the catalogue.
+        history: shown catalogue rows, (n,).
+        deltas: Δ of every position for one item, (n,).
+    """
+    support: dict[tuple[str, str], float] = {}
+    holders: dict[tuple[str, str], list[int]] = {}
+    for position in np.flatnonzero(deltas > MIN_DELTA):
+        item, delta = int(history[position]), float(deltas[position])
+        brand = attributes.brands[item]
+        own = [("categories", value) for value in attributes.categories[item]]
+        for key in own + ([("brand", brand)] if brand else []):
+            if attributes.shares[key] <= COMMON_SHARE:
+                support[key] = support.get(key, 0.0) + delta
+                holders.setdefault(key, []).append(item)
+    shared = {key: items for key, items in holders.items() if len(set(items)) > 1}
+    if not shared:
+        return None
+    name, value = max(shared, key=lambda key: (support[key], -attributes.shares[key], key))
+    items = list(dict.fromkeys(shared[name, value]))
+    total = float(deltas[deltas > MIN_DELTA].sum())
+    share = support[name, value] / total
+    kind = "brand" if name == "brand" else "category"
+    titles = ", ".join(f"“{attributes.titles[i]}”" for i in items)
+    return Step(
+        "preference",
+        f"{share:.0%} of the measured support comes from history items of {kind} "
+        f"{escape_text(value, _TITLE_CHARS)}, which {attributes.shares[name, value]:.1%} of the "
+        f"catalogue has: {titles}.",
+        tuple(attributes.item_ids[i] for i in items),
+        {attributes.item_ids[i]: {name: value if name == "brand" else [value]} for i in items},
+        {
+            "support": support[name, value],
+            "support_share": share,
+            "catalogue_share": attributes.shares[name, value],
+        },
+    )
+
+
+def set_aside_step(
+    attributes: Attributes, history: IntArray, deltas: np.ndarray, cited: IntArray
+) -> Step | None:
+    """History items that speak against the item: without them it would be likelier.
+
+    An item that was taken twice can speak for and against; where it is cited it isn't set aside.
+
+    Args:
+        attributes: of the catalogue.
+        history: shown catalogue rows, (n,).
+        deltas: Δ of every position for one item, (n,).
+        cited: positions that the evidence cites.
+    """
+    against = np.flatnonzero((deltas < -MIN_DELTA) & ~np.isin(history, history[cited]))
+    against = against[np.argsort(deltas[against], kind="stable")][:_MOST_ASIDE]
+    if len(against) == 0:
+        return None
+    parts = [
+        f"without “{attributes.titles[history[p]]}” the log-probability would rise by "
+        f"{-deltas[p]:.2f}"
+        for p in against
+    ]
+    return Step(
+        "set_aside",
+        f"Recommended in spite of part of the history: {'; '.join(parts)}.",
+        tuple(dict.fromkeys(attributes.item_ids[history[p]] for p in against)),
+        measured={"positions": against.tolist(), "deltas": [float(deltas[p]) for p in against]},
+    )
+
+
+def counterfactual_step(
+    attributes: Attributes, history: IntArray, found: Counterfactual, k: int
+) -> Step:
+    """What would have to be gone for the item to leave a list of k."""
+    ids = [attributes.item_ids[history[p]] for p in found.positions]
+    titles = " and ".join(f"“{attributes.titles[history[p]]}”" for p in found.positions)
+    rank = None if found.rank == UNLISTED else found.rank
+    where = f"at rank {rank}" if rank else "below everything that the search kept"
+    text = (
+        f"Without {titles} it would not be in the list of {k}: it would stand {where}. With any "
+        "one of them back it would."
+        if len(ids) > 1
+        else f"Without {titles} it would not be in the list of {k}: it would stand {where}."
+    )
+    if not found.found:
+        text = (
+            f"No small set of history items carries it: even without {titles} it stays in the list "
+            f"of {k}, at rank {rank}."
+        )
+    instead = None if found.replaced_by < 0 else attributes.item_ids[found.replaced_by]
+    return Step(
+        "counterfactual",
+        text,
+        tuple(dict.fromkeys(ids)),
+        measured={
+            "found": found.found,
+            "positions": list(found.positions),
+            "log_prob": found.log_prob,
+            "rank": rank,
+            "first_then": instead,
+            "list_length": k,
+        },
+    )
+
+
 def decision_step(rank: int, score: float, level_log_probs: list[float], certified: bool) -> Step:
     """Where the item stands in the list and why there."""
     levels = " + ".join(_nats(x) for x in level_log_probs)
@@ -209,6 +321,8 @@ def assemble(
     histories: Sequence[IntArray],
     evidence: Evidence,
     cited: IntArray,
+    found: Mapping[tuple[int, int], Counterfactual] | None = None,
+    k: int = 10,
 ) -> list[Chain]:
     """One chain per recommended item, unchecked.
 
@@ -218,6 +332,8 @@ def assemble(
         histories: shown histories, one per list.
         evidence: of these lists.
         cited: positions, from `Evidence.cited`.
+        found: counterfactuals, by number of the list and place.
+        k: length of the list that they are about.
     """
     columns = (ROW_ID, RANK, ITEM_ID, ITEM_INDEX, SCORE, LEVEL_LOG_PROBS, CERTIFIED)
     row = lists[ROW_ID].rle_id().to_list()
@@ -227,12 +343,15 @@ def assemble(
     for r, j, values in zip(row, places, lists.select(columns).iter_rows(), strict=True):
         row_id, rank, item_id, item, score, level_log_probs, certified = values
         history, positions = histories[r], cited[r, j][cited[r, j] >= 0]
+        deltas = evidence.deltas[r, j, : len(history)]
+        changed = (found or {}).get((r, j))
         steps = [
-            evidence_step(
-                attributes, history, positions, evidence.deltas[r, j], evidence.log_probs[r, j]
-            ),
+            evidence_step(attributes, history, positions, deltas, evidence.log_probs[r, j]),
+            preference_step(attributes, history, deltas),
             shared_attributes_step(attributes, item, history, positions),
             decision_step(rank, score, level_log_probs, certified),
+            set_aside_step(attributes, history, deltas, positions),
+            None if changed is None else counterfactual_step(attributes, history, changed, k),
         ]
         chains.append(
             Chain(

@@ -1,136 +1,116 @@
-"""Faithfulness checks of chains: two that must hold, and erasure tests that are measured.
+"""Faithfulness checks of single chains, some with a verdict, some measured only.
 
-Erasure follows ERASER (DeYoung et al. 2020, arXiv 1911.03429), with log-probabilities of the fixed
-item (nats) in place of class probabilities:
-
-- comprehensiveness = log p(item | history) − log p(item | history without all cited items); high
-  if what is cited matters;
-- sufficiency = log p(item | history) − log p(item | cited items alone); near or below 0 if what is
-  cited is enough.
-
-Each stands beside the same with as many uncited items drawn at random. Cited items were chosen by
-leaving out one at a time, so a chain that cites one item repeats that measurement here; the test is
-whether the effect holds jointly, and how far it is from that of other items.
+A check is named after what it measures; the same with ``_random``, ``_newest``, ``_popular`` or
+``_other_chain`` behind it is a control, which has to do worse (see `genrec.explain.erasure` and
+`genrec.explain.faithfulness`). What a check can't see stands in its docstring.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from genrec.chains import Chain, Check
-from genrec.evaluation.significance import Interval, bootstrap_means, interval
+from genrec.chains import Chain, Check, ItemId
 from genrec.explain.assemble import Attributes
-from genrec.explain.evidence import FloatArray, IntArray, item_log_probs
-from genrec.recommend import Recommender
+from genrec.explain.erasure import CHAIN, Erased
+from genrec.explain.evidence import FloatArray, IntArray
 
 MAX_SCORE_DIFFERENCE = 1e-3  # |stored score − score measured again|, in float32
-ERASURES = (
-    "comprehensiveness",
-    "comprehensiveness_random",
-    "sufficiency",
-    "sufficiency_random",
-)
+_SINGLE_VALUED = ("brand", "price_band")
 
 
-@dataclass(frozen=True)
-class Erasure:
-    """Erasure tests of lists, (R, K) each, in nats; NaN where not defined.
-
-    Not defined: at padding, where nothing is cited, and (for the random ones) where the history has
-    fewer uncited items than cited ones.
-    """
-
-    comprehensiveness: FloatArray
-    comprehensiveness_random: FloatArray
-    sufficiency: FloatArray
-    sufficiency_random: FloatArray
-
-
-def erasure(
-    recommender: Recommender,
-    histories: Sequence[IntArray],
-    items: IntArray,
-    log_probs: FloatArray,
-    cited: IntArray,
-    seed: int,
-    draws: int = 3,
-    progress: Callable[[int], object] | None = None,
-) -> Erasure:
-    """Drop, or keep only, the cited items of each chain, and as many uncited ones.
-
-    Args:
-        recommender: the run.
-        histories: shown histories.
-        items: recommended catalogue rows, (R, K); −1 pads.
-        log_probs: log p(item | shown history), (R, K).
-        cited: positions, (R, K, n); −1 pads.
-        seed: of the random sets.
-        draws: random sets per chain; their mean counts.
-        progress: called with the number of prompts of each finished block.
-    """
-    rng = np.random.default_rng(seed)
-    chains: list[tuple[int, int]] = []
-    kinds: list[int] = []
-    kept: list[IntArray] = []
-    for r, j in zip(*np.nonzero((items >= 0) & (cited >= 0).any(-1)), strict=True):
-        history, picked = histories[r], cited[r, j][cited[r, j] >= 0]
-        sets = [(0, picked)]
-        uncited = np.setdiff1d(np.arange(len(history)), picked)
-        if len(uncited) >= len(picked):
-            sets += [(1, rng.choice(uncited, len(picked), replace=False)) for _ in range(draws)]
-        for kind, positions in sets:
-            chains += [(r, j)] * 2
-            kinds += [kind, 2 + kind]
-            kept += [np.delete(history, positions), history[np.sort(positions)]]
-    out = np.full((4, *items.shape), np.nan)
-    if not chains:
-        return Erasure(*(out[i] for i in (0, 1, 2, 3)))
-    row, place = np.array(chains, dtype=np.int64).T
-    single = items[row, place][:, None]
-    falls = log_probs[row, place] - item_log_probs(recommender, kept, single, progress)[:, 0]
-    sums, counts = np.zeros(out.shape), np.zeros(out.shape)
-    np.add.at(sums, (np.array(kinds), row, place), falls)
-    np.add.at(counts, (np.array(kinds), row, place), 1)
-    np.divide(sums, counts, out=out, where=counts > 0)
-    return Erasure(*(out[i] for i in (0, 1, 2, 3)))
-
-
-def prompts_to_score(histories: Sequence[IntArray], cited: IntArray, draws: int) -> int:
-    """Number of prompts that `erasure` scores, for a progress bar."""
-    n_cited = (cited >= 0).sum(-1)  # (R, K)
-    lengths = np.array([len(h) for h in histories])[:, None]
-    return int(
-        2 * (n_cited > 0).sum() + 2 * draws * ((n_cited > 0) & (lengths >= 2 * n_cited)).sum()
-    )
+def claims(chain: Chain) -> Iterator[tuple[ItemId, str, str | list[str]]]:
+    """All claims of a chain: item, attribute, value."""
+    for step in chain.steps:
+        for item, values in step.claimed_attributes.items():
+            for name, value in values.items():
+                yield item, name, value
 
 
 def citations_in_history(chain: Chain, history_item_ids: Sequence[Any]) -> Check:
-    """Share of cited items that lie in the shown history; it must be 1 (None: nothing is cited)."""
+    """Share of cited items that lie in the shown history; it must be 1 (None: nothing is cited).
+
+    Citing anything from the history passes: whether it mattered is what erasure measures.
+    """
+    return Check("citations_in_history", *_share_in(chain, history_item_ids))
+
+
+def _share_in(chain: Chain, history_item_ids: Sequence[Any]) -> tuple[float | None, bool | None]:
     cited = chain.cited_item_ids
     if not cited:
-        return Check("citations_in_history", None)
+        return None, None
     known = set(history_item_ids)
     share = sum(item in known for item in cited) / len(cited)
-    return Check("citations_in_history", share, share == 1)
+    return share, share == 1
 
 
 def attributes_match(chain: Chain, attributes: Attributes) -> Check:
-    """Share of claimed attributes that the catalogue supports; it must be 1 (None: no claims)."""
-    claims = [
-        (item, name, value)
-        for step in chain.steps
-        for item, values in step.claimed_attributes.items()
-        for name, value in values.items()
-    ]
-    if not claims:
+    """Share of claimed attributes that the catalogue supports; it must be 1 (None: no claims).
+
+    A true claim need not be a reason, and a catalogue that is wrong makes it wrong.
+    """
+    made = list(claims(chain))
+    if not made:
         return Check("attributes_match", None)
     rows = attributes.rows
-    right = sum(i in rows and attributes.has(rows[i], name, value) for i, name, value in claims)
-    return Check("attributes_match", right / len(claims), right == len(claims))
+    right = sum(i in rows and attributes.has(rows[i], name, value) for i, name, value in made)
+    return Check("attributes_match", right / len(made), right == len(made))
+
+
+def target_leak(
+    chain: Chain, attributes: Attributes, history: IntArray, target: int | None
+) -> Check:
+    """Share of claimed values that the held-out target has and no shown history item; must be 0.
+
+    A chain can't know them from its input. None without claims, or where no target is held out. A
+    leak of values that the history happens to share isn't seen.
+
+    Args:
+        chain: to check.
+        attributes: of the catalogue.
+        history: shown catalogue rows.
+        target: catalogue row of the held-out item, None if there is none.
+    """
+    values = {
+        (name, single)
+        for _, name, value in claims(chain)
+        for single in (value if isinstance(value, list) else [value])
+    }
+    if target is None or not values:
+        return Check("target_leak", None)
+
+    def has(item: int, name: str, value: str) -> bool:
+        return attributes.has(item, name, [value] if name == "categories" else value)
+
+    leaked = sum(
+        has(target, *value) and not any(has(int(item), *value) for item in set(history.tolist()))
+        for value in values
+    )
+    return Check("target_leak", leaked / len(values), leaked == 0)
+
+
+def contradictions(chain: Chain) -> Check:
+    """How often a chain contradicts itself; must be 0.
+
+    Counted are items that it both rests on and sets aside, and items of which it claims two values
+    of an attribute that has one. Contradictions in free wording aren't read.
+    """
+    rests: set[ItemId] = set()
+    aside: set[ItemId] = set()
+    stated: dict[tuple[ItemId, str], set[str]] = {}
+    for step in chain.steps:
+        mine = set(step.measured.get("set_aside_item_ids", []) or [])  # type: ignore[arg-type]
+        aside |= mine | (set(step.cited_item_ids) if step.type == "set_aside" else set())
+        if step.type in ("evidence", "preference", "intent"):
+            rests |= set(step.cited_item_ids)
+    for item, name, value in claims(chain):
+        if name in _SINGLE_VALUED:
+            stated.setdefault((item, name), set()).add(str(value))
+    found = len(rests & aside) + sum(len(values) > 1 for values in stated.values())
+    return Check("contradictions", float(found), found == 0)
 
 
 def score_reproduced(stored: float, measured: float) -> Check:
@@ -139,21 +119,69 @@ def score_reproduced(stored: float, measured: float) -> Check:
     return Check("score_difference", difference, difference <= MAX_SCORE_DIFFERENCE)
 
 
-def erasure_checks(erased: Erasure, row: int, place: int) -> list[Check]:
-    """The erasure measurements of one chain; they have no threshold."""
-    values = [float(getattr(erased, name)[row, place]) for name in ERASURES]
-    return [
-        Check(name, None if np.isnan(value) else value)
-        for name, value in zip(ERASURES, values, strict=True)
-    ]
+def agreement(chosen: IntArray, deltas: FloatArray) -> FloatArray:
+    """Share of chosen positions that are among as many with the largest leave-one-out Δ.
+
+    1 by construction for chains that were assembled from these Δ; there it is of use for the
+    controls alone.
+
+    Args:
+        chosen: positions, (R, K, n); −1 pads.
+        deltas: of every position, (R, K, H), NaN behind a history's end.
+
+    Returns:
+        (R, K), NaN where nothing is chosen.
+    """
+    size = (chosen >= 0).sum(-1)
+    # Of equal Δ the newer counts, as in `Evidence.cited`.
+    values = np.nan_to_num(deltas, nan=-np.inf)[..., ::-1]
+    order = values.shape[-1] - 1 - np.argsort(-values, axis=-1, kind="stable")
+    top = np.where(np.arange(order.shape[-1]) < size[..., None], order, -2)
+    same = (chosen[..., :, None] == top[..., None, :]).any(-1) & (chosen >= 0)
+    return np.divide(
+        same.sum(-1), size, out=np.full(size.shape, np.nan), where=size > 0, casting="unsafe"
+    )
+
+
+def overlap(first: IntArray, second: IntArray) -> FloatArray:
+    """Jaccard index of two sets of positions, (R, K); NaN where both are empty.
+
+    Args:
+        first: positions, (R, K, n); −1 pads.
+        second: the same, (R, K, m).
+    """
+    common = ((first[..., :, None] == second[..., None, :]) & (first[..., :, None] >= 0)).any(-1)
+    both = common.sum(-1)
+    either = (first >= 0).sum(-1) + (second >= 0).sum(-1) - both
+    return np.divide(
+        both, either, out=np.full(both.shape, np.nan), where=either > 0, casting="unsafe"
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of lists, beside the chains themselves.
+
+    Attributes:
+        log_probs: log p(item | shown history), (R, K).
+        erased: of the chain (`CHAIN`) and of the controls.
+        agreement: with leave-one-out, of the same ways to cite, (R, K) each.
+        stability: Jaccard with what another wording of the prompt makes one cite, of the same ways,
+            (R, K) each; NaN where it was not measured.
+    """
+
+    log_probs: FloatArray
+    erased: Mapping[str, Erased]
+    agreement: Mapping[str, FloatArray]
+    stability: Mapping[str, FloatArray]
 
 
 def check_all(
     chains: Sequence[Chain],
     attributes: Attributes,
     histories: Sequence[IntArray],
-    log_probs: FloatArray,
-    erased: Erasure,
+    targets: Sequence[int | None],
+    measured: Measured,
     scores: Sequence[float],
 ) -> list[Chain]:
     """Chains with the outcomes of all checks.
@@ -162,96 +190,68 @@ def check_all(
         chains: in list order, as `genrec.explain.assemble.assemble` gives them.
         attributes: of the catalogue.
         histories: shown histories, one per list.
-        log_probs: measured with the whole history, (R, K).
-        erased: erasure tests of the same lists.
+        targets: catalogue row of each list's held-out item, None where there is none.
+        measured: of the same lists.
         scores: stored score of each chain's item.
     """
     ids = attributes.item_ids
+    own = [[ids[i] for i in history] for history in histories]
+    where = _places(chains)
+    at = {place: number for number, place in enumerate(where)}
     checked = []
-    row, place, current = -1, 0, None
-    for chain, score in zip(chains, scores, strict=True):
-        row, place = (row, place + 1) if chain.row_id == current else (row + 1, 0)
-        current = chain.row_id
+    for number, (chain, (row, place), score) in enumerate(zip(chains, where, scores, strict=True)):
+        other = chains[at.get(((row + 1) % len(histories), place), number)]
+        values: dict[str, FloatArray] = {}
+        for figure, ways in (
+            ("evidence_agreement", measured.agreement),
+            ("comprehensiveness", {n: e.comprehensiveness for n, e in measured.erased.items()}),
+            ("sufficiency", {n: e.sufficiency for n, e in measured.erased.items()}),
+            ("stability", measured.stability),
+        ):
+            values |= {figure if n == CHAIN else f"{figure}_{n}": v for n, v in ways.items()}
         checks = (
-            citations_in_history(chain, [ids[i] for i in histories[row]]),
+            citations_in_history(chain, own[row]),
             attributes_match(chain, attributes),
-            score_reproduced(score, float(log_probs[row, place])),
-            *erasure_checks(erased, row, place),
+            score_reproduced(score, float(measured.log_probs[row, place])),
+            target_leak(chain, attributes, histories[row], targets[row]),
+            contradictions(chain),
+            *_of_another(chain, other, own[row], attributes),
+            *(Check(name, _defined(v[row, place])) for name, v in values.items()),
         )
         checked.append(replace(chain, checks=checks))
     return checked
 
 
-def summarize(chains: Sequence[Chain], samples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Means over chains with 95% bootstrap intervals; the chains of a list are drawn together.
-
-    Args:
-        chains: with their checks.
-        samples: bootstrap samples.
-        seed: of the draws.
-
-    Returns:
-        Counts, pass rates, the erasure means over the chains that have a random counterpart, and
-        their paired differences. What no chain defines is left out.
-    """
-    groups = np.unique([c.row_id for c in chains], return_inverse=True)[1]
-    table = np.array([[_value(c, name) for name in ERASURES] for c in chains], dtype=np.float64)
-    table = np.column_stack([table, table[:, 0] - table[:, 1], table[:, 3] - table[:, 2]])
-    compared = ~np.isnan(table).any(axis=1)
-    supported = np.array([bool(c.cited_item_ids) for c in chains])
-    report: dict[str, Any] = {
-        "chains": len(chains),
-        "lists": int(groups.max()) + 1,
-        "chains_without_support": int((~supported).sum()),
-        "chains_compared": int(compared.sum()),
-    }
-    for name in ("citations_in_history", "attributes_match", "score_difference"):
-        made = [
-            bool(c.passed) for chain in chains if (c := chain.check(name)) and c.value is not None
-        ]
-        report[f"{name}_passed"] = float(np.mean(made)) if made else None
-        report[f"{name}_checked"] = len(made)
-    if compared.any():
-        part = np.unique(groups[compared], return_inverse=True)[1]
-        draws = bootstrap_means(table[compared], samples, seed, part)
-        means = table[compared].mean(axis=0)
-        names = (*ERASURES, "comprehensiveness_gain", "sufficiency_gain")
-        for i, name in enumerate(names):
-            report[name] = asdict(interval(float(means[i]), draws[:, i]))
-    return {**report, "sentence": sentence(report)}
+def _places(chains: Sequence[Chain]) -> list[tuple[int, int]]:
+    """Number of the list, and place in it, of each chain."""
+    row, place, current = -1, 0, None
+    found = []
+    for chain in chains:
+        row, place = (row, place + 1) if chain.row_id == current else (row + 1, 0)
+        current = chain.row_id
+        found.append((row, place))
+    return found
 
 
-def _value(chain: Chain, name: str) -> float:
-    check = chain.check(name)
-    return np.nan if check is None or check.value is None else check.value
-
-
-def sentence(report: dict[str, Any]) -> str:
-    """The erasure result in words."""
-    if "comprehensiveness" not in report:
-        return "No chain has enough uncited history items to compare with, so nothing was compared."
-    c, r, g = (
-        Interval(**report[name])
-        for name in ("comprehensiveness", "comprehensiveness_random", "comprehensiveness_gain")
-    )
-    assert g.low is not None and g.high is not None
-    verdict = "not distinguishable from 0"
-    if g.low > 0 or g.high < 0:
-        verdict = "above 0" if g.low > 0 else "below 0"
-    number = {
-        name: f"{value:.2f}".replace("-", "−")
-        for name, value in (
-            ("c", c.value),
-            ("r", r.value),
-            ("g", g.value),
-            ("l", g.low),
-            ("h", g.high),
+def _of_another(
+    chain: Chain, other: Chain, history_item_ids: Sequence[Any], attributes: Attributes
+) -> tuple[Check, Check]:
+    """What another list's chain would score here: its citations, and what it says of its item."""
+    if other is chain:  # there is one list only
+        return Check("citations_in_history_other_chain", None), Check(
+            "attributes_match_other_chain", None
         )
-    }
+    said = [(name, value) for item, name, value in claims(other) if item == other.item_id]
+    rows = attributes.rows
+    right = [
+        chain.item_id in rows and attributes.has(rows[chain.item_id], name, value)
+        for name, value in said
+    ]
     return (
-        f"Leaving out all cited items lowers an item's log-probability by {number['c']} on "
-        f"average, leaving out as many random uncited ones by {number['r']}: a difference of "
-        f"{number['g']} [{number['l']}, {number['h']}], {verdict} "
-        f"({report['chains_compared']:,} of {report['chains']:,} chains; 95% bootstrap interval "
-        "over lists)."
+        Check("citations_in_history_other_chain", _share_in(other, history_item_ids)[0]),
+        Check("attributes_match_other_chain", float(np.mean(right)) if right else None),
     )
+
+
+def _defined(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

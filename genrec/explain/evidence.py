@@ -5,6 +5,9 @@ prompt is rendered again without the item, by the same renderer and template, an
 recommended item is teacher-forced. Δ = log p(item | history) − log p(item | history without j), in
 nats. It is a property of the model's score and needs no generated text. What it can't see: items
 that only matter together (each Δ is small while another stays), and whatever the prompt cut off.
+
+The list itself is searched again without each history item, by the engine, trie and filters that
+made it: Δ rank says whether a fall in log-probability matters to what the user sees.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from genrec.decoding.torch_engine import TorchEngine
+from genrec.decoding.trie import CatalogueView
 from genrec.modeling import encode_prompts
 from genrec.recommend import Recommender
 
 # Scores of the engines agree up to this, so a smaller Δ is not told from none.
 MIN_DELTA = 1e-3
+UNLISTED = 0  # in place of a rank: the beam doesn't hold the item
 _BLOCK = 512  # prompts rendered and scored together
 
 FloatArray = npt.NDArray[np.float64]
@@ -136,3 +141,93 @@ def leave_one_out(
 def prompts_to_score(histories: Sequence[IntArray]) -> int:
     """Number of prompts that `leave_one_out` scores, for a progress bar."""
     return len(histories) + int(sum(len(h) for h in histories))
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the lists that are explained were searched, so that a changed history is searched alike.
+
+    Attributes:
+        seen: catalogue rows that each list must not hold, or None; a user keeps them whatever is
+            left out of the prompt, so that filters don't pass for evidence.
+        view: the catalogue view, or None.
+        beam_width: prefixes kept per level; ranks are known down to it.
+    """
+
+    seen: Sequence[IntArray] | None
+    view: CatalogueView | None
+    beam_width: int
+
+    def lists(
+        self,
+        recommender: Recommender,
+        rows: IntArray,
+        histories: Sequence[IntArray],
+        progress: Callable[[int], object] | None = None,
+    ) -> IntArray:
+        """Search histories in place of those of `rows`.
+
+        Returns:
+            Catalogue rows, best first, (len(rows), beam_width); −1 pads.
+        """
+        out = np.full((len(rows), self.beam_width), -1, dtype=np.int64)
+        order = np.argsort([-len(h) for h in histories], kind="stable")
+        for start in range(0, len(order), _BLOCK):
+            block = order[start : start + _BLOCK]
+            prompts = recommender.prompts([histories[i].tolist() for i in block])
+            found = torch_engine(recommender).search(
+                encode_prompts(recommender.tokenizer, prompts),
+                self.beam_width,
+                self.beam_width,
+                None if self.seen is None else [self.seen[rows[i]] for i in block],
+                self.view,
+            )
+            out[block] = found.items
+            if progress is not None:
+                progress(len(block))
+        return out
+
+
+def places(lists: IntArray, items: IntArray) -> IntArray:
+    """Rank of given items in lists, from 1; `UNLISTED` where a list doesn't hold the item.
+
+    Args:
+        lists: catalogue rows, best first, (n, width); −1 pads.
+        items: catalogue rows, (n, m); −1 pads.
+
+    Returns:
+        (n, m); `UNLISTED` at padding too.
+    """
+    same = (lists[:, None, :] == items[:, :, None]) & (items[:, :, None] >= 0)  # (n, m, width)
+    return np.where(same.any(-1), same.argmax(-1) + 1, UNLISTED)
+
+
+def ranks_left_out(
+    recommender: Recommender,
+    histories: Sequence[IntArray],
+    items: IntArray,
+    search: Search,
+    progress: Callable[[int], object] | None = None,
+) -> IntArray:
+    """Rank of every item when one history item is left out.
+
+    Args:
+        recommender: the run.
+        histories: shown histories.
+        items: recommended catalogue rows, (R, K); −1 pads.
+        search: as the lists were made.
+        progress: called with the number of prompts of each finished block.
+
+    Returns:
+        (R, K, H) ranks from 1; `UNLISTED` where the beam no longer holds the item, so below
+        ``search.beam_width`` or pruned, and behind a history's end.
+    """
+    lengths = np.array([len(h) for h in histories], dtype=np.int64)
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    position = np.concatenate([np.arange(n) for n in lengths]) if len(row) else row
+    without = [np.delete(histories[int(r)], p) for r, p in zip(row, position, strict=True)]
+    ranks = np.full((*items.shape, int(lengths.max(initial=0))), UNLISTED, dtype=np.int64)
+    if len(row):
+        lists = search.lists(recommender, row, without, progress)
+        ranks[row, :, position] = places(lists, items[row])
+    return ranks

@@ -9,10 +9,14 @@ import pytest
 from genrec.explain.assemble import (
     Attributes,
     assemble,
+    counterfactual_step,
     decision_step,
     evidence_step,
+    preference_step,
+    set_aside_step,
     shared_attributes_step,
 )
+from genrec.explain.counterfactuals import Counterfactual
 from genrec.explain.evidence import leave_one_out
 
 
@@ -87,6 +91,48 @@ def test_decision_says_whether_the_list_is_exact():
     assert "not proven" in step.text and "(−1.50 + −0.50)" in step.text and "Rank 4" in step.text
 
 
+def test_preference_is_what_most_support_comes_from(shop):
+    history, deltas = np.array([0, 1, 3]), np.array([1.0, 0.5, 2.0])
+    step = preference_step(shop, history, deltas)
+    # Bolt's item supports most, but alone; "Camp" and "Acme" are shared by two, equally rare.
+    assert step.cited_item_ids == (10, 11)
+    assert step.measured["support"] == 1.5
+    assert step.measured["support_share"] == pytest.approx(1.5 / 3.5)
+    (name,) = {n for claim in step.claimed_attributes.values() for n in claim}
+    assert all(shop.has(shop.rows[i], n, v) for i, c in step.claimed_attributes.items()
+               for n, v in c.items())  # fmt: skip
+    kind = "brand Acme" if name == "brand" else "category Camp"
+    assert f"43% of the measured support comes from history items of {kind}" in step.text
+    assert preference_step(shop, np.array([0, 3]), np.array([1.0, 1.0])) is None
+    assert preference_step(shop, history, np.array([1.0, 0.0, 1.0])) is None
+    assert preference_step(shop, np.array([0, 0]), np.array([1.0, 1.0])) is None  # one item twice
+
+
+def test_set_aside_names_what_speaks_against(shop):
+    history, deltas = np.array([0, 1, 2, 0]), np.array([-0.5, -1.25, 0.3, 0.2])
+    step = set_aside_step(shop, history, deltas, np.array([2]))
+    assert step.cited_item_ids == (11, 10) and step.measured["deltas"] == [-1.25, -0.5]
+    assert "without “Mat ‹a_1›” the log-probability would rise by 1.25" in step.text
+    # The tent is cited for its other copy: it can't be set aside as well.
+    step = set_aside_step(shop, history, deltas, np.array([2, 3]))
+    assert step.cited_item_ids == (11,)
+    assert set_aside_step(shop, history, np.abs(deltas), np.array([2])) is None
+
+
+def test_counterfactuals_in_words(shop):
+    history = np.array([0, 1, 2])
+    both = Counterfactual(0, 0, (1, 0), True, -7.5, 14, 3, 4)
+    step = counterfactual_step(shop, history, both, 10)
+    assert step.cited_item_ids == (11, 10) and step.measured["first_then"] == 13
+    assert step.text.startswith("Without “Mat ‹a_1›” and “Tent” it would not be in the list of 10")
+    assert "at rank 14" in step.text and "any one of them back it would" in step.text
+    gone = counterfactual_step(shop, history, Counterfactual(0, 0, (2,), True, -9.0, 0, -1, 1), 5)
+    assert "below everything that the search kept" in gone.text
+    assert gone.measured["rank"] is None and gone.measured["first_then"] is None
+    stays = counterfactual_step(shop, history, Counterfactual(0, 0, (0,), False, -2.0, 2, 0, 1), 5)
+    assert "stays in the list of 5, at rank 2" in stays.text and not stays.measured["found"]
+
+
 def test_chains_of_a_run(recommender, lists, histories, items):
     evidence = leave_one_out(recommender, histories, items)
     cited = evidence.cited(2)
@@ -96,7 +142,7 @@ def test_chains_of_a_run(recommender, lists, histories, items):
     assert [(c.row_id, c.rank, c.item_id) for c in chains] == keys
     assert {c.rationale_origin for c in chains} == {"template"}
     assert not any(c.trained_on_target for c in chains)
-    supported = [c for c in chains if c.cited_item_ids]
+    supported = [c for c in chains if c.step("evidence").cited_item_ids]
     assert len(chains) > len(supported) > 10
     ids = recommender.catalog["item_id"]
     by_row = {row: i for i, row in enumerate(lists["row_id"].unique(maintain_order=True))}

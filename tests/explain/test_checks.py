@@ -1,155 +1,143 @@
-"""Checks find planted errors; erasure equals brute force; aggregates equal hand counts."""
+"""Checks of single chains find planted errors; array figures equal hand counts."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 
-from genrec.chains import Chain, Check, Step
+from genrec.chains import Chain, Step
 from genrec.explain import checks
 from genrec.explain.assemble import Attributes, assemble
-from genrec.explain.evidence import item_log_probs, leave_one_out
+from genrec.explain.erasure import CHAIN, Erased
+from genrec.explain.evidence import leave_one_out
+
+NAN = np.nan
 
 
 @pytest.fixture(scope="module")
-def measured(recommender, histories, items):
+def shop() -> Attributes:
+    return Attributes.from_catalog(
+        pl.DataFrame(
+            {
+                "item_id": [10, 11, 12, 13],
+                "title": ["Tent", "Mat", "Mug", "Lamp"],
+                "brand": ["Acme", "Acme", None, "Bolt"],
+                "categories": [["Camp", "Sleep"], ["Camp"], ["Camp", "Cook"], []],
+            },
+            schema_overrides={"categories": pl.List(pl.String)},
+        )
+    )
+
+
+def chain(*steps: Step, item: int = 10) -> Chain:
+    return Chain("r", item, 1, steps, "before", False)
+
+
+def test_citations_outside_the_history_fail():
+    cites = chain(Step("evidence", "x", (11, 12)), Step("intent", "y", (12,)))
+    assert checks.citations_in_history(cites, [11, 12, 13]).passed
+    half = checks.citations_in_history(cites, [12])
+    assert (half.value, half.passed) == (0.5, False)
+    assert checks.citations_in_history(chain(Step("decision", "x")), [1]).value is None
+
+
+def test_false_claims_fail(shop):
+    true = Step("evidence", "x", claimed_attributes={10: {"brand": "Acme"}})
+    assert checks.attributes_match(chain(true), shop).passed
+    for claims in ({13: {"brand": "Acme"}}, {"no such item": {"brand": "Acme"}}):
+        lie = Step("intent", "x", claimed_attributes=claims)
+        found = checks.attributes_match(chain(true, lie), shop)
+        assert (found.value, found.passed) == (0.5, False)
+
+
+def test_a_leaked_target_is_found(shop):
+    """Bolt is the target's brand and nobody's in the history."""
+    said = Step("intent", "x", claimed_attributes={11: {"brand": "Bolt", "categories": ["Camp"]}})
+    found = checks.target_leak(chain(said), shop, np.array([1, 2]), 3)
+    assert (found.value, found.passed) == (0.5, False)
+    assert checks.target_leak(chain(said), shop, np.array([1, 3]), 3).passed  # the history has it
+    cook = Step("intent", "x", claimed_attributes={11: {"categories": ["Cook", "Camp"]}})
+    assert checks.target_leak(chain(cook), shop, np.array([0, 1]), 2).value == 0.5
+    assert checks.target_leak(chain(cook), shop, np.array([0, 1]), 3).passed  # false, but no leak
+    assert checks.target_leak(chain(cook), shop, np.array([0]), None).value is None
+    assert checks.target_leak(chain(Step("intent", "x")), shop, np.array([0]), 2).value is None
+
+
+def test_contradictions_are_counted():
+    both = chain(Step("evidence", "x", (11, 12)), Step("set_aside", "y", (12, 13)))
+    assert (checks.contradictions(both).value, checks.contradictions(both).passed) == (1, False)
+    written = chain(
+        Step("evidence", "x", (11,)),
+        Step("rewriting", "y", (12,), measured={"set_aside_item_ids": [11]}),
+    )
+    assert checks.contradictions(written).value == 1
+    brands = chain(
+        Step("preference", "x", claimed_attributes={11: {"brand": "Acme"}}),
+        Step("intent", "y", claimed_attributes={11: {"brand": "Bolt", "categories": ["a"]}}),
+        Step("decision", "z", claimed_attributes={11: {"categories": ["b"]}}),
+    )
+    assert checks.contradictions(brands).value == 1
+    fine = chain(Step("evidence", "x", (11,)), Step("set_aside", "y", (13,)))
+    assert checks.contradictions(fine).passed
+
+
+def test_score_differences_fail():
+    assert checks.score_reproduced(-2.0, -2.0005).passed
+    assert checks.score_reproduced(-2.0, -2.002).passed is False
+
+
+def test_agreement_counts_the_largest_deltas():
+    deltas = np.array([[[0.5, 2.0, 1.0, NAN], [0.0, 0.0, 0.0, NAN]]])
+    chosen = np.array([[[1, 0], [2, -1]]])
+    assert checks.agreement(chosen, deltas).tolist() == [[0.5, 1.0]]  # of equal ones the newest
+    nothing = checks.agreement(np.full((1, 2, 2), -1), deltas)
+    assert np.isnan(nothing).all()
+
+
+def test_overlap_is_jaccard():
+    first = np.array([[[0, 1, -1], [-1, -1, -1], [2, -1, -1]]])
+    second = np.array([[[1, 2], [-1, -1], [-1, -1]]])
+    found = checks.overlap(first, second)
+    assert found[0, 0] == pytest.approx(1 / 3) and np.isnan(found[0, 1]) and found[0, 2] == 0
+
+
+def test_check_all_puts_every_figure_in_its_chain(recommender, lists, histories, items, split_rows):
+    attributes = Attributes.from_catalog(recommender.catalog)
     evidence = leave_one_out(recommender, histories, items)
     cited = evidence.cited(2)
-    erased = checks.erasure(recommender, histories, items, evidence.log_probs, cited, seed=0)
-    return evidence, cited, erased
-
-
-@pytest.fixture(scope="module")
-def chains(recommender, lists, histories, measured):
-    evidence, cited, erased = measured
-    attributes = Attributes.from_catalog(recommender.catalog)
     made = assemble(attributes, lists, histories, evidence, cited)
+    numbers = np.arange(items.size, dtype=float).reshape(items.shape)
+    holes = np.where(numbers == 3, NAN, numbers)
+    measured = checks.Measured(
+        evidence.log_probs,
+        {CHAIN: Erased(holes, numbers + 0.5), "random": Erased(numbers + 1000, numbers + 2000)},
+        {CHAIN: checks.agreement(cited, evidence.deltas)},
+        {CHAIN: np.full(items.shape, NAN)},
+    )
+    targets = split_rows["target_item_index"].to_list()
     scores = lists["score"].to_list()
-    return checks.check_all(made, attributes, histories, evidence.log_probs, erased, scores)
-
-
-def test_erasure_is_brute_force(recommender, histories, items, measured):
-    evidence, cited, erased = measured
-    found = 0
-    for row, place in zip(*np.nonzero((cited >= 0).any(-1)), strict=True):
-        history, picked = histories[row], cited[row, place][cited[row, place] >= 0]
-        one = items[row : row + 1, place : place + 1]
-        sets = {
-            "comprehensiveness": np.delete(history, picked),
-            "sufficiency": history[sorted(picked)],
-        }
-        for name, kept in sets.items():
-            fall = evidence.log_probs[row, place] - item_log_probs(recommender, [kept], one)[0, 0]
-            assert getattr(erased, name)[row, place] == pytest.approx(fall, abs=1e-4)
-        enough = len(history) - len(picked) >= len(picked)
-        assert np.isfinite(erased.comprehensiveness_random[row, place]) == enough
-        assert np.isfinite(erased.sufficiency_random[row, place]) == enough
-        if len(picked) == 1:  # the same prompt as in the leave-one-out measurement
-            delta = evidence.deltas[row, place, picked[0]]
-            assert erased.comprehensiveness[row, place] == pytest.approx(delta, abs=1e-4)
-        found += enough
-    assert found > 5
-    nothing = ~(cited >= 0).any(-1)
-    assert nothing.any() and np.isnan(erased.comprehensiveness[nothing]).all()
-
-
-def test_random_sets_are_uncited_seeded_and_the_other_ones(recommender, histories, items, measured):
-    """With exactly one uncited item, the random set can only be that one."""
-    evidence, _, _ = measured
-    row = next(i for i, h in enumerate(histories) if len(h) >= 2)
-    history, one = histories[row][:2], items[row : row + 1, :1]
-    full = item_log_probs(recommender, [history], one)
-    cited = np.array([[[1]]])
-    made = checks.erasure(recommender, [history], one, full, cited, seed=0, draws=2)
-    without = item_log_probs(recommender, [history[1:]], one)
-    assert made.comprehensiveness_random[0, 0] == pytest.approx((full - without)[0, 0], abs=1e-5)
-    assert made.sufficiency_random[0, 0] == pytest.approx(made.comprehensiveness[0, 0], abs=1e-5)
-    cited = evidence.cited(1)
-    runs = [
-        checks.erasure(recommender, histories, items, evidence.log_probs, cited, seed, 1)
-        for seed in (0, 0, 1)
-    ]
-    np.testing.assert_array_equal(
-        runs[0].comprehensiveness_random, runs[1].comprehensiveness_random
-    )
-    assert (
-        np.nanmax(np.abs(runs[0].comprehensiveness_random - runs[2].comprehensiveness_random)) > 0
-    )
-    np.testing.assert_allclose(runs[0].comprehensiveness, runs[2].comprehensiveness, atol=1e-5)
-
-
-def test_progress_counts_all_prompts(recommender, histories, items, measured):
-    evidence, cited, _ = measured
-    done: list[int] = []
-    checks.erasure(
-        recommender, histories, items, evidence.log_probs, cited, 0, draws=2, progress=done.append
-    )
-    assert sum(done) == checks.prompts_to_score(histories, cited, 2)
-
-
-def test_sound_chains_pass(chains):
-    for chain in chains:
-        for name in ("citations_in_history", "attributes_match"):
-            assert chain.check(name).passed in (True, None)
-        assert chain.check("score_difference").passed
-    assert any(c.check("attributes_match").passed for c in chains)
-
-
-def test_planted_errors_fail(chains, recommender, histories, lists):
-    attributes = Attributes.from_catalog(recommender.catalog)
-    chain = next(c for c in chains if c.check("attributes_match").passed)
-    row = lists["row_id"].unique(maintain_order=True).to_list().index(chain.row_id)
-    history = [attributes.item_ids[i] for i in histories[row]]
-    foreign = next(i for i in attributes.item_ids if i not in history)
-    lie = Step("evidence", "because", (chain.cited_item_ids[0], foreign))
-    check = checks.citations_in_history(replace(chain, steps=(lie,)), history)
-    assert (check.value, check.passed) == (0.5, False)
-    for claims in ({foreign: {"brand": "Nobody"}}, {"no such item": {"brand": "Acme"}}):
-        lie = Step("shared_attributes", "same brand", claimed_attributes=claims)
-        check = checks.attributes_match(replace(chain, steps=(*chain.steps, lie)), attributes)
-        assert check.value < 1 and check.passed is False
-    assert checks.score_reproduced(-2.0, -2.002).passed is False
-    quiet = Step("decision", "rank 1")
-    assert checks.citations_in_history(replace(chain, steps=(quiet,)), history).passed is None
-    assert checks.attributes_match(replace(chain, steps=(quiet,)), attributes).value is None
-
-
-def one(row: str, rank: int, values: tuple[float | None, ...], cites: bool = True) -> Chain:
-    made = tuple(Check(n, v) for n, v in zip(checks.ERASURES, values, strict=True))
-    step = Step("evidence", "x", (1,) if cites else ())
-    verdicts = (Check("citations_in_history", 1.0 if cites else None, True if cites else None),)
-    return Chain(row, 5, rank, (step,), "template", False, verdicts + made)
-
-
-def test_summary_is_the_hand_count():
-    chains = [
-        one("a", 1, (3.0, 1.0, 0.5, 2.0)),
-        one("a", 2, (1.0, 0.0, 0.5, 1.0)),
-        one("b", 1, (2.0, None, 0.0, None)),
-        one("b", 2, (None,) * 4, cites=False),
-        one("c", 1, (2.0, 2.0, 0.2, 0.2)),
-    ]
-    report = checks.summarize(chains, samples=200)
-    counts = ("chains", "lists", "chains_without_support", "chains_compared")
-    assert [report[name] for name in counts] == [5, 3, 1, 3]
-    assert (
-        report["citations_in_history_passed"] == 1 and report["citations_in_history_checked"] == 4
-    )
-    assert report["attributes_match_passed"] is None
-    assert report["comprehensiveness"]["value"] == pytest.approx(2.0)
-    assert report["comprehensiveness_random"]["value"] == pytest.approx(1.0)
-    assert report["comprehensiveness_gain"]["value"] == pytest.approx(1.0)
-    assert report["sufficiency_gain"]["value"] == pytest.approx((1.5 + 0.5 + 0.0) / 3)
-    gain = report["comprehensiveness_gain"]
-    assert gain["low"] == pytest.approx(0.0) and gain["high"] == pytest.approx(
-        1.5
-    )  # a list at a time
-    assert "by 2.00" in report["sentence"] and "not distinguishable from 0" in report["sentence"]
-
-
-def test_nothing_to_compare_is_said():
-    report = checks.summarize([one("a", 1, (None,) * 4, cites=False)])
-    assert "comprehensiveness" not in report and report["chains_without_support"] == 1
-    assert "nothing was compared" in report["sentence"]
+    found = checks.check_all(made, attributes, histories, targets, measured, scores)
+    for number, own in enumerate(found):
+        value = own.check("comprehensiveness").value
+        assert value is None if number == 3 else value == number
+        assert own.check("sufficiency").value == number + 0.5
+        assert own.check("comprehensiveness_random").value == number + 1000
+        assert own.check("sufficiency_random").value == number + 2000
+        assert own.check("stability").value is None
+        for name in ("citations_in_history", "attributes_match", "target_leak"):
+            assert own.check(name).passed in (True, None)
+        assert own.check("score_difference").passed and own.check("contradictions").passed
+        agreement = own.check("evidence_agreement").value
+        assert agreement == 1 if own.step("evidence").cited_item_ids else agreement is None
+    # Another user's chain cites what isn't here, now and then at least.
+    theirs = [c.check("citations_in_history_other_chain").value for c in found]
+    assert min(v for v in theirs if v is not None) < 1
+    shifted = [s + 1 for s in scores]
+    wrong = checks.check_all(made, attributes, histories, targets, measured, shifted)
+    assert not any(c.check("score_difference").passed for c in wrong)
+    alone = checks.check_all(made[:6], attributes, histories[:1], targets[:1], measured, scores[:6])
+    assert alone[0].check("citations_in_history_other_chain").value is None
+    assert replace(alone[0], checks=()) == made[0]

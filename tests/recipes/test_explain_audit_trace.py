@@ -62,7 +62,7 @@ def test_explain_writes_chains_and_evidence(finished):
     evidence = pl.read_parquet(finished / "explanations" / "evidence.parquet")
     manifest = load_manifest(finished, "explain")
     assert manifest is not None and manifest.rows == len(chains) == 5 * 6
-    upstream = {"prepare", "quantize", "build_dataset", "sft", "recommend"}
+    upstream = {"prepare", "embed", "quantize", "build_dataset", "sft", "recommend"}
     assert set(manifest.inputs) == upstream and manifest.config["normalizer"] == "full"
     assert {c.rationale_origin for c in chains} == {"template"}
     rows = dict(
@@ -72,7 +72,8 @@ def test_explain_writes_chains_and_evidence(finished):
     )
     ids = pl.read_parquet(finished / "data" / "catalog.parquet")["item_id"]
     assert evidence.columns == [
-        "row_id", "rank", "item_id", "position", "history_item_id", "delta", "cited",
+        "row_id", "rank", "item_id", "position", "history_item_id", "delta", "rank_without",
+        "cited",
     ]  # fmt: skip
     assert len(evidence) == sum(6 * len(rows[r]) for r in {c.row_id for c in chains})
     for row_id, position, item in evidence.select(
@@ -95,7 +96,15 @@ def test_explain_writes_chains_and_evidence(finished):
         ]
         assert [deltas[p] for p in step.measured["positions"]] == step.measured["deltas"]
         assert all(np.diff(step.measured["deltas"]) <= 0)
-    assert "sentence" in manifest.metrics and manifest.metrics["score_difference_passed"] == 1
+    assert manifest.metrics["verdicts"]["score_difference"] == {"share": 1.0, "checked": 30}
+    rules = [t["rule"] for t in manifest.metrics["thresholds"]]
+    assert rules == manifest.config["thresholds"] and "target_leak <= 0" in rules
+    sets = pl.read_parquet(finished / "explanations" / "counterfactuals.parquet")
+    assert sets["rank"].to_list() == [1] * sets.height  # the first item of each list
+    assert sets.height == sum(bool(len(rows[r])) for r in {c.row_id for c in chains})
+    assert manifest.metrics["counterfactuals"]["found"] == sets["found"].sum() > 0
+    told = [c for c in chains if c.step("counterfactual")]
+    assert len(told) == sets.height and {c.rank for c in told} == {1}
 
 
 def test_the_same_settings_give_the_same_bytes(finished, copied):
@@ -106,7 +115,7 @@ def test_the_same_settings_give_the_same_bytes(finished, copied):
     assert path.stat().st_mtime_ns == before  # skipped
     assert not (copied / "audit.old-1").exists()
     call("explain", "--run_dir", str(copied), *EXPLAIN, "--overwrite", "true")
-    for name in ("chains.jsonl", "evidence.parquet"):
+    for name in ("chains.jsonl", "evidence.parquet", "counterfactuals.parquet"):
         old, new = (run / "explanations" / name for run in (finished, copied))
         assert old.read_bytes() == new.read_bytes()
 
@@ -127,6 +136,8 @@ def test_bad_explain_input(capsys, listed, tmp_path):
     assert "['nobody'] have no list" in error and "e.g. of users u" in error
     error = refused(capsys, "explain", "--run_dir", str(listed), "--k", "0")
     assert "k=0 must be at least 1" in error
+    error = refused(capsys, "explain", "--run_dir", str(listed), "--thresholds", "precision > 0")
+    assert "names 'precision', which isn't measured" in error
     error = refused(capsys, "explain", "--run_dir", str(tmp_path / "none"))
     assert "has not finished" in error and "genrec recommend" in error
     assert not (listed / "explanations").exists()
@@ -266,7 +277,7 @@ def test_trace_of_the_first_explained_user(capsys, finished):
         "1. The user's rows", "Bought so far, oldest first:", "token ids:", "trie: 20 items",
 "EQUAL to the stored list", "prompt hash equal",
         "[decision] Rank 1", "wording: template", "score_difference",
-        "not there yet, left out below: embed, evaluate",
+        "not there yet, left out below: evaluate",
     ):  # fmt: skip
         assert part in said, part
     assert re.search(r"level 3: \d+ of 20 prefixes survive", said)
@@ -295,7 +306,7 @@ def test_trace_of_a_run_that_is_not_finished(capsys, listed, tmp_path):
     assert "target" in said and "user u3" in said
     call("trace", "--run_dir", str(listed), "--user", "u3")
     said = capsys.readouterr().out
-    assert "left out below: embed, evaluate, explain, audit" in said and "EQUAL" in said
+    assert "left out below: evaluate, explain, audit" in said and "EQUAL" in said
 
 
 @pytest.mark.parametrize(
