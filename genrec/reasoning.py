@@ -228,7 +228,7 @@ def sample_chains(
     """
     if n_chains < 1:
         raise ValueError(f"n_chains={n_chains} must be at least 1")
-    end = _marker_ids(tokenizer, marker)
+    end = marker_ids(tokenizer, marker)
     # What the model writes is compared as text: sampled tokens may spell the marker otherwise.
     (stop_text,) = tokenizer.batch_decode([end], clean_up_tokenization_spaces=False)
     found = sample_texts(
@@ -253,7 +253,7 @@ def sample_chains(
     ]
 
 
-def _marker_ids(tokenizer: PreTrainedTokenizerBase, marker: str) -> list[int]:
+def marker_ids(tokenizer: PreTrainedTokenizerBase, marker: str) -> list[int]:
     """Tokens of the marker behind a full stop, as in a training row.
 
     Alone it may be encoded otherwise: some tokenizers put a space before every text.

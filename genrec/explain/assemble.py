@@ -96,6 +96,10 @@ class Attributes:
             return isinstance(value, list) and set(value) <= set(self.categories[item])
         return False
 
+    def has_value(self, item: int, attribute: str, value: str) -> bool:
+        """Whether the catalogue gives an item one value of an attribute."""
+        return self.has(item, attribute, [value] if attribute == "categories" else value)
+
 
 def _nats(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")

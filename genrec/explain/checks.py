@@ -7,7 +7,7 @@ A check is named after what it measures; the same with ``_random``, ``_newest``,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,10 +35,11 @@ def citations_in_history(chain: Chain, history_item_ids: Sequence[Any]) -> Check
 
     Citing anything from the history passes: whether it mattered is what erasure measures.
     """
-    return Check("citations_in_history", *_share_in(chain, history_item_ids))
+    return Check("citations_in_history", *share_in(chain, history_item_ids))
 
 
-def _share_in(chain: Chain, history_item_ids: Sequence[Any]) -> tuple[float | None, bool | None]:
+def share_in(chain: Chain, history_item_ids: Sequence[Any]) -> tuple[float | None, bool | None]:
+    """Share of a chain's citations that are in a history, and whether all are."""
     cited = chain.cited_item_ids
     if not cited:
         return None, None
@@ -61,7 +62,7 @@ def attributes_match(chain: Chain, attributes: Attributes) -> Check:
 
 
 def target_leak(
-    chain: Chain, attributes: Attributes, history: IntArray, target: int | None
+    chain: Chain, has: Callable[[int, str, str], bool], history: IntArray, target: int | None
 ) -> Check:
     """Share of claimed values that the held-out target has and no shown history item; must be 0.
 
@@ -70,7 +71,7 @@ def target_leak(
 
     Args:
         chain: to check.
-        attributes: of the catalogue.
+        has: whether the catalogue gives a row an attribute's value.
         history: shown catalogue rows.
         target: catalogue row of the held-out item, None if there is none.
     """
@@ -81,13 +82,9 @@ def target_leak(
     }
     if target is None or not values:
         return Check("target_leak", None)
-
-    def has(item: int, name: str, value: str) -> bool:
-        return attributes.has(item, name, [value] if name == "categories" else value)
-
+    shown = set(history.tolist())
     leaked = sum(
-        has(target, *value) and not any(has(int(item), *value) for item in set(history.tolist()))
-        for value in values
+        has(target, *value) and not any(has(item, *value) for item in shown) for value in values
     )
     return Check("target_leak", leaked / len(values), leaked == 0)
 
@@ -213,10 +210,10 @@ def check_all(
             citations_in_history(chain, own[row]),
             attributes_match(chain, attributes),
             score_reproduced(score, float(measured.log_probs[row, place])),
-            target_leak(chain, attributes, histories[row], targets[row]),
+            target_leak(chain, attributes.has_value, histories[row], targets[row]),
             contradictions(chain),
             *_of_another(chain, other, own[row], attributes),
-            *(Check(name, _defined(v[row, place])) for name, v in values.items()),
+            *(Check(name, defined(v[row, place])) for name, v in values.items()),
         )
         checked.append(replace(chain, checks=checks))
     return checked
@@ -248,10 +245,11 @@ def _of_another(
         for name, value in said
     ]
     return (
-        Check("citations_in_history_other_chain", _share_in(other, history_item_ids)[0]),
+        Check("citations_in_history_other_chain", share_in(other, history_item_ids)[0]),
         Check("attributes_match_other_chain", float(np.mean(right)) if right else None),
     )
 
 
-def _defined(value: float) -> float | None:
+def defined(value: float) -> float | None:
+    """NaN is written as None."""
     return None if np.isnan(value) else float(value)

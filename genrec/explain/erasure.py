@@ -36,7 +36,11 @@ _BLOCK_CELLS = 1 << 24  # similarities held at once: 64 MiB
 
 
 def control_sets(
-    cited: IntArray, lengths: IntArray, popularity: Sequence[IntArray], seed: int
+    cited: IntArray,
+    lengths: IntArray,
+    popularity: Sequence[IntArray],
+    seed: int,
+    users: IntArray | None = None,
 ) -> dict[str, IntArray]:
     """As many history positions as each chain cites, chosen without looking at the chain.
 
@@ -45,6 +49,8 @@ def control_sets(
         lengths: of the shown histories, (R,).
         popularity: training count of each shown history item, per list.
         seed: of the draws.
+        users: number of each list's user, from 0; default: each has one list. Another list's chain
+            is that of another user.
 
     Returns:
         Positions of each control, (R, K, n); −1 pads.
@@ -52,10 +58,7 @@ def control_sets(
     rng = np.random.default_rng(seed)
     n_lists, n_items, most = cited.shape
     sets = {name: np.full_like(cited, -1) for name in CONTROLS}
-    # Another list's chain: the lists in a random circle, so that none is its own.
-    circle = rng.permutation(n_lists)
-    other = np.empty(n_lists, dtype=np.int64)
-    other[circle] = np.roll(circle, 1)
+    other = others(np.arange(n_lists) if users is None else users, rng)
     for row in range(n_lists):
         length, theirs = int(lengths[row]), int(other[row])
         popular = np.lexsort([-np.arange(length), -popularity[row]])  # of equal ones the newer
@@ -72,6 +75,22 @@ def control_sets(
             fill = random[~np.isin(random, moved)][: n - len(moved)]
             sets["other_chain"][row, place, :n] = np.concatenate([moved, fill])
     return sets
+
+
+def others(users: IntArray, rng: np.random.Generator) -> IntArray:
+    """For each list the first list of another user; its own where there is one user only.
+
+    Users stand in a random circle, and each gets the lists of the one before.
+
+    Args:
+        users: number of each list's user, from 0, (n,).
+        rng: for the circle.
+    """
+    found, first, which = np.unique(users, return_index=True, return_inverse=True)
+    circle = rng.permutation(len(found))
+    before = np.empty(len(found), dtype=np.int64)
+    before[circle] = np.roll(circle, 1)
+    return first[before[which]]
 
 
 def replacements(
@@ -146,6 +165,7 @@ def erase(
     similar: Sequence[IntArray],
     progress: Callable[[int], object] | None = None,
     start: Callable[[int], object] | None = None,
+    behind: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Erased]:
     """Replace, or keep alone, the positions of each set.
 
@@ -160,6 +180,7 @@ def erase(
         similar: of `replacements`; the mean over its draws counts.
         progress: called with the number of prompts of each finished block.
         start: called with the number of prompts before the first.
+        behind: token ids of each list's chain, which stays as it is.
     """
     prompts: dict[tuple[int, int, int], int] = {}  # list, erased positions as bits, draw -> prompt
     kept: list[IntArray] = []
@@ -189,7 +210,8 @@ def erase(
         if start is not None:
             start(len(kept))
         row = np.array([key[0] for key in prompts], dtype=np.int64)
-        scores = item_log_probs(recommender, kept, items[row], progress)  # (prompts, K)
+        chains = None if behind is None else [behind[r] for r in row]
+        scores = item_log_probs(recommender, kept, items[row], progress, chains)  # (prompts, K)
         at, mine = np.array(places, dtype=np.int64).T, np.array(used, dtype=np.int64)
         means = scores[mine, at[3][:, None]].mean(axis=1)
         out[tuple(at)] = log_probs[at[2], at[3]] - means

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import CatalogueView
 from genrec.modeling import encode_prompts
+from genrec.reasoning import REASONING
 from genrec.recommend import Recommender
 
 # Scores of the engines agree up to this, so a smaller Δ is not told from none.
@@ -82,6 +83,7 @@ def item_log_probs(
     histories: Sequence[IntArray],
     items: IntArray,
     progress: Callable[[int], object] | None = None,
+    behind: Sequence[Sequence[int]] | None = None,
 ) -> FloatArray:
     """Log-probability of given items after given histories.
 
@@ -90,6 +92,8 @@ def item_log_probs(
         histories: shown histories of catalogue rows, one per row of `items`.
         items: catalogue rows, (n, m); −1 pads.
         progress: called with the number of prompts of each finished block.
+        behind: token ids of a chain that stands between each prompt, then that of the reasoning
+            family, and the item; None: the serving prompt and no chain.
 
     Returns:
         (n, m) in nats, NaN at padding.
@@ -99,11 +103,16 @@ def item_log_probs(
     order = np.argsort([-len(h) for h in histories], kind="stable")  # alike lengths: little padding
     for start in range(0, len(order), _BLOCK):
         rows = order[start : start + _BLOCK]
-        prompts = recommender.prompts([histories[row].tolist() for row in rows])
+        shown_items = [histories[row].tolist() for row in rows]
+        if behind is None:
+            tokens = encode_prompts(recommender.tokenizer, recommender.prompts(shown_items))
+        else:
+            prompts = recommender.family_prompts(REASONING, shown_items)
+            tokens = encode_prompts(recommender.tokenizer, prompts)
+            tokens = [[*own, *behind[row]] for own, row in zip(tokens, rows, strict=True)]
         block = items[rows]
-        levels = engine.score(
-            encode_prompts(recommender.tokenizer, prompts), np.maximum(block, 0)
-        )  # (rows, m, L); padding is scored as row 0 and thrown away
+        levels = engine.score(tokens, np.maximum(block, 0))
+        # (rows, m, L); padding is scored as row 0 and thrown away
         out[rows] = np.where(block >= 0, levels.astype(np.float64).sum(-1), np.nan)
         if progress is not None:
             progress(len(rows))
@@ -115,6 +124,7 @@ def leave_one_out(
     histories: Sequence[IntArray],
     items: IntArray,
     progress: Callable[[int], object] | None = None,
+    behind: Sequence[Sequence[int]] | None = None,
 ) -> Evidence:
     """Measure every shown history position of every list.
 
@@ -126,13 +136,15 @@ def leave_one_out(
         histories: shown histories (see `shown`), oldest first.
         items: recommended catalogue rows, (R, K); −1 pads.
         progress: called with the number of prompts of each finished block.
+        behind: token ids of each list's chain, which stays as it is; see `item_log_probs`.
     """
     lengths = np.array([len(h) for h in histories], dtype=np.int64)
-    full = item_log_probs(recommender, histories, items, progress)
+    full = item_log_probs(recommender, histories, items, progress, behind)
     row = np.repeat(np.arange(len(lengths)), lengths)
     position = np.concatenate([np.arange(n) for n in lengths]) if len(row) else row
     without = [np.delete(histories[int(r)], p) for r, p in zip(row, position, strict=True)]
-    scores = item_log_probs(recommender, without, items[row], progress)
+    own = None if behind is None else [behind[r] for r in row]
+    scores = item_log_probs(recommender, without, items[row], progress, own)
     deltas = np.full((*items.shape, int(lengths.max(initial=0))), np.nan)
     deltas[row, :, position] = full[row] - scores
     return Evidence(full, deltas)

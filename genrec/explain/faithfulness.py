@@ -16,7 +16,7 @@ import numpy.typing as npt
 from genrec.chains import Chain
 from genrec.evaluation.significance import Interval, bootstrap_means, interval
 from genrec.explain.thresholds import (
-    CONTROLS,
+    ALL_CONTROLS,
     FIGURES,
     NAMES,
     THRESHOLDS,
@@ -34,6 +34,7 @@ def summarize(
     history_lengths: Mapping[str, int] | None = None,
     samples: int = 1000,
     seed: int = 0,
+    verdicts: Sequence[str] = VERDICTS,
 ) -> dict[str, Any]:
     """The figures of a run.
 
@@ -43,6 +44,7 @@ def summarize(
         history_lengths: shown history of each row, for the slices.
         samples: bootstrap samples.
         seed: of the draws.
+        verdicts: checks whose share of passes is told.
 
     Returns:
         chains, lists, chains_without_support; verdicts: check -> {share, checked}; figures: name ->
@@ -58,7 +60,7 @@ def summarize(
         "chains": len(chains),
         "lists": int(groups.max()) + 1,
         "chains_without_support": len(cites) - sum(cites),
-        "verdicts": {name: _verdict(chains, name) for name in VERDICTS},
+        "verdicts": {name: _verdict(chains, name) for name in verdicts},
         "figures": {
             name: figure
             for name, better in FIGURES.items()
@@ -111,7 +113,7 @@ def _figure(means: _Means, name: str, better: int) -> dict[str, Any] | None:
     if own is None:
         return None
     controls = {}
-    for control in CONTROLS:
+    for control in ALL_CONTROLS:
         other = f"{name}_{control}"
         gain, compared = means.of(name, other) if better > 0 else means.of(other, name)
         value, _ = means.of(other)

@@ -22,12 +22,17 @@ FIGURES = {
     "comprehensiveness": 1,
     "sufficiency": -1,
     "stability": 1,
+    "chain_support": 1,
 }
+TRUNCATED = "truncated"  # a control of `chain_support` alone: the first half of the chain
+ALL_CONTROLS = (*CONTROLS, TRUNCATED)
 VERDICTS = ("citations_in_history", "attributes_match", "score_difference", "target_leak",
             "contradictions")  # fmt: skip
-NAMES = tuple(
-    dict.fromkeys((*VERDICTS, *FIGURES, *(f"{f}_{name}" for f in FIGURES for name in CONTROLS)))
-)
+# Of chains that a model wrote; the first five are those of `genrec.chain_reader`.
+WRITTEN_VERDICTS = ("steps_read", "citations_exist", "citations_in_history", "claims_true",
+                    "counts_true", "target_leak", "contradictions")  # fmt: skip
+_WITH_CONTROLS = (f"{figure}_{name}" for figure in FIGURES for name in ALL_CONTROLS)
+NAMES = tuple(dict.fromkeys((*VERDICTS, *WRITTEN_VERDICTS, *FIGURES, *_WITH_CONTROLS)))
 THRESHOLDS = [
     "citations_in_history >= 1",
     "attributes_match >= 1",
@@ -36,6 +41,15 @@ THRESHOLDS = [
     "contradictions <= 0",
     *(f"comprehensiveness - comprehensiveness_{name} > 0" for name in CONTROLS),
     *(f"sufficiency_{name} - sufficiency > 0" for name in CONTROLS),
+]
+WRITTEN_THRESHOLDS = [
+    *(f"{name} >= 0.95" for name in WRITTEN_VERDICTS[:5]),
+    "target_leak <= 0.01",
+    "contradictions <= 0.01",
+    *(f"comprehensiveness - comprehensiveness_{name} > 0" for name in CONTROLS),
+    *(f"sufficiency_{name} - sufficiency > 0" for name in CONTROLS),
+    "chain_support > 0",
+    "chain_support - chain_support_other_chain > 0",
 ]
 _NUMBER = r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?"
 _RULE = re.compile(rf"\s*(\w+)(?:\s+-\s+(\w+))?\s*(<=|>=|<|>)\s*({_NUMBER})\s*")

@@ -56,14 +56,21 @@ def test_false_claims_fail(shop):
 def test_a_leaked_target_is_found(shop):
     """Bolt is the target's brand and nobody's in the history."""
     said = Step("intent", "x", claimed_attributes={11: {"brand": "Bolt", "categories": ["Camp"]}})
-    found = checks.target_leak(chain(said), shop, np.array([1, 2]), 3)
+    found = checks.target_leak(chain(said), shop.has_value, np.array([1, 2]), 3)
     assert (found.value, found.passed) == (0.5, False)
-    assert checks.target_leak(chain(said), shop, np.array([1, 3]), 3).passed  # the history has it
+    assert checks.target_leak(
+        chain(said), shop.has_value, np.array([1, 3]), 3
+    ).passed  # the history has it
     cook = Step("intent", "x", claimed_attributes={11: {"categories": ["Cook", "Camp"]}})
-    assert checks.target_leak(chain(cook), shop, np.array([0, 1]), 2).value == 0.5
-    assert checks.target_leak(chain(cook), shop, np.array([0, 1]), 3).passed  # false, but no leak
-    assert checks.target_leak(chain(cook), shop, np.array([0]), None).value is None
-    assert checks.target_leak(chain(Step("intent", "x")), shop, np.array([0]), 2).value is None
+    assert checks.target_leak(chain(cook), shop.has_value, np.array([0, 1]), 2).value == 0.5
+    assert checks.target_leak(
+        chain(cook), shop.has_value, np.array([0, 1]), 3
+    ).passed  # false, but no leak
+    assert checks.target_leak(chain(cook), shop.has_value, np.array([0]), None).value is None
+    assert (
+        checks.target_leak(chain(Step("intent", "x")), shop.has_value, np.array([0]), 2).value
+        is None
+    )
 
 
 def test_contradictions_are_counted():

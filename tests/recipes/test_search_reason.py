@@ -9,7 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from genrec.artifacts import Stage
+from genrec.artifacts import Stage, read_json
+from genrec.chains import read_chains
 from genrec.embedding.lsa import fit_lsa, item_texts
 from genrec.grounding import TextGrounder
 from genrec.recommend import Recommender
@@ -98,6 +99,28 @@ def test_reasoning_prints_the_list_and_its_chains(trained, in_process):
     other = in_process("reason", trained, *flags, *more)
     assert "valid-" in other and "log p ≥" not in other and len(listed(other)) == 5
     assert other.partition("Loading")[0] != said.partition("Loading")[0]
+
+
+def test_chains_of_many_rows_are_measured(trained, in_process, tmp_path):
+    out = tmp_path / "reasoned"
+    flags = ("--rows", "4", "--chains", "2", "--max_tokens", "12", "--k", "3", "--samples", "50")
+    said = in_process("reason", trained, *flags, "--output_dir", str(out))
+    chains = read_chains(out / "chains.jsonl")
+    lists = pl.read_parquet(out / "lists.parquet")
+    found = read_json(out / "faithfulness.json")
+    assert found["chains"] == len(chains) == lists.height == 12 and found["lists"] == 4
+    assert lists.select("row_id", "item_id").rows() == [(c.row_id, c.item_id) for c in chains]
+    assert {c.rationale_origin for c in chains} == {"before"}
+    # A model that was trained on nothing writes no step, and its chains say so.
+    assert found["verdicts"]["steps_read"] == {"share": 0.0, "checked": 12}
+    assert "not met: steps_read >= 0.95" in said and "chain_support" in said
+    assert [t["rule"] for t in found["thresholds"]] == found["settings"]["thresholds"]
+    support = [c.check("chain_support").value for c in chains]
+    assert None not in support and found["figures"]["chain_support"]["n"] == 12
+    assert {"truncated", "other_chain"} == set(found["figures"]["chain_support"]["controls"])
+    fails = ("--rows", "4", "--output_dir", str(out))
+    assert "exists; name a new folder" in in_process("reason", trained, *fails, fails=True)
+    assert "belong together" in in_process("reason", trained, "--rows", "4", fails=True)
 
 
 def test_reasoning_follows_the_rule_of_the_run(trained, in_process, monkeypatch):
