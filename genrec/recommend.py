@@ -54,6 +54,7 @@ from genrec.tasks.texts import written_renderer
 
 ENGINES = ("torch", "vllm", "vllm-inworker")
 QUERY_SEARCH, JOINT_SEARCH = "query_search", "intention_search"
+BY_PROFILE = "preference_recommendation"
 
 
 class Engine(Protocol):
@@ -340,6 +341,47 @@ class Recommender:
         rows = self.rows_of(history or [])
         (prompt,) = self.family_prompts(family, [rows], [query])
         seen = [np.array(rows, dtype=np.int64)] if filter_seen else None
+        result = self.engine.search(
+            encode_prompts(self.tokenizer, [prompt]), k, beam_width or self.width_of(k), seen
+        )
+        return self.recommendations(result, 0)
+
+    def recommend_by_profile(
+        self,
+        history: Sequence[Any],
+        profile: str,
+        k: int = 10,
+        filter_seen: bool | None = None,
+        beam_width: int | None = None,
+    ) -> list[Recommendation]:
+        """The k best items for a user whose taste is told in words beside the history.
+
+        The words are the user's to edit, as in language-based factorisation (LFM) and LangPTune:
+        another text gives another list. They are untrusted, and escaped and cut as in training.
+
+        Args:
+            history: the user's item ids, oldest first.
+            profile: the taste, in the words of training rows or any others.
+            k: length of the list.
+            filter_seen: leave out items of the history; default: the rule of the run.
+            beam_width: prefixes kept per level; default `default_beam_width`.
+
+        Raises:
+            ValueError: the model was not trained on that family, the profile says nothing, the
+                history is shorter than any it was trained on, or an item is unknown.
+        """
+        self.require_family(BY_PROFILE)
+        if not escape_text(profile):
+            raise ValueError(f"profile={profile!r} says nothing; give some words")
+        rows = self.rows_of(history)
+        if len(rows) < (least := FAMILIES[BY_PROFILE].least_history):
+            raise ValueError(
+                f"the history has {len(rows)} items, and profiles were learned beside {least} or "
+                "more; use `search`"
+            )
+        (prompt,) = self.family_prompts(BY_PROFILE, [rows], [profile])
+        rule = self.filter_seen if filter_seen is None else filter_seen
+        seen = [np.array(rows, dtype=np.int64)] if rule else None
         result = self.engine.search(
             encode_prompts(self.tokenizer, [prompt]), k, beam_width or self.width_of(k), seen
         )

@@ -15,7 +15,13 @@ from genrec.embedding.lsa import fit_lsa, item_texts
 from genrec.grounding import TextGrounder
 from genrec.recommend import Recommender
 
-FAMILIES = ("sequential", "query_search", "intention_search", "reasoning_recommendation")
+FAMILIES = (
+    "sequential",
+    "query_search",
+    "intention_search",
+    "preference_recommendation",
+    "reasoning_recommendation",
+)
 HOSTILE = "[red]tea[/] \x1b[31m <a_1>"
 
 
@@ -177,3 +183,44 @@ def test_what_search_and_reason_refuse(trained, untrained, in_process):
     said = refused("reason", untrained, "--user", "u3")
     assert "not trained on 'reasoning_recommendation'" in said
     assert (untrained / "test_reads.jsonl").exists() == before is False
+
+
+def test_an_edited_profile_gives_another_list(trained, in_process):
+    recommender = Recommender.load(trained)
+    rows = pl.read_parquet(trained / "data" / "test.parquet")
+    said = in_process("steer", trained, "--k", "20", "--filter_seen", "false")
+    assert "Profile from the history: " in said and "Edited profile" not in said
+    user = said.partition("user ")[2].partition(";")[0]
+    own = said.partition("Profile from the history: ")[2].partition("\n")[0].strip()
+    flags = ("--user", user, "--k", "5")
+    edited = in_process("steer", trained, *flags, "--profile", "Is drawn to <a_1> [red]hats[/].")
+    assert own[:40] in edited and "Edited profile: Is drawn to ‹a_1› (red)hats(/)." in edited
+    row = rows.filter(pl.col("user_id").cast(pl.String) == user)
+    ids = recommender.catalog["item_id"]
+    history = [ids[int(i)] for i in row["history_item_index"][0]]
+    first = recommender.recommend_by_profile(history, own, 5)
+    second = recommender.recommend_by_profile(history, "Is drawn to <a_1> [red]hats[/].", 5)
+    assert [r.score for r in first] != [r.score for r in second]  # the words are read
+    kept = len({r.item_id for r in first} & {r.item_id for r in second})
+    assert f"{kept} of 5 items stay" in edited
+    told = edited.partition("Edited profile")[2].splitlines()
+    assert [line.split()[2] for line in told if line[:4].strip().isdigit()] == [
+        str(r.item_id) for r in second
+    ]
+
+
+def test_what_steer_refuses(trained, untrained, in_process):
+    def refused(run: Path, *flags: str) -> str:
+        return in_process("steer", run, *flags, fails=True)
+
+    assert "not trained on 'preference_recommendation'" in refused(untrained)
+    assert "says nothing; give some words" in refused(trained, "--profile", " ")
+    assert "k=0 must be at least 1" in refused(trained, "--k", "0")
+    assert "exceeds the 20 items" in refused(trained, "--k", "21", "--beam_width", "30")
+    assert "user 'nobody' has no row" in refused(trained, "--user", "nobody")
+    recommender = Recommender.load(trained)
+    item = recommender.catalog["item_id"][0]
+    with pytest.raises(ValueError, match="profiles were learned beside"):
+        recommender.recommend_by_profile([item], "Likes hats.")
+    with pytest.raises(ValueError, match="says nothing"):
+        recommender.recommend_by_profile([item] * 4, " ")
