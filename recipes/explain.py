@@ -63,6 +63,7 @@ class ExplainArgs:
     users: list[str] = field(default_factory=list)  # explained beside the sample
     k: int = 10  # items per list to explain, from the top; a shorter list is explained whole
     n_cited: int = 3  # history items that a chain cites at most
+    selection: str = "joint"  # each the costliest beside those before it; single: by its own Δ
     replacement_draws: int = 3  # similar items that are tried in place of each erased one
     counterfactual_items: int = 1  # of each list, from the top; 0: none
     counterfactual_size: int = 10  # history items of such a set at most
@@ -75,6 +76,7 @@ class ExplainArgs:
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""
+        check_choice("selection", self.selection, ("joint", "single"))
         if self.dtype is not None:
             check_choice("dtype", self.dtype, WEIGHTS)
         if self.num_rows < 0 or (self.num_rows == 0 and not self.users):
@@ -248,7 +250,13 @@ def main() -> None:
     from genrec.explain.assemble import Attributes, assemble
     from genrec.explain.counterfactuals import counterfactuals
     from genrec.explain.erasure import CHAIN, control_sets, erase, replacements
-    from genrec.explain.evidence import leave_one_out, prompts_to_score, ranks_left_out, shown
+    from genrec.explain.evidence import (
+        joint_evidence,
+        leave_one_out,
+        prompts_to_score,
+        ranks_left_out,
+        shown,
+    )
     from genrec.explain.faithfulness import summarize
     from genrec.recommend import Recommender
 
@@ -270,7 +278,13 @@ def main() -> None:
         evidence = leave_one_out(recommender, histories, items, bar.update)
     with tqdm(total=int(lengths.sum()), unit="list", desc="search again") as bar:
         ranks = ranks_left_out(recommender, histories, items, search, bar.update)
-    cited = evidence.cited(args.n_cited)
+    cited, added = evidence.cited(args.n_cited), None
+    if args.selection == "joint":
+        with tqdm(unit="prompt", desc="leave out more") as bar:
+            joint = joint_evidence(
+                recommender, histories, items, evidence, args.n_cited, bar.update
+            )
+        cited, added = joint.positions, joint.added
     train = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "train.parquet")
     counts = item_counts(train, len(recommender.catalog))
     sets = {
@@ -297,7 +311,13 @@ def main() -> None:
         total = prompts_to_score(histories[:some])
         with tqdm(total=total, unit="prompt", desc=f"worded as {wording}") as bar:
             other = leave_one_out(recommender, histories[:some], items[:some], bar.update)
-        again[:some] = other.cited(args.n_cited)
+        again[:some] = (
+            other.cited(args.n_cited)
+            if added is None
+            else joint_evidence(
+                recommender, histories[:some], items[:some], other, args.n_cited
+            ).positions
+        )
         recommender.template = own
     measured = checks.Measured(
         evidence.log_probs,
@@ -310,7 +330,7 @@ def main() -> None:
     )
     by_place = {(c.row, c.place): c for c in found}
     shorter = min(args.k, made["k"])
-    chains = assemble(attributes, lists, histories, evidence, cited, by_place, shorter)
+    chains = assemble(attributes, lists, histories, evidence, cited, by_place, shorter, added)
     targets = split[TARGET].to_list()
     chains = checks.check_all(
         chains, attributes, histories, targets, measured, lists[SCORE].to_list()

@@ -29,7 +29,7 @@ from genrec.columns import (
     TITLE,
 )
 from genrec.explain.counterfactuals import Counterfactual
-from genrec.explain.evidence import MIN_DELTA, UNLISTED, Evidence, IntArray
+from genrec.explain.evidence import MIN_DELTA, UNLISTED, Evidence, FloatArray, IntArray
 from genrec.prompts import escape_text
 
 COMMON_SHARE = 0.5  # a value that more of the catalogue has says nothing about an item
@@ -111,22 +111,25 @@ def evidence_step(
     cited: IntArray,
     deltas: np.ndarray,
     log_prob: float,
+    joint: bool = False,
 ) -> Step:
-    """What leaving out single history items did to one recommended item.
+    """What leaving out history items did to one recommended item.
 
     Args:
         attributes: of the catalogue.
         history: shown catalogue rows, (n,).
-        cited: positions of the cited items, largest Δ first.
-        deltas: Δ of every position, (n,).
+        cited: positions of the cited items, in the order in which they were chosen.
+        deltas: what the log-probability falls by without each cited item, (len(cited),).
         log_prob: of the item with the whole history.
+        joint: whether each Δ is that of losing the item beside those before it, and not alone.
     """
     measured: dict[str, Any] = {
         "log_prob": float(log_prob),
         "history_items": len(history),
         "min_delta": MIN_DELTA,
+        "joint": joint,
         "positions": cited.tolist(),
-        "deltas": [float(deltas[p]) for p in cited],
+        "deltas": [float(d) for d in deltas],
     }
     if len(history) == 0:
         return Step(
@@ -142,9 +145,13 @@ def evidence_step(
             f"by more than {MIN_DELTA}."
         )
         return Step("evidence", text, measured=measured)
-    parts = [
-        f"without “{attributes.titles[history[p]]}” it falls by {deltas[p]:.2f}" for p in cited
-    ]
+    titles = [f"“{attributes.titles[history[p]]}”" for p in cited]
+    parts = [f"without {t} it falls by {d:.2f}" for t, d in zip(titles, deltas, strict=True)]
+    if joint:
+        parts[1:] = [
+            f"without {t} as well by another {d:.2f}"
+            for t, d in zip(titles[1:], deltas[1:], strict=True)
+        ]
     text = (
         f"With all {len(history)} shown history items the log-probability of this item is "
         f"{_nats(log_prob)}; {'; '.join(parts)}."
@@ -327,6 +334,7 @@ def assemble(
     cited: IntArray,
     found: Mapping[tuple[int, int], Counterfactual] | None = None,
     k: int = 10,
+    joint: FloatArray | None = None,
 ) -> list[Chain]:
     """One chain per recommended item, unchecked.
 
@@ -335,9 +343,10 @@ def assemble(
         lists: recommendations, sorted by row then rank; its rows in the order of `histories`.
         histories: shown histories, one per list.
         evidence: of these lists.
-        cited: positions, from `Evidence.cited`.
+        cited: positions, from `Evidence.cited` or `JointEvidence.positions`.
         found: counterfactuals, by number of the list and place.
         k: length of the list that they are about.
+        joint: `JointEvidence.added` of the cited positions; None: they were chosen one by one.
     """
     columns = (ROW_ID, RANK, ITEM_ID, ITEM_INDEX, SCORE, LEVEL_LOG_PROBS, CERTIFIED)
     row = lists[ROW_ID].rle_id().to_list()
@@ -350,7 +359,14 @@ def assemble(
         deltas = evidence.deltas[r, j, : len(history)]
         changed = (found or {}).get((r, j))
         steps = [
-            evidence_step(attributes, history, positions, deltas, evidence.log_probs[r, j]),
+            evidence_step(
+                attributes,
+                history,
+                positions,
+                deltas[positions] if joint is None else joint[r, j, : len(positions)],
+                evidence.log_probs[r, j],
+                joint is not None,
+            ),
             preference_step(attributes, history, deltas),
             shared_attributes_step(attributes, item, history, positions),
             decision_step(rank, score, level_log_probs, certified),

@@ -156,6 +156,84 @@ def prompts_to_score(histories: Sequence[IntArray]) -> int:
 
 
 @dataclass(frozen=True)
+class JointEvidence:
+    """Sets of history items that matter together, (R, K, n) each.
+
+    Attributes:
+        positions: in the order in which they were found; −1 pads.
+        falls: fall of log p(item) when this and all before it are left out, nats; NaN at padding.
+    """
+
+    positions: IntArray
+    falls: FloatArray
+
+    @property
+    def added(self) -> FloatArray:
+        """What each position's loss added to the fall, (R, K, n); above `MIN_DELTA`."""
+        return np.diff(self.falls, axis=-1, prepend=0)
+
+
+def joint_evidence(
+    recommender: Recommender,
+    histories: Sequence[IntArray],
+    items: IntArray,
+    evidence: Evidence,
+    n: int,
+    progress: Callable[[int], object] | None = None,
+) -> JointEvidence:
+    """Up to `n` positions per item, each the one whose loss costs most, given what is gone already.
+
+    Of history items that say nearly the same, the second costs little alone and much once the first
+    is gone. Greedy: the first has the largest Δ, the next is the best one beside it; it ends where
+    no further one lowers the log-probability by more than `MIN_DELTA`. Two that stand in for each
+    other wholly stay unseen: to lose one of them changes nothing. Items of a list that have lost
+    the same positions share their prompts.
+
+    Args:
+        recommender: the run.
+        histories: shown histories.
+        items: recommended catalogue rows, (R, K); −1 pads.
+        evidence: of these lists.
+        n: positions at most.
+        progress: called with the number of prompts of each finished block.
+    """
+    first = evidence.cited(1)[..., 0]
+    positions = np.full((*items.shape, n), -1, dtype=np.int64)
+    falls = np.full((*items.shape, n), np.nan)
+    positions[..., 0] = first
+    found = first >= 0
+    row, place = np.nonzero(found)
+    falls[row, place, 0] = evidence.deltas[row, place, first[found]]
+    for step in range(1, n):
+        active = np.argwhere(positions[..., step - 1] >= 0)
+        without: dict[tuple[int, tuple[int, ...]], int] = {}  # list, what is gone -> its prompt
+        kept: list[IntArray] = []
+        tried: list[list[tuple[int, int]]] = []  # (position, prompt) of each active item
+        for r, k in active:
+            gone = positions[r, k, :step].tolist()
+            own = []
+            for position in range(len(histories[r]) - 1, -1, -1):  # of equal ones the newer
+                if position not in gone:
+                    key = (int(r), tuple(sorted([*gone, position])))
+                    if key not in without:
+                        without[key] = len(kept)
+                        kept.append(np.delete(histories[r], key[1]))
+                    own.append((position, without[key]))
+            tried.append(own)
+        if not kept:
+            break
+        rows = np.array([key[0] for key in without], dtype=np.int64)
+        scores = item_log_probs(recommender, kept, items[rows], progress)  # (prompts, K)
+        for (r, k), own in zip(active, tried, strict=True):
+            if own:
+                fall = evidence.log_probs[r, k] - np.array([scores[at, k] for _, at in own])
+                best = int(fall.argmax())
+                if fall[best] - falls[r, k, step - 1] > MIN_DELTA:
+                    positions[r, k, step], falls[r, k, step] = own[best][0], fall[best]
+    return JointEvidence(positions, falls)
+
+
+@dataclass(frozen=True)
 class Search:
     """How the lists that are explained were searched, so that a changed history is searched alike.
 

@@ -55,15 +55,18 @@ def test_claims_are_held_against_the_catalogue(shop, item, attribute, value, rig
 
 def test_evidence_cites_what_was_measured(shop):
     history, deltas = np.array([1, 0, 1]), np.array([0.25, -0.5, 1.5])
-    step = evidence_step(shop, history, np.array([2, 0]), deltas, -3.5)
+    cited = np.array([2, 0])
+    step = evidence_step(shop, history, cited, deltas[cited], -3.5)
     assert step.cited_item_ids == (11,)  # bought twice, cited once
     assert step.measured["positions"] == [2, 0] and step.measured["deltas"] == [1.5, 0.25]
     assert "without “Mat ‹a_1›” it falls by 1.50" in step.text and "−3.50" in step.text
+    joint = evidence_step(shop, history, np.array([2, 1]), np.array([1.5, 0.2]), -3.5, joint=True)
+    assert "it falls by 1.50; without “Tent” as well by another 0.20" in joint.text
 
 
 def test_no_support_is_said_plainly(shop):
     none = np.array([], dtype=np.int64)
-    step = evidence_step(shop, np.array([0, 1]), none, np.array([-1.0, 0.0]), -2.0)
+    step = evidence_step(shop, np.array([0, 1]), none, np.array([]), -2.0)
     assert step.text.startswith("No single history item supports this item")
     assert not step.cited_item_ids and step.measured["positions"] == []
     empty = evidence_step(shop, none, none, np.array([]), -2.0)

@@ -10,6 +10,7 @@ from genrec.explain.evidence import (
     MIN_DELTA,
     Evidence,
     item_log_probs,
+    joint_evidence,
     leave_one_out,
     prompts_to_score,
     shown,
@@ -119,3 +120,72 @@ def test_surviving_prefixes_are_those_of_the_search(recommender, split_rows):
         assert level.n_prefixes == len(np.unique(codes[:, :depth], axis=0))
         assert level.n_prefixes - level.n_excluded == len(best)
         alive = set(kept)
+
+
+def test_joint_sets_are_greedy_by_brute_force(recommender, histories, items, evidence):
+    made = joint_evidence(recommender, histories, items, evidence, 3)
+    assert made.positions.shape == made.falls.shape == (*items.shape, 3)
+    np.testing.assert_array_equal(made.positions[..., 0], evidence.cited(1)[..., 0])
+    lengths = []
+    for row in range(0, len(histories), 3):
+        history = histories[row].tolist()
+        for place in (0, items.shape[1] - 1):
+            item, gone, before = int(items[row, place]), [], 0.0
+            full = plain_log_prob(recommender, history, item)
+            for step in range(3):
+                falls = {
+                    p: full - plain_log_prob(
+                        recommender, [h for i, h in enumerate(history) if i not in (*gone, p)], item
+                    )
+                    for p in range(len(history)) if p not in gone
+                }  # fmt: skip
+                best = max(falls.values(), default=-1.0)
+                found = int(made.positions[row, place, step])
+                if found < 0:  # nothing adds more than the least that counts
+                    assert best - before < MIN_DELTA + 2e-4
+                    assert np.isnan(made.falls[row, place, step:]).all()
+                    break
+                assert falls[found] == pytest.approx(best, abs=2e-4)
+                assert made.falls[row, place, step] == pytest.approx(best, abs=2e-4)
+                assert made.added[row, place, step] == pytest.approx(best - before, abs=4e-4)
+                gone.append(found)
+                before = best
+            lengths.append(len(gone))
+    assert max(lengths) == 3 and min(lengths) < 3
+
+
+def test_whole_substitutes_are_not_seen_and_partial_ones_are():
+    """What the docstring says of the greedy way."""
+
+    class Alike:
+        def prompts(self, histories):
+            return histories
+
+    import genrec.explain.evidence as module
+
+    def scores(_, histories, items, *more):
+        """An item is likely as long as 1 or 2 is there; 3 helps a little; 4 nearly says what 5 does."""
+        value = [
+            (1 in h or 2 in h) * 5.0 + (3 in h) * 0.1 + (4 in h or 5 in h) * 3.0 + (5 in h) * 0.5
+            for h in map(list, histories)
+        ]
+        return np.repeat(np.array(value)[:, None], items.shape[1], axis=1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "item_log_probs", scores)
+        history, items = [np.array([1, 2, 3])], np.array([[9]])
+        evidence = leave_one_out(Alike(), history, items)
+        assert evidence.cited(2).tolist() == [[[2, -1]]]  # by themselves only the helper counts
+        made = joint_evidence(Alike(), history, items, evidence, 3)
+        assert made.positions.tolist() == [[[2, -1, -1]]]
+        history = [np.array([1, 3])]
+        evidence = leave_one_out(Alike(), history, items)
+        made = joint_evidence(Alike(), history, items, evidence, 3)
+        assert made.positions.tolist() == [[[0, 1, -1]]]
+        assert made.falls[0, 0, :2] == pytest.approx([5.0, 5.1])
+        history = [np.array([4, 5, 3])]
+        evidence = leave_one_out(Alike(), history, items)
+        assert evidence.deltas[0, 0].tolist() == pytest.approx([0.0, 0.5, 0.1])
+        made = joint_evidence(Alike(), history, items, evidence, 3)
+        assert made.positions.tolist() == [[[1, 0, 2]]]
+        assert made.added[0, 0] == pytest.approx([0.5, 3.0, 0.1])

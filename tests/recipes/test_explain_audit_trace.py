@@ -94,8 +94,10 @@ def test_explain_writes_chains_and_evidence(finished):
         deltas = evidence.filter(row_id=chain.row_id, item_id=chain.item_id).sort("position")[
             "delta"
         ]
-        assert [deltas[p] for p in step.measured["positions"]] == step.measured["deltas"]
-        assert all(np.diff(step.measured["deltas"]) <= 0)
+        positions, added = step.measured["positions"], step.measured["deltas"]
+        assert step.measured["joint"] and min(added, default=1) > 0.001
+        if positions:  # the first is the costliest by itself, the next ones beside it
+            assert deltas[positions[0]] == added[0] == max(deltas)
     assert manifest.metrics["verdicts"]["score_difference"] == {"share": 1.0, "checked": 30}
     rules = [t["rule"] for t in manifest.metrics["thresholds"]]
     assert rules == manifest.config["thresholds"] and "target_leak <= 0" in rules
@@ -129,6 +131,19 @@ def test_named_users_are_explained_too(listed, tmp_path):
     )
     chains = read_chains(run / "explanations" / "chains.jsonl")
     assert last["row_id"] in {c.row_id for c in chains} and {c.rank for c in chains} == {1, 2}
+
+
+def test_citations_by_single_effects(listed, tmp_path):
+    run = shutil.copytree(listed, tmp_path / "run")
+    call("explain", "--run_dir", str(run), *EXPLAIN, "--selection", "single")
+    evidence = pl.read_parquet(run / "explanations" / "evidence.parquet")
+    for chain in read_chains(run / "explanations" / "chains.jsonl"):
+        step = chain.step("evidence")
+        own = evidence.filter(row_id=chain.row_id, item_id=chain.item_id).sort("position")["delta"]
+        assert [own[p] for p in step.measured["positions"]] == step.measured["deltas"]
+        assert all(np.diff(step.measured["deltas"]) <= 0) and not step.measured["joint"]
+        agreement = chain.check("evidence_agreement").value
+        assert agreement == 1 if step.measured["positions"] else agreement is None
 
 
 def test_bad_explain_input(capsys, listed, tmp_path):
