@@ -164,7 +164,7 @@ def test_whole_substitutes_are_not_seen_and_partial_ones_are():
     import genrec.explain.evidence as module
 
     def scores(_, histories, items, *more):
-        """An item is likely as long as 1 or 2 is there; 3 helps a little; 4 nearly says what 5 does."""
+        """1 and 2 say the same, 3 a little of its own, 4 nearly what 5 says."""
         value = [
             (1 in h or 2 in h) * 5.0 + (3 in h) * 0.1 + (4 in h or 5 in h) * 3.0 + (5 in h) * 0.5
             for h in map(list, histories)
