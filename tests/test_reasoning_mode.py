@@ -24,8 +24,8 @@ from genrec.prompts import PromptRenderer, default_folder
 from genrec.reasoning import (
     REASONING,
     Merged,
-    _marker_ids,
     decision_marker,
+    marker_ids,
     merge,
     sample_chains,
     search_with_chains,
@@ -165,7 +165,7 @@ def test_prompt_and_chain_are_a_token_prefix_of_the_training_row(shop, world, ki
         read = reader.read(chain.text, history)
         assert all(check.passed for check in read.checks)
         # Where the limit comes just before the marker it is appended, and the search sees the same.
-        n_marker = len(_marker_ids(tokenizer, marker))
+        n_marker = len(marker_ids(tokenizer, marker))
         sampling = TextSampling(max_tokens=len(chain.token_ids) - n_marker)
         ((cut,),) = sample_chains(engine, tokenizer, [prompt], 1, marker, sampling)
         assert cut.token_ids == chain.token_ids and cut.text.strip() == chain.text.strip()
@@ -284,7 +284,7 @@ def test_what_a_list_holds(world, shop):
     assert len(set(made.item_ids)) == 5 and not set(made.item_ids) & set(history)
     assert [ids[i] for i in made.merged.items] == list(made.item_ids)
     assert made.rationale_origin == "before" and made.trained_on_target is False
-    marker = _marker_ids(tokenizer, decision_marker(recommender.renderer))
+    marker = marker_ids(tokenizer, decision_marker(recommender.renderer))
     assert tokenizer.decode(marker) == " Recommended item: "
     for chain in made.chains:
         assert chain.finish_reason == "length"  # a random model never finds the words
@@ -425,10 +425,10 @@ def test_a_view_holds_for_every_chain(world):
 
 def test_a_marker_that_is_joined_with_the_text_before_it(world):
     _, tokenizer, _ = world
-    assert _marker_ids(tokenizer, " Item: ") == tokenizer(" Item: ")["input_ids"]
+    assert marker_ids(tokenizer, " Item: ") == tokenizer(" Item: ")["input_ids"]
     joining = lambda texts, **_: {"input_ids": [[1], [2, 3]]}  # noqa: E731
     with pytest.raises(ValueError, match="joins '…: ' with a full stop before it"):
-        _marker_ids(joining, "…: ")
+        marker_ids(joining, "…: ")
 
 
 def test_completions_whose_end_can_not_be_told(tmp_path):

@@ -7,15 +7,18 @@ rates of `recipes/benchmarks/dataset.py` an epoch of millions of rows is rendere
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
 from genrec.columns import (
     COMPLETION,
     DESCRIPTION,
+    HISTORY_ITEMS,
     HISTORY_RATINGS,
     ITEM_ID,
     PROMPT,
@@ -127,6 +130,34 @@ def render_rows(
         return rows.with_columns(templates, prompts, completions)
     made = pl.concat(parts).sort("_at").drop("_at")
     return rows.hstack(made)
+
+
+def family_prompts(
+    renderer: PromptRenderer,
+    family: str,
+    sids: npt.NDArray[np.object_],
+    histories: Sequence[Sequence[int]],
+    texts: Sequence[str] | None = None,
+) -> list[str]:
+    """Prompts as they are served, of a family that shows a history of SIDs, a text, or both.
+
+    Args:
+        renderer: the templates that the model was trained with.
+        family: its first seen template is rendered, which every setting of `n_templates` keeps.
+        sids: SID strings in catalogue order, (n_items,).
+        histories: catalogue rows, oldest first, as they are to be shown.
+        texts: untrusted text of each prompt, where the family shows one.
+    """
+    (template, *_) = renderer.names(family)
+    columns = {column: variable for variable, (column, _) in FAMILIES[family].prompt.items()}
+    told = columns.keys() - {HISTORY_ITEMS}
+    prompts = []
+    for i, history in enumerate(histories):
+        shown_sids = "".join(sids[list(history)].tolist())
+        own = {columns[HISTORY_ITEMS]: shown_sids} if HISTORY_ITEMS in columns else {}
+        untrusted = {columns[c]: texts[i] for c in told} if texts is not None else {}
+        prompts.append(renderer.render(template, own, untrusted))
+    return prompts
 
 
 def _filled(
