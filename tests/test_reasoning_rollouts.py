@@ -421,12 +421,12 @@ def test_a_reward_that_only_chains_can_earn_rises(world: World):
 
     goal = Objective(chains=6, max_chain_tokens=8)
     trainer = world.trainer(
-        goal, 12, [ended], per_device_train_batch_size=96, max_steps=12, learning_rate=3e-3
+        goal, 12, [ended], per_device_train_batch_size=96, max_steps=10, learning_rate=1e-2
     )
     trainer.train()
     log = [e for e in trainer.state.log_history if "chains/ended" in e]
     share = [e["chains/ended"] for e in log]
-    assert share[0] < 0.5 and min(share[-3:]) > share[0] + 0.3, share
+    assert share[0] < 0.4 and np.mean(share[-3:]) > share[0] + 0.3, share
     assert all(e["invalid"] == 0 for e in log)
     assert log[0]["chains/ended"] == pytest.approx(log[0]["rewards/ended/mean"], abs=1e-5)
     assert json.dumps(log)  # finite
