@@ -19,6 +19,7 @@ from genrec.bundle.parts import MODEL_STAGES as MODEL_STAGES
 from genrec.chain_reader import ChainReader
 from genrec.columns import (
     CERTIFIED,
+    HISTORY_ITEMS,
     ITEM_ID,
     ITEM_INDEX,
     LEVEL_LOG_PROBS,
@@ -47,7 +48,6 @@ from genrec.reasoning import (
 )
 from genrec.semantic_ids import SemanticIds
 from genrec.tasks.families import FAMILIES, SEQUENTIAL
-from genrec.tasks.rendering import family_prompts
 from genrec.tasks.sequential import history_prompt
 
 ENGINES = ("torch", "vllm", "vllm-inworker")
@@ -441,8 +441,16 @@ class Recommender:
             histories: catalogue rows, oldest first; the newest `max_history` are shown.
             texts: untrusted text of each prompt, where the family shows one.
         """
-        shown = [list(history)[-self.max_history :] for history in histories]
-        return family_prompts(self.renderer, family, self.sids, shown, texts)
+        (template, *_) = self.renderer.names(family)
+        columns = {column: variable for variable, (column, _) in FAMILIES[family].prompt.items()}
+        told = columns.keys() - {HISTORY_ITEMS}
+        prompts = []
+        for i, history in enumerate(histories):
+            sids = "".join(self.sids[list(history)[-self.max_history :]].tolist())
+            own = {columns[HISTORY_ITEMS]: sids} if HISTORY_ITEMS in columns else {}
+            untrusted = {columns[c]: texts[i] for c in told} if texts is not None else {}
+            prompts.append(self.renderer.render(template, own, untrusted))
+        return prompts
 
     @cached_property
     def _chain_reader(self) -> ChainReader:

@@ -1,10 +1,11 @@
 """TRL's GRPOTrainer with rollouts over the trie and log-probabilities over the trie.
 
-The only module that touches TRL's experimental hooks. Overridden are generation (a group is the
-beam, or what `genrec.rollout_groups` draws: valid items, best first), the policy's
-log-probabilities, renormalised over what the trie allows, and what comes after TRL's advantages
-(`Objective`). With full-vocabulary log-probabilities, negative advantages push mass onto tokens
-that can never be produced, which the search doesn't see and the loss rewards.
+With `genrec.reasoning_rollouts`, which puts chains before the items, the only module that touches
+TRL's experimental hooks. Overridden are generation (a group is the beam, or what
+`genrec.rollout_groups` draws: valid items, best first), the policy's log-probabilities,
+renormalised over what the trie allows, and what comes after TRL's advantages (`Objective`). With
+full-vocabulary log-probabilities, negative advantages push mass onto tokens that can never be
+produced, which the search doesn't see and the loss rewards.
 
 Logged beside TRL's own: ``hits_per_group``, ``groups_without_hit``, ``zero_advantage`` (share of
 groups), ``invalid`` (share of completions that are no item: 0), ``resampled`` (share of groups),
@@ -179,6 +180,7 @@ class Objective:
             "scale_rewards": ("group", "none", True, False),
             "multi_objective_aggregation": ("sum_then_normalize",),
             "importance_sampling_level": ("token",),
+            "loss_type": ("dr_grpo", "grpo", "bnpo", "dapo", "cispo", "sapo"),
             "top_p": (1.0,),
             "top_k": (0,),
             "min_p": (None, 0.0),

@@ -84,7 +84,7 @@ from genrec.rollout_groups import ROLLOUTS, Rollouts
 from genrec.rollouts import CREDITS, BeamGRPOTrainer, Credit, Objective
 from genrec.semantic_ids import SemanticIds
 from genrec.tasks.families import FAMILIES, SEQUENTIAL
-from genrec.tasks.rendering import family_prompts
+from genrec.tasks.rendering import ItemTexts, served_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -180,14 +180,14 @@ class Reasoning:
         marker: words between a chain and its item.
         reader: of chains.
         renderer: the run's templates.
-        sids: SID strings in catalogue order.
+        texts: of the items.
         max_history: items that a prompt shows.
     """
 
     marker: str
     reader: ChainReader
     renderer: PromptRenderer
-    sids: np.ndarray
+    texts: ItemTexts
     max_history: int
 
     @classmethod
@@ -207,16 +207,16 @@ class Reasoning:
         data = stage_folder(run_dir, "prepare")
         catalog = pl.read_parquet(data / "catalog.parquet")
         reader = ChainReader.of_run(semantic_ids, catalog, renderer.folder)
-        sids = np.array(semantic_ids.sids().to_list(), dtype=object)
+        texts = ItemTexts.of(catalog, semantic_ids)
         shown = read_json(data / "manifest.json")["config"]["max_history"]
-        return cls(decision_marker(renderer), reader, renderer, sids, shown)
+        return cls(decision_marker(renderer), reader, renderer, texts, shown)
 
     def rows(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Rows with histories of catalogue rows: those that can be reasoned from, with prompts."""
         rows = rows.filter(pl.col(HISTORY).list.len() >= FAMILIES[REASONING].least_history)
-        rows = rows.with_columns(pl.col(HISTORY).list.tail(self.max_history))
-        prompts = family_prompts(self.renderer, REASONING, self.sids, rows[HISTORY].to_list())
-        return rows.with_columns(pl.Series(PROMPT, prompts, dtype=pl.String))
+        shown = pl.col(HISTORY).list.tail(self.max_history)
+        rows = rows.with_columns(shown, shown.alias(HISTORY_ITEMS))
+        return rows.with_columns(served_prompts(rows, REASONING, self.texts, self.renderer))
 
     def rl_rows(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Rows of ``rl.parquet``, whose histories are item ids, as `rows` makes them."""

@@ -15,7 +15,7 @@ from trl import GRPOConfig
 
 from genrec.advantages import level_advantages, tree_advantages
 from genrec.chain_reader import ChainReader
-from genrec.chain_rewards import citations_reward, claims_reward, format_reward
+from genrec.chain_rewards import format_reward
 from genrec.decoding.free_text import TextSampling, never_drawn
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
@@ -28,7 +28,7 @@ from genrec.rewards import prefix_reward, rule_reward
 from genrec.rollouts import Objective
 from genrec.tasks.attributes import AttributeIndex, item_attributes
 from genrec.tasks.reasoning import STEPS, reasoning_slots, step_texts
-from genrec.tasks.rendering import family_prompts
+from genrec.tasks.rendering import ItemTexts, served_prompts
 from genrec.tasks.texts import written_renderer
 
 N_ITEMS, N_LEVELS = 20, 3
@@ -44,9 +44,11 @@ WORDING = {
 
 
 class World:
-    """A shop, histories, and a model that was taught chains about them for `steps` steps."""
+    """A shop, histories, and a model that was taught chains of `said` for `steps` steps."""
 
-    def __init__(self, tiny, folder: Path, steps: int = 0, marker: str | None = None):
+    def __init__(
+        self, tiny, folder: Path, steps: int = 0, marker: str | None = None, said=STEPS
+    ) -> None:
         self.folder, self.shop = folder, tiny.shop(n_items=N_ITEMS)
         self.semantic_ids = self.shop.semantic_ids
         for name, template in WORDING.items():
@@ -66,8 +68,10 @@ class World:
         sids = np.array(self.semantic_ids.sids().to_list(), dtype=object)
         renderer = PromptRenderer()
         self.marker = marker or decision_marker(renderer)
-        self.prompts = family_prompts(renderer, REASONING, sids, self.histories)
-        self.chain_texts = self._taught(attributes, wording)
+        shown = pl.DataFrame({"history": pl.Series(self.histories, dtype=pl.List(pl.Int32))})
+        texts = ItemTexts.of(self.shop.catalog, self.semantic_ids)
+        self.prompts = served_prompts(shown, REASONING, texts, renderer).to_list()
+        self.chain_texts = self._taught(attributes, wording, said)
         self.tokenizer = train_tokenizer([*self.prompts, *self.chain_texts, self.marker], 400)
         self.token_ids = add_sid_tokens(self.tokenizer, self.semantic_ids)
         self.trie = SidTrie.build(self.semantic_ids.codes)
@@ -87,14 +91,14 @@ class World:
             ],
         }
 
-    def _taught(self, attributes: pl.DataFrame, wording: PromptRenderer) -> list[str]:
+    def _taught(self, attributes: pl.DataFrame, wording: PromptRenderer, said) -> list[str]:
         index = AttributeIndex.build(attributes, N_ITEMS)
         histories = pl.Series(self.histories, dtype=pl.List(pl.Int32))
         ids = pl.Series([f"r{i}" for i in range(len(histories))])
         slots = reasoning_slots(histories, index)
         texts = step_texts(slots, wording, ids, sids=self.semantic_ids.sids())
         return [
-            " ".join(row[step] for step in STEPS if row[step] is not None)
+            " ".join(row[step] for step in said if row[step] is not None)
             for row in texts.iter_rows(named=True)
         ]
 
@@ -371,6 +375,7 @@ def test_items_behind_chains_may_be_sampled(world: World, choice: str):
         (dict(resample=1), {}, "resample: 1 with chains=3"),
         ({}, {"scale_rewards": "batch"}, "scale_rewards=batch with chains=3.*: group"),
         ({}, {"top_p": 0.9}, "top_p=0.9 with chains=3"),
+        ({}, {"loss_type": "luspo"}, "loss_type=luspo with chains=3"),
         ({}, {"importance_sampling_level": "sequence"}, "importance_sampling_level=sequence"),
         (dict(chains=1), {"num_generations": 24, "per_device_train_batch_size": 24},
          "num_generations=24 / chains=1 exceeds beam_width=10"),
@@ -432,41 +437,16 @@ def test_a_reward_that_only_chains_can_earn_rises(world: World):
     assert json.dumps(log)  # finite
 
 
-def form(world: World, model) -> dict[str, float]:
-    """Mean rewards of chains of all prompts, drawn with random numbers of their own."""
-    from genrec.reasoning import read_texts
-
-    ids = encode_prompts(world.tokenizer, world.prompts)
-    sampling = TextSampling(max_tokens=90, seed=77)
-    model.eval()
-    chains = sample_chains(world.engine(model), world.tokenizer, ids, 4, world.marker, sampling)
-    read = [
-        chain
-        for texts, history in zip(chains, world.histories, strict=True)
-        for chain in read_texts(texts, history, world.reader)
-    ]
-    rewards = {"format": format_reward, "citations": citations_reward, "claims": claims_reward}
-    return {name: float(np.mean(reward(chain=read))) for name, reward in rewards.items()}
-
-
-@pytest.mark.slow
 def test_the_form_of_chains_improves(tiny, tmp_path: Path):
-    """From a model that half knows the form; the reward is constant over the items of a chain."""
-    world = World(tiny, tmp_path, steps=90)
-    before = form(world, world.model)
-    goal = Objective(chains=4, max_chain_tokens=90)
+    """From a model that half knows how to begin: the first step and the marker earn .1."""
+    world = World(tiny, tmp_path, steps=40, said=("evidence",))
     trainer = world.trainer(
-        goal, 8, [format_reward], per_device_train_batch_size=64, max_steps=12, learning_rate=2e-3,
-        scale_rewards="group",
+        Objective(chains=4, max_chain_tokens=24), 8, [format_reward],
+        per_device_train_batch_size=24 * 8, max_steps=14, learning_rate=4e-3, scale_rewards="group",
     )  # fmt: skip
     trainer.train()
-    after = form(world, trainer.model)
-    assert 0.05 < before["format"] < 0.8
-    assert after["format"] > before["format"] + 0.1, (before, after)
-    log = [e for e in trainer.state.log_history if "chains/format" in e]
-    assert all(e["invalid"] == 0 for e in log)
-    assert log[0]["chains/format"] == pytest.approx(log[0]["rewards/format_reward/mean"], abs=1e-5)
-    assert json.dumps(log)  # finite
+    earned = [e["chains/format"] for e in trainer.state.log_history if "chains/format" in e]
+    assert 0.02 < earned[0] < 0.04 and np.mean(earned[-3:]) > 0.06, earned
 
 
 def test_validation_is_of_merged_lists(tiny, tmp_path: Path):

@@ -7,18 +7,15 @@ rates of `recipes/benchmarks/dataset.py` an epoch of millions of rows is rendere
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
 from genrec.columns import (
     COMPLETION,
     DESCRIPTION,
-    HISTORY_ITEMS,
     HISTORY_RATINGS,
     ITEM_ID,
     PROMPT,
@@ -132,32 +129,19 @@ def render_rows(
     return rows.hstack(made)
 
 
-def family_prompts(
-    renderer: PromptRenderer,
-    family: str,
-    sids: npt.NDArray[np.object_],
-    histories: Sequence[Sequence[int]],
-    texts: Sequence[str] | None = None,
-) -> list[str]:
-    """Prompts as they are served, of a family that shows a history of SIDs, a text, or both.
+def served_prompts(
+    rows: pl.DataFrame, family: str, texts: ItemTexts, renderer: PromptRenderer
+) -> pl.Series:
+    """Prompts of one family as they are served, (rows,).
 
     Args:
-        renderer: the templates that the model was trained with.
+        rows: what the family's prompt shows; lists hold item indices.
         family: its first seen template is rendered, which every setting of `n_templates` keeps.
-        sids: SID strings in catalogue order, (n_items,).
-        histories: catalogue rows, oldest first, as they are to be shown.
-        texts: untrusted text of each prompt, where the family shows one.
+        texts: of the items.
+        renderer: the templates that the model was trained with.
     """
-    (template, *_) = renderer.names(family)
-    columns = {column: variable for variable, (column, _) in FAMILIES[family].prompt.items()}
-    told = columns.keys() - {HISTORY_ITEMS}
-    prompts = []
-    for i, history in enumerate(histories):
-        shown_sids = "".join(sids[list(history)].tolist())
-        own = {columns[HISTORY_ITEMS]: shown_sids} if HISTORY_ITEMS in columns else {}
-        untrusted = {columns[c]: texts[i] for c in told} if texts is not None else {}
-        prompts.append(renderer.render(template, own, untrusted))
-    return prompts
+    template = renderer.names(family)[0]
+    return _filled(rows, template, FAMILIES[family].prompt, texts, renderer).alias(PROMPT)
 
 
 def _filled(
