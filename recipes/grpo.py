@@ -153,7 +153,7 @@ class GrpoArgs:
         if (of_chains := set(CHAIN_REWARDS) & set(self.rewards)) and self.chains < 2:
             raise ValueError(
                 f"rewards={self.rewards} with chains={self.chains}: {', '.join(sorted(of_chains))} "
-                "compare the chains of a prompt; set chains to 2 or more"
+                "only tell the chains of a prompt apart; set chains to 2 or more"
             )
         check_choice("novelty_on", self.novelty_on, NOVELTY_ON)
         if self.normalizer is not None:

@@ -75,7 +75,7 @@ def test_reasoning_mode_runs_through_and_is_served(copied_run, in_process, tiny_
     in_process(
         "grpo", run, *CPU, *flags, "--rewards", "rule", "rank", "format", "citations", "claims",
         "--reward_weights", "1", "1", "0.5", "0.2", "0.2", "--temperature", "0.9",
-        "--use_lora", "true", "--beta", "0.01", "--credit", "level",
+        "--use_lora", "true", "--beta", "0.01", "--credit", "level", "--logging_steps", "1",
     )  # fmt: skip
     log = json.loads((run / "grpo" / "log.json").read_text())
     entry = next(e for e in log if "chains/length" in e)
@@ -93,7 +93,10 @@ def test_reasoning_mode_runs_through_and_is_served(copied_run, in_process, tiny_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rewards", "rule", "format"], "format compare the chains of a prompt"),
+        (
+            ["--rewards", "rule", "format"],
+            "format only tell the chains of a prompt apart",
+        ),
         (["--chains", "2"], "not trained on 'reasoning_recommendation'"),
         (["--chains", "3"], "chains=3 with num_generations=4"),
         (["--chains", "2", "--resample", "1"], "resample: 1 with chains=2"),
