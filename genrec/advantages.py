@@ -8,9 +8,15 @@ split over processes, so what is said of a group is computed where it lies.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+ChainValue = Literal["mean", "best"]
+CHAIN_VALUES: tuple[ChainValue, ...] = ("mean", "best")
+
+_EPSILON = 1e-4  # TRL's, beside a standard deviation
 
 
 def pass_at_k_advantages(hits: Tensor, k: int) -> Tensor:
@@ -103,6 +109,57 @@ def level_advantages(advantages: Tensor, codes: Tensor, num_generations: int) ->
         credits.append(below - value)
         value = below
     return torch.stack(credits, -1).view(-1, n_levels)
+
+
+def tree_advantages(
+    rewards: Tensor, n_chains: int, n_items: int, value: ChainValue = "mean", scaled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Credit per level of a tree of C chains with B items behind each.
+
+    With r_cb the reward of item b behind chain c, the chain's own rewards included:
+
+        V_c = mean_b r_cb  (or max_b r_cb with value "best")
+        chain advantage  A_c  = V_c − mean_c' V_c'
+        item advantage   A_cb = r_cb − mean_b' r_cb'
+
+    so a chain is compared with the other chains of its prompt, and an item with the other items
+    behind its own chain: what the chain made likely is neither credited to the item nor blamed on
+    it. A reward that all items of a chain share, such as one of its form, is in V_c and cancels in
+    A_cb. With "mean" and without scaling A_c + A_cb = r_cb − mean r, GRPO's advantage: nothing is
+    paid twice. Scaled, A_c is divided by the standard deviation of the prompt's C values + 1e-4,
+    A_cb by that of the chain's B rewards + 1e-4.
+
+    The idea is that of recommenders that roll out several items behind each chain (OneRec-Think,
+    GREAM, REG4Rec); the formula is ours.
+
+    Dead cases: with one chain its advantage is 0, and so are all where all rewards are equal.
+
+    Failure mode: V_c is the mean over few items. "best" pays a chain for one lucky item and doesn't
+    see what else it led to. Scaled, a tiny difference between chains counts like a large one.
+
+    Args:
+        rewards: a prompt's chains one after the other, each chain's items too, (N,).
+        n_chains: C.
+        n_items: B.
+        value: what a chain is worth.
+        scaled: whether to divide by standard deviations.
+
+    Returns:
+        Of each completion its chain's advantage, and its item's, (N,) each.
+    """
+    tree = rewards.double().view(-1, n_chains, n_items)
+    values = tree.mean(2) if value == "mean" else tree.amax(2)
+    chains, items = _centred(values, scaled), _centred(tree, scaled)
+    chains = chains.unsqueeze(2).expand_as(tree)
+    return chains.flatten().to(rewards.dtype), items.flatten().to(rewards.dtype)
+
+
+def _centred(values: Tensor, scaled: bool) -> Tensor:
+    """Values less their mean over the last dimension, which may be scaled."""
+    centred = values - values.mean(-1, keepdim=True)
+    if not scaled or values.shape[-1] == 1:
+        return centred
+    return centred / (values.std(-1, keepdim=True) + _EPSILON)
 
 
 def without_difference(rewards: Tensor, num_generations: int) -> Tensor:

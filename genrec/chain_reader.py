@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from genrec.chains import Check, ItemId, Step
 from genrec.columns import ITEM_INDEX
 from genrec.prompts import PromptRenderer
 from genrec.semantic_ids import SemanticIds
-from genrec.tasks.attributes import CATEGORY, KIND, KINDS, MAX_ITEMS, VALUE
+from genrec.tasks.attributes import CATEGORY, KIND, KINDS, MAX_ITEMS, VALUE, item_attributes
 from genrec.tasks.reasoning import CLAIM_NAMES, STEPS
 from genrec.tasks.texts import written_renderer
 
@@ -117,6 +118,20 @@ class ChainReader:
             kind: [_sentence(wording, name) for name in wording.names(f"attribute_{kind}")]
             for kind in KINDS
         }
+
+    @classmethod
+    def of_run(cls, semantic_ids: SemanticIds, catalog: pl.DataFrame, prompts: Path) -> ChainReader:
+        """The reader of a run's chains.
+
+        Args:
+            semantic_ids: the SID map.
+            catalog: ``catalog.parquet``.
+            prompts: the run's copy of the templates. Its wording is read back, where it has one:
+                genrec's own may be another by now.
+        """
+        own = prompts / "written"
+        wording = written_renderer(str(own)) if own.is_dir() else None
+        return cls(semantic_ids, item_attributes(catalog), wording)
 
     def read(self, text: str, history: Sequence[int]) -> ReadChain:
         """Read one chain.

@@ -257,6 +257,9 @@ def marker_ids(tokenizer: PreTrainedTokenizerBase, marker: str) -> list[int]:
     """Tokens of the marker behind a full stop, as in a training row.
 
     Alone it may be encoded otherwise: some tokenizers put a space before every text.
+
+    Raises:
+        ValueError: the tokenizer joins the marker with what is before it.
     """
     stop, both = tokenizer([".", "." + marker], add_special_tokens=False)["input_ids"]
     if both[: len(stop)] != stop:
@@ -412,11 +415,24 @@ def read_lists(
     """
     lists = []
     for texts, found, history in zip(chains, merged, histories, strict=True):
-        read = [reader.read(text.text, history) for text in texts]
-        sampled = tuple(
-            SampledChain(text.text, text.token_ids, text.finish_reason, r.steps, r.unread, r.checks)
-            for text, r in zip(texts, read, strict=True)
-        )
+        sampled = read_texts(texts, history, reader)
         ids = tuple(reader.item_ids[int(item)] for item in found.items)
         lists.append(ReasonedList(ids, found, sampled, exact, trained_on_target))
     return lists
+
+
+def read_texts(
+    texts: Sequence[SampledText], history: Sequence[int], reader: ChainReader
+) -> tuple[SampledChain, ...]:
+    """The chains of one prompt, read and checked.
+
+    Args:
+        texts: of `sample_chains`.
+        history: catalogue rows that the prompt showed.
+        reader: of the run.
+    """
+    read = [reader.read(text.text, history) for text in texts]
+    return tuple(
+        SampledChain(text.text, text.token_ids, text.finish_reason, r.steps, r.unread, r.checks)
+        for text, r in zip(texts, read, strict=True)
+    )

@@ -47,10 +47,8 @@ from genrec.reasoning import (
     search_with_chains,
 )
 from genrec.semantic_ids import SemanticIds
-from genrec.tasks.attributes import item_attributes
 from genrec.tasks.families import FAMILIES, SEQUENTIAL
 from genrec.tasks.sequential import history_prompt
-from genrec.tasks.texts import written_renderer
 
 ENGINES = ("torch", "vllm", "vllm-inworker")
 QUERY_SEARCH, JOINT_SEARCH = "query_search", "intention_search"
@@ -102,8 +100,9 @@ class Recommender:
         filter_seen: the rule under which it was validated.
         k: length of lists that are asked for without one.
         beam_width: search width of lists of at most `k` items; None: by their length.
-        families: task families that the model was trained on by sft. (grpo goes on with the
-            sequential family alone and may wear the others down.)
+        families: task families that the model was trained on by sft. (grpo goes on with one
+            alone, the sequential family or, with chains, the reasoning one, and may wear the others
+            down.)
         trained_on_target: whether the reasoning chains that it learned from saw the answer, as the
             run recorded it; None where it did not.
     """
@@ -497,10 +496,7 @@ class Recommender:
 
     @cached_property
     def _chain_reader(self) -> ChainReader:
-        # The run's own copy of the wording, where it has one: genrec's may be another by now.
-        own = self.renderer.folder / "written"
-        wording = written_renderer(str(own)) if own.is_dir() else None
-        return ChainReader(self.semantic_ids, item_attributes(self.catalog), wording)
+        return ChainReader.of_run(self.semantic_ids, self.catalog, self.renderer.folder)
 
     def require_family(self, family: str) -> None:
         """Raise ValueError if the model was not trained on a task family."""

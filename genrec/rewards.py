@@ -2,8 +2,10 @@
 
 The target travels with the row (`target_sid_ids`, `target_item_index`, `future_item_index`), so two
 rows that share a prompt keep their own targets. Rollouts come as contiguous groups of
-`num_generations` completions of one row, best first. What completions mean is looked up for a whole
-batch at once in the trie (`CompletedItems`); nothing assumes a number of levels or equal codebooks.
+`num_generations` completions of one row, best first; in reasoning mode the items behind one chain
+are such a group, and the chain is cut off before completions come here. What completions mean is
+looked up for a whole batch at once in the trie (`CompletedItems`); nothing assumes a number of
+levels or equal codebooks.
 
 A function's name is what TRL logs it as: ``rewards/<name>/mean``.
 """

@@ -1,10 +1,11 @@
 """TRL's GRPOTrainer with rollouts over the trie and log-probabilities over the trie.
 
-The only module that touches TRL's experimental hooks. Overridden are generation (a group is the
-beam, or what `genrec.rollout_groups` draws: valid items, best first), the policy's
-log-probabilities, renormalised over what the trie allows, and what comes after TRL's advantages
-(`Objective`). With full-vocabulary log-probabilities, negative advantages push mass onto tokens
-that can never be produced, which the search doesn't see and the loss rewards.
+With `genrec.reasoning_rollouts`, which puts chains before the items, the only module that touches
+TRL's experimental hooks. Overridden are generation (a group is the beam, or what
+`genrec.rollout_groups` draws: valid items, best first), the policy's log-probabilities,
+renormalised over what the trie allows, and what comes after TRL's advantages (`Objective`). With
+full-vocabulary log-probabilities, negative advantages push mass onto tokens that can never be
+produced, which the search doesn't see and the loss rewards.
 
 Logged beside TRL's own: ``hits_per_group``, ``groups_without_hit``, ``zero_advantage`` (share of
 groups), ``invalid`` (share of completions that are no item: 0), ``resampled`` (share of groups),
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +31,12 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import split_tensor_dict
 
-from genrec.advantages import level_advantages, with_pass_at_k_bonus, without_difference
+from genrec.advantages import (
+    ChainValue,
+    level_advantages,
+    with_pass_at_k_bonus,
+    without_difference,
+)
 from genrec.columns import SEEN
 from genrec.decoding.beam import Normalizer, child_log_probs, normalize
 from genrec.decoding.torch_engine import TorchEngine
@@ -54,7 +61,7 @@ TARGET_SID_IDS = "target_sid_ids"
 Credit = Literal["item", "level"]
 CREDITS: tuple[Credit, ...] = ("item", "level")
 
-_LOOKED_AT = 16  # completions of a batch whose valid mass is measured
+LOOKED_AT = 16  # completions of a batch whose valid mass is measured
 _AT_ONCE = 64  # rows that are searched together before training
 
 
@@ -74,6 +81,10 @@ class Objective:
             through a KL term.
         resample: how often rows whose group has no hit are exchanged for others. The model then
             learns from prompts that it can nearly answer; 0: never.
+        chains: reasoning mode: chains per prompt, with as many items behind each as make up the
+            group (see `genrec.reasoning_rollouts`); 0: items alone.
+        max_chain_tokens: of a chain.
+        chain_value: what a chain is worth (see `genrec.advantages.tree_advantages`).
     """
 
     rollouts: Rollouts = "beam"
@@ -85,6 +96,14 @@ class Objective:
     pass_at_k_weight: float = 1.0
     filter_groups: bool = False
     resample: int = 0
+    chains: int = 0
+    max_chain_tokens: int = 256
+    chain_value: ChainValue = "mean"
+
+    @property
+    def lists_per_prompt(self) -> int:
+        """Lists of items that make a group: one, or one behind each chain."""
+        return self.chains or 1
 
     def check(self, args: Any, normalizer: str) -> None:
         """Reject what can't work together.
@@ -97,6 +116,12 @@ class Objective:
             ValueError: it can't.
         """
         check_rollouts(self.rollouts, normalizer, self.oversample)
+        if self.chains:
+            self._check_chains(args)
+        elif args.temperature != 1.0:
+            raise ValueError(
+                f"temperature={args.temperature}: beam rollouts are those of temperature 1.0"
+            )
         if not 0 <= self.pass_at_k <= args.num_generations:
             raise ValueError(
                 f"pass_at_k={self.pass_at_k} must lie between 1 and num_generations="
@@ -130,6 +155,44 @@ class Objective:
                 f"loss: sdpo with beta={args.beta}: S-DPO compares with the SFT model by beta; "
                 "set it above 0, e.g. 0.1"
             )
+
+    def _check_chains(self, args: Any) -> None:
+        """Reject what can't work together in reasoning mode."""
+        n_items, rest = divmod(args.num_generations, max(self.chains, 1))
+        if self.chains < 0 or rest or n_items < 2:
+            raise ValueError(
+                f"chains={self.chains} with num_generations={args.num_generations}: a group is "
+                "chains x items, with two items or more behind each chain, which are compared; "
+                "make num_generations such a multiple of chains"
+            )
+        if self.max_chain_tokens < 1:
+            raise ValueError(f"max_chain_tokens={self.max_chain_tokens} must be at least 1")
+        unused = {"loss": (self.loss, "grpo"), "pass_at_k": (self.pass_at_k, 0),
+            "resample": (self.resample, 0)}  # fmt: skip
+        for name, (value, only) in unused.items():
+            if value != only:
+                raise ValueError(
+                    f"{name}: {value} with chains={self.chains}: it works on one list of items; "
+                    f"set {name}: {only}"
+                )
+        # What TRL would do to a group as a whole, or to sampled text that we sample ourselves.
+        needed = {
+            "scale_rewards": ("group", "none", True, False),
+            "multi_objective_aggregation": ("sum_then_normalize",),
+            "importance_sampling_level": ("token",),
+            "loss_type": ("dr_grpo", "grpo", "bnpo", "dapo", "cispo", "sapo"),
+            "top_p": (1.0,),
+            "top_k": (0,),
+            "min_p": (None, 0.0),
+            "repetition_penalty": (1.0,),
+        }
+        for name, allowed in needed.items():
+            if (value := getattr(args, name)) not in allowed:
+                raise ValueError(
+                    f"{name}={value} with chains={self.chains}: chains are drawn from the whole "
+                    "distribution at `temperature`, and advantages are those of each level; set "
+                    f"{name}: {allowed[0]}"
+                )
 
 
 class BeamGRPOTrainer(GRPOTrainer):
@@ -177,20 +240,17 @@ class BeamGRPOTrainer(GRPOTrainer):
                 f"groups of num_generations={args.num_generations} over processes; make it a "
                 "multiple"
             )
-        if args.temperature != 1.0:
-            raise ValueError(
-                f"temperature={args.temperature}: beam rollouts are those of temperature 1.0"
-            )
         self.objective = objective or Objective()
         self.objective.check(args, normalizer)
         if self.objective.rollouts == "beam":
             room = min(beam_width, trie.n_items)
         else:
             room = trie.n_items
-        if not args.num_generations <= room:
+        if not args.num_generations // self.objective.lists_per_prompt <= room:
+            each = f" / chains={self.objective.chains}" if self.objective.chains else ""
             raise ValueError(
-                f"num_generations={args.num_generations} exceeds beam_width={beam_width} or the "
-                f"{trie.n_items} items of the catalogue"
+                f"num_generations={args.num_generations}{each} exceeds beam_width={beam_width} or "
+                f"the {trie.n_items} items of the catalogue"
             )
         super().__init__(**kwargs)
         tokenizer = self.processing_class
@@ -250,11 +310,9 @@ class BeamGRPOTrainer(GRPOTrainer):
             if (targets < 0).any():
                 raise ValueError(f"S-DPO needs a target in every row: {TARGET_SID_IDS} of an item")
             items[~hits.any(1), -1] = targets[~hits.any(1)]
-        eos = self._tokenizer.eos_token_id
-        self._made = [[*sid, eos] for sid in self._item_tokens[items.ravel()].tolist()]
-        output = super()._generate_and_score_completions([r for r in rows for _ in range(group)])
+        output = super()._generate_and_score_completions(self._written(rows, items))
         output = self._learned_from(output, items == targets[:, None], group)
-        made = self._completed(output["completion_ids"].tolist())
+        made = self._completed(self._sids_of(output).tolist())
         self._note(
             {
                 "hits_per_group": hits.sum(1).mean(),
@@ -264,6 +322,16 @@ class BeamGRPOTrainer(GRPOTrainer):
             }
         )
         return output
+
+    def _written(self, rows: list[dict[str, Any]], items: np.ndarray) -> list[dict[str, Any]]:
+        """Make the completions of items (rows, group); gives each completion's row."""
+        eos = self._tokenizer.eos_token_id
+        self._made = [[*sid, eos] for sid in self._item_tokens[items.ravel()].tolist()]
+        return [row for row in rows for _ in range(items.shape[1])]
+
+    def _sids_of(self, output: dict[str, Any]) -> Tensor:
+        """SID tokens of the completions in TRL's batch, (N, L), perhaps with EOS behind."""
+        return output["completion_ids"]
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], None]:
         """The completions that are made already, one SID and EOS each."""
@@ -311,17 +379,35 @@ class BeamGRPOTrainer(GRPOTrainer):
 
     def _search(self, rows: list[dict[str, Any]], group: int, attempt: int) -> np.ndarray:
         """Items of each row's group, best first, (rows, group); each prompt is prefilled once."""
-        rollouts = self.objective.rollouts
         prompts = encode_prompts(self._text_tokenizer, [row["prompt"] for row in rows])
-        seen = [np.asarray(row[SEEN], dtype=np.int64) for row in rows] if SEEN in rows[0] else None
-        seed = batch_seed(self.args.seed, self._moment, self.accelerator.process_index, attempt)
-        n = n_drawn(rollouts, group, self.objective.oversample)
+        with self._engine() as engine:
+            return self._items_behind(engine, prompts, rows, group, self._seed_of(attempt))
+
+    def _seed_of(self, attempt: int) -> int:
+        return batch_seed(self.args.seed, self._moment, self.accelerator.process_index, attempt)
+
+    @contextmanager
+    def _engine(self) -> Iterator[TorchEngine]:
+        """The policy as it stands, for generating."""
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
-            engine = TorchEngine(
+            yield TorchEngine(
                 model, self.trie, self.sid_token_ids, self._tokenizer.pad_token_id, self.normalizer
             )
-            width, sampler = max(n, self.beam_width), sampler_of(rollouts, seed)
-            found = engine.search(prompts, n, width, seen, sampler=sampler)
+
+    def _items_behind(
+        self,
+        engine: TorchEngine,
+        prompts: list[list[int]],
+        rows: list[dict[str, Any]],
+        group: int,
+        seed: int,
+    ) -> np.ndarray:
+        """Items of the lists behind prompts that belong to rows, best first, (prompts, group)."""
+        rollouts = self.objective.rollouts
+        seen = [np.asarray(row[SEEN], dtype=np.int64) for row in rows] if SEEN in rows[0] else None
+        n = n_drawn(rollouts, group, self.objective.oversample)
+        width, sampler = max(n, self.beam_width), sampler_of(rollouts, seed)
+        found = engine.search(prompts, n, width, seen, sampler=sampler)
         places = None
         if rollouts == "dynamic":
             places = chosen(found.items, self._targets(rows), group)
@@ -368,16 +454,21 @@ class BeamGRPOTrainer(GRPOTrainer):
         if goal.credit == "level":
             tokens = output["completion_ids"][:, : self.trie.n_levels]
             advantages = F.pad(level_advantages(advantages, tokens, group), (0, 1))  # EOS: nothing
-        share = self._note({"zero_advantage": idle.float().mean().item()})["zero_advantage"]
-        if goal.filter_groups:
-            left = (~idle).repeat_interleave(group).long().unsqueeze(1)
-            output["tool_mask"] = output["completion_mask"] * left
-            if share < 1 and self.args.loss_type != "bnpo":  # which counts what is left itself
-                advantages = advantages / (1 - share)
         output["advantages"] = advantages
+        self._leave_out(output, idle, group)
         if goal.loss != "grpo":
             output["rewards"], output["is_target"] = rewards, is_hit.view(-1)
         return output
+
+    def _leave_out(self, output: dict[str, Any], idle: Tensor, group: int) -> None:
+        """Log the share of groups without advantages (groups,) and, if asked for, filter them."""
+        share = self._note({"zero_advantage": idle.float().mean().item()})["zero_advantage"]
+        if not self.objective.filter_groups:
+            return
+        left = (~idle).repeat_interleave(group).long().unsqueeze(1)
+        output["tool_mask"] = output.get("tool_mask", output["completion_mask"]) * left
+        if share < 1 and self.args.loss_type != "bnpo":  # which counts what is left itself
+            output["advantages"] = output["advantages"] / (1 - share)
 
     def _note(self, values: dict[str, float]) -> dict[str, float]:
         """Log values through TRL, averaged over processes, which they are given back as."""
@@ -447,17 +538,20 @@ class BeamGRPOTrainer(GRPOTrainer):
                 ).logits
             made = ids[:, -logits_to_keep:-1]
             if compute_entropy and start == 0:  # it is the loss that asks
-                masses = self._valid_mass(logits[:_LOOKED_AT], made[:_LOOKED_AT])
+                masses = self._valid_mass(logits[:LOOKED_AT], made[:LOOKED_AT])
             lp, entropy = self._score_completions(logits, made)
             log_probs.append(lp)
             entropies.append(entropy)
         if not compute_entropy:
             return torch.cat(log_probs), None, None
         entropy = torch.cat(entropies)
-        by_level = entropy.detach().mean(0).tolist()[:-1]
-        named = {"level_entropy": by_level, "valid_mass": masses}
-        self._note({f"{n}/{i + 1}": v for n, vs in named.items() for i, v in enumerate(vs)})
+        self._note_levels(entropy[:, :-1], masses)
         return torch.cat(log_probs), entropy, None
+
+    def _note_levels(self, entropies: Tensor, masses: list[float]) -> None:
+        """Log entropies (N, L) and the valid mass of each level."""
+        named = {"level_entropy": entropies.detach().mean(0).tolist(), "valid_mass": masses}
+        self._note({f"{n}/{i + 1}": v for n, vs in named.items() for i, v in enumerate(vs)})
 
     def _score_completions(self, logits: Tensor, sid_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies (N, L + 1) of SIDs (N, L) from logits (N, L, V)."""

@@ -14,9 +14,15 @@ it, RL trains on targets that the model has seen.
 Rollouts, log-probabilities and validation share one score normaliser, and the model that comes out
 declares it, so that serving follows. ``grpo/curves.svg`` is a picture of the training, and
 ``grpo/model/README.md`` the model card.
+
+With ``chains`` it trains reasoning mode: each prompt gets so many chains of free text, and each
+chain its items (`genrec.reasoning_rollouts`). The SFT model must have learned the family
+`reasoning_recommendation`. Prompts are that family's, validation merges lists as `genrec reason`
+does, and the plain prompts that `genrec recommend` serves are not trained.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,21 +35,40 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from genrec import adapters, modeling, sharding
+from genrec.advantages import CHAIN_VALUES, ChainValue
 from genrec.artifacts import Stage, read_json, stage_folder, write_json, write_text
 from genrec.bundle.files import CARD
+from genrec.bundle.parts import trained_families
 from genrec.bundle.training_card import training_card, training_settings
-from genrec.columns import FUTURE, PROMPT, ROW_ID, SEEN, TARGET, TRAIN_COUNT
+from genrec.chain_reader import ChainReader
+from genrec.chain_rewards import CHAIN_REWARDS
+from genrec.columns import (
+    FUTURE,
+    HISTORY,
+    HISTORY_ITEMS,
+    PROMPT,
+    ROW_ID,
+    SEEN,
+    TARGET,
+    TRAIN_COUNT,
+    USER_ID,
+)
 from genrec.config import check_choice, parse, run, training_fingerprint
 from genrec.data.splits import read_split
+from genrec.decoding.free_text import TextSampling
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 from genrec.embedding.vectors import COLLABORATIVE_VECTORS, content_vectors
 from genrec.evaluation.collapse import CollapseStop
 from genrec.evaluation.curves import CurvesPicture
 from genrec.evaluation.normalizer_choice import measure_normalizers
+from genrec.evaluation.reasoning_validation import ReasoningValidation
 from genrec.evaluation.validation import BeamValidation
 from genrec.group_losses import LOSSES, Loss
 from genrec.normalizers import NORMALIZERS, Normalizer, declared_normalizer
+from genrec.prompts import PromptRenderer
+from genrec.reasoning import REASONING, decision_marker, marker_ids
+from genrec.reasoning_rollouts import ReasoningGRPOTrainer
 from genrec.rewards import (
     NOVELTY_ON,
     CompletedItems,
@@ -58,10 +83,13 @@ from genrec.rewards import (
 from genrec.rollout_groups import ROLLOUTS, Rollouts
 from genrec.rollouts import CREDITS, BeamGRPOTrainer, Credit, Objective
 from genrec.semantic_ids import SemanticIds
+from genrec.tasks.families import FAMILIES, SEQUENTIAL
+from genrec.tasks.rendering import ItemTexts, served_prompts
 
 logger = logging.getLogger(__name__)
 
-REWARDS = ("rule", "rank", "prefix", "semantic", "collaborative", "future", "novelty")
+ITEM_REWARDS = ("rule", "rank", "prefix", "semantic", "collaborative", "future", "novelty")
+REWARDS = (*ITEM_REWARDS, *CHAIN_REWARDS)
 DEFAULT_REWARDS = ("rule", "rank")
 
 
@@ -71,7 +99,8 @@ class GrpoArgs:
 
     run_dir: str = "runs/default"
     overwrite: bool = False
-    # Weighted by TRL's reward_weights, in this order; formulas and failure modes: genrec.rewards.
+    # Weighted by TRL's reward_weights, in this order; formulas and failure modes: genrec.rewards,
+    # and genrec.chain_rewards for format, citations and claims, which need chains.
     rewards: list[str] = field(default_factory=lambda: list(DEFAULT_REWARDS))
     future_window: int = 1  # of "future"; build_dataset's rl_window must be as large
     future_discount: float = 0.7
@@ -88,6 +117,11 @@ class GrpoArgs:
     pass_at_k_weight: float = 1.0
     filter_groups: bool = False  # groups without a difference in reward count nothing
     resample: int = 0  # exchange rows whose group has no hit, so many times at most
+    # Reasoning mode: so many chains per prompt, drawn at TRL's temperature, and num_generations /
+    # chains items behind each, by `rollouts`; validation merges as many chains. 0: items alone.
+    chains: int = 0
+    max_chain_tokens: int = 256
+    chain_value: str = "mean"  # or best: what its items make a chain worth
     before_rows: int = 500  # rows whose hits are counted before training; 0: none
     # A training is stopped whose NDCG@10 stays below (1 - stop_tolerance) x its start, or whose
     # entropy below stop_entropy x its start, for stop_patience measurements (logs); 0: never.
@@ -115,6 +149,12 @@ class GrpoArgs:
         check_choice("rollouts", self.rollouts, ROLLOUTS)
         check_choice("loss", self.loss, LOSSES)
         check_choice("credit", self.credit, CREDITS)
+        check_choice("chain_value", self.chain_value, CHAIN_VALUES)
+        if (of_chains := set(CHAIN_REWARDS) & set(self.rewards)) and self.chains < 2:
+            raise ValueError(
+                f"rewards={self.rewards} with chains={self.chains}: {', '.join(sorted(of_chains))} "
+                "only tell the chains of a prompt apart; set chains to 2 or more"
+            )
         check_choice("novelty_on", self.novelty_on, NOVELTY_ON)
         if self.normalizer is not None:
             check_choice("normalizer", self.normalizer, NORMALIZERS)
@@ -127,14 +167,74 @@ class GrpoArgs:
         return Objective(
             cast(Rollouts, self.rollouts), self.oversample, cast(Loss, self.loss),
             self.listwise_temperature, cast(Credit, self.credit), self.pass_at_k,
-            self.pass_at_k_weight, self.filter_groups, self.resample,
+            self.pass_at_k_weight, self.filter_groups, self.resample, self.chains,
+            self.max_chain_tokens, cast(ChainValue, self.chain_value),
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """What reasoning mode needs of a run.
+
+    Attributes:
+        marker: words between a chain and its item.
+        reader: of chains.
+        renderer: the run's templates.
+        texts: of the items.
+        max_history: items that a prompt shows.
+    """
+
+    marker: str
+    reader: ChainReader
+    renderer: PromptRenderer
+    texts: ItemTexts
+    max_history: int
+
+    @classmethod
+    def of_run(cls, run_dir: str, semantic_ids: SemanticIds) -> "Reasoning":
+        """Read it.
+
+        Raises:
+            ValueError: the SFT model did not learn to reason, or a template can't be read back.
+        """
+        if REASONING not in (families := trained_families(run_dir)):
+            raise ValueError(
+                f"chains: the SFT model was not trained on {REASONING!r} (but on "
+                f"{', '.join(sorted(families))}); build the dataset with --tasks {SEQUENTIAL} "
+                f"{REASONING} (or all), then run sft again, or set chains: 0"
+            )
+        renderer = PromptRenderer(stage_folder(run_dir, "build_dataset") / "prompts")
+        data = stage_folder(run_dir, "prepare")
+        catalog = pl.read_parquet(data / "catalog.parquet")
+        reader = ChainReader.of_run(semantic_ids, catalog, renderer.folder)
+        texts = ItemTexts.of(catalog, semantic_ids)
+        shown = read_json(data / "manifest.json")["config"]["max_history"]
+        return cls(decision_marker(renderer), reader, renderer, texts, shown)
+
+    def rows(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """Rows with histories of catalogue rows: those that can be reasoned from, with prompts."""
+        rows = rows.filter(pl.col(HISTORY).list.len() >= FAMILIES[REASONING].least_history)
+        shown = pl.col(HISTORY).list.tail(self.max_history)
+        rows = rows.with_columns(shown, shown.alias(HISTORY_ITEMS))
+        return rows.with_columns(served_prompts(rows, REASONING, self.texts, self.renderer))
+
+    def rl_rows(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """Rows of ``rl.parquet``, whose histories are item ids, as `rows` makes them."""
+        ids = self.reader.item_ids
+        index = pl.int_range(len(ids), dtype=pl.Int32, eager=True)
+        known = pl.element().replace_strict(ids, index, return_dtype=pl.Int32)
+        return self.rows(rows.with_columns(pl.col(HISTORY_ITEMS).list.eval(known).alias(HISTORY)))
 
 
 def reward_functions(
     args: GrpoArgs, items: CompletedItems, num_generations: int
 ) -> list[RewardFunction]:
     """The rewards that are asked for, with what of the run they look at.
+
+    Args:
+        args: the settings.
+        items: reads completions.
+        num_generations: items of a list; in reasoning mode of each chain's.
 
     Raises:
         ValueError: the run has no vectors of the kind that a reward compares.
@@ -153,6 +253,8 @@ def reward_functions(
             catalog = stage_folder(args.run_dir, "prepare") / "catalog.parquet"
             counts = pl.read_parquet(catalog, columns=[TRAIN_COUNT])[TRAIN_COUNT].to_numpy()
             found.append(make_novelty_reward(items, counts, num_generations, args.novelty_on))
+        elif name in CHAIN_REWARDS:
+            found.append(CHAIN_REWARDS[name])
         else:
             found.append(make_similarity_reward(name, item_vectors(args.run_dir, name), items))
     return found
@@ -206,7 +308,7 @@ def rl_columns(
         TARGET: rows[TARGET].to_list(),
     }
     shown = [SEEN] if filter_seen else []
-    shown += [FUTURE] if FUTURE in rows.columns else []
+    shown += [name for name in (FUTURE, HISTORY) if name in rows.columns]
     return columns | {name: rows[name].to_list() for name in shown}
 
 
@@ -261,7 +363,11 @@ def main() -> None:
     normalizer, notes = chosen_normalizer(args.normalizer, declared)
     rows = pl.read_parquet(dataset / "rl.parquet")
     valid = read_split(args.run_dir, "valid", "grpo")
-    valid_prompts = pl.read_parquet(dataset / "valid.parquet")[PROMPT]
+    valid = valid.with_columns(pl.read_parquet(dataset / "valid.parquet")[PROMPT])
+    reasoning = None
+    if args.chains:
+        reasoning = Reasoning.of_run(args.run_dir, semantic_ids)
+        rows, valid = reasoning.rl_rows(rows), reasoning.rows(valid)
     if args.filter_seen:
         # A target that the filter removes can't be hit: the whole group would be noise.
         rows = rows.filter(~pl.col(SEEN).list.contains(pl.col(TARGET)))
@@ -276,8 +382,15 @@ def main() -> None:
 
     training.output_dir = str(stage.folder / "checkpoints")
     training.max_completion_length = trie.n_levels + 1  # a SID and EOS
+    make_trainer: Callable[..., BeamGRPOTrainer] = BeamGRPOTrainer
+    if reasoning is not None:
+        marker = reasoning.marker
+        n_marker = len(marker_ids(tokenizer, marker))
+        training.max_completion_length += args.max_chain_tokens + n_marker
+        make_trainer = partial(ReasoningGRPOTrainer, marker=marker, reader=reasoning.reader)
     items = CompletedItems(trie, token_ids)
-    trainer = BeamGRPOTrainer(
+    per_list = training.num_generations // objective.lists_per_prompt
+    trainer = make_trainer(
         trie=trie,
         sid_token_ids=token_ids,
         beam_width=args.beam_width,
@@ -285,7 +398,7 @@ def main() -> None:
         objective=objective,
         model=model,
         args=training,
-        reward_funcs=reward_functions(args, items, training.num_generations),
+        reward_funcs=reward_functions(args, items, per_list),
         train_dataset=Dataset.from_dict(
             rl_columns(rows, semantic_ids, token_ids, args.filter_seen)
         ),
@@ -301,17 +414,28 @@ def main() -> None:
     )
     validation = None
     if args.eval_rows and len(valid):
-        validation = BeamValidation.of_split(
-            stage.folder,
-            lambda m: engine(m, normalizer=normalizer),  # measured as it is served
-            tokenizer,
-            valid,
-            valid_prompts,
-            args.eval_rows,
-            training.seed,
-            args.filter_seen,
+        sample = np.random.default_rng(training.seed).permutation(len(valid))[: args.eval_rows]
+        measured = valid[sample]
+        make_validation: Callable[..., BeamValidation] = BeamValidation
+        if reasoning is not None:
+            make_validation = partial(
+                ReasoningValidation,
+                tokenizer=tokenizer,
+                marker=reasoning.marker,
+                n_chains=args.chains,
+                sampling=TextSampling(
+                    training.temperature, 1.0, args.max_chain_tokens, training.seed
+                ),
+            )
+        validation = make_validation(
+            folder=stage.folder,
+            make_engine=lambda m: engine(m, normalizer=normalizer),  # measured as it is served
+            prompts=modeling.encode_prompts(tokenizer, measured[PROMPT].to_list()),
+            targets=measured[TARGET].to_numpy(),
+            seen=[np.array(s) for s in measured[SEEN].to_list()] if args.filter_seen else None,
             every_steps=args.eval_every_steps,
             at_start=True,
+            users=measured[USER_ID].rank("dense").to_numpy(),
         )
         validation.log_to(trainer)
         trainer.add_callback(validation)

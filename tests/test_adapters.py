@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from trl import SFTConfig, SFTTrainer
+from trl import GRPOConfig, SFTConfig, SFTTrainer
 
 from genrec.adapters import (
     check_four_bit,
@@ -21,6 +21,7 @@ from genrec.adapters import (
     lora_config,
     merged_into_base,
 )
+from genrec.decoding.trie import SidTrie
 from genrec.modeling import (
     add_sid_tokens,
     encode_rows,
@@ -30,6 +31,8 @@ from genrec.modeling import (
     resize_embeddings,
     save_model,
 )
+from genrec.rewards import prefix_reward
+from genrec.rollouts import BeamGRPOTrainer
 
 VARIANTS = {
     "lora": {},
@@ -261,6 +264,62 @@ def test_merging_in_place_would_stay_four_bit(quantized):
     peft = deepcopy(quantized[0])
     merged = peft.merge_and_unload()
     assert any(type(m).__name__ == "Linear4bit" for m in merged.modules())
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["new adapter", "all weights"])
+@pytest.mark.parametrize("start", ["lora", "dora", "qlora"])
+def test_rl_goes_on_from_the_merged_model(tiny, start: str, lora: bool, tmp_path: Path):
+    """What sft saved is plain, whatever trained it; the reference of grpo's KL is just that."""
+    plain = tiny.lm(len(tiny.tokenizer()))
+    if start == "qlora":
+        pytest.importorskip("bitsandbytes", reason="genrec[quant] is not installed")
+        plain.save_pretrained(tmp_path / "base")
+        plain = load_four_bit(str(tmp_path / "base"), "float32", "cpu")
+    made = extended(tiny, plain)
+    variant = "dora" if start == "dora" else "lora"
+    sft, ids = fitted(plain, *made, tmp_path / "sft", variant)
+    merged = sft.model
+    if start == "qlora":
+        merged = merged_into_base(sft.model, made[1], str(tmp_path / "base"), "float32")
+    semantic_ids, _, token_ids = made
+    save_model(merged, made[1], semantic_ids, tmp_path / "model", {"base": "tiny"})
+
+    model, tokenizer, _ = load_model(tmp_path / "model", semantic_ids, "float32")
+    served = logits_of(model, ids)
+    sids = semantic_ids.sids().to_list()
+    columns = {
+        "prompt": [f"Bought so far, oldest first: {sids[i]}" for i in range(8)],
+        "target_sid_ids": [
+            [level[c] for level, c in zip(token_ids, codes, strict=True)]
+            for codes in semantic_ids.codes[8:16].tolist()
+        ],
+    }
+    settings = GRPOConfig(
+        output_dir=str(tmp_path / "rl"), max_steps=2, per_device_train_batch_size=16,
+        num_generations=4, beta=0.1, learning_rate=1e-2, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1,
+        disable_tqdm=True, max_completion_length=4,
+    )  # fmt: skip
+    trainer = BeamGRPOTrainer(
+        trie=SidTrie.build(semantic_ids.codes), sid_token_ids=token_ids, beam_width=10,
+        model=model, args=settings, reward_funcs=[prefix_reward],
+        train_dataset=Dataset.from_dict(columns), processing_class=tokenizer,
+        peft_config=lora_config(model, token_ids, RANK, ALPHA) if lora else None,
+    )  # fmt: skip
+    expose_head_bias(trainer.model)
+    trainer.train()
+    kl = [e["kl"] for e in trainer.state.log_history if "kl" in e]
+    assert abs(kl[0]) < 1e-6 < kl[1]
+    trained = logits_of(trainer.model, ids)
+    assert (trained - served).abs().max() > 1e-3
+    if lora:
+        with trainer.model.disable_adapter():
+            assert torch.equal(logits_of(trainer.model, ids), served)
+    else:
+        assert torch.equal(logits_of(trainer.ref_model, ids), served)
+    save_model(trainer.model, tokenizer, semantic_ids, tmp_path / "out", {"base": "tiny"})
+    again, _, _ = load_model(tmp_path / "out", semantic_ids)
+    assert (logits_of(again, ids) - trained).abs().max() < 1e-4
 
 
 def test_a_quantised_base_is_refused(tiny, tmp_path: Path):

@@ -10,6 +10,7 @@ import torch
 from genrec.advantages import (
     level_advantages,
     pass_at_k_advantages,
+    tree_advantages,
     with_pass_at_k_bonus,
     without_difference,
 )
@@ -90,3 +91,39 @@ def test_groups_have_credits_of_their_own_and_codes_any_size():
 def test_groups_without_a_difference():
     rewards = torch.tensor([0.1] * 3 + [0.0, 0.0, 1e-3] + [0.0] * 3 + [1.0, 1.0, 0.0])
     assert without_difference(rewards, 3).tolist() == [True, False, True, False]
+
+
+def test_a_tree_of_two_chains_with_two_items_by_hand():
+    rewards = torch.tensor([1.0, 0.0, 0.2, 0.2])
+    chains, items = tree_advantages(rewards, 2, 2)
+    # V = .5 and .2, their mean .35.
+    torch.testing.assert_close(chains, torch.tensor([0.15, 0.15, -0.15, -0.15]))
+    torch.testing.assert_close(items, torch.tensor([0.5, -0.5, 0.0, 0.0]))
+    torch.testing.assert_close(chains + items, rewards - rewards.mean())  # nothing is paid twice
+    best, same = tree_advantages(rewards, 2, 2, "best")
+    torch.testing.assert_close(best, torch.tensor([0.4, 0.4, -0.4, -0.4]))
+    torch.testing.assert_close(same, items)
+    chains, items = tree_advantages(rewards, 2, 2, scaled=True)
+    # The deviation of (.5, .2) is .3 / sqrt 2, that of (1, 0) is 1 / sqrt 2.
+    a, b = 0.15 / (0.3 / 2**0.5 + 1e-4), 0.5 / (0.5**0.5 + 1e-4)
+    torch.testing.assert_close(chains, torch.tensor([a, a, -a, -a]))
+    torch.testing.assert_close(items, torch.tensor([b, -b, 0.0, 0.0]))
+
+
+def test_a_reward_of_the_chain_moves_the_chain_alone():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.3, 0.1, 0.5], [0.0] * 6]).flatten()
+    plain = tree_advantages(rewards, 3, 2)
+    bonus = torch.tensor([0.7, 0.1, 0.4, 0.0, 0.0, 0.0]).repeat_interleave(2)
+    paid = tree_advantages(rewards + bonus, 3, 2)
+    torch.testing.assert_close(paid[1], plain[1])
+    expected = plain[0] + torch.tensor([0.3, -0.3, 0.0, 0, 0, 0]).repeat_interleave(2)
+    torch.testing.assert_close(paid[0], expected)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("value", ["mean", "best"])
+def test_dead_trees(value: str, scaled: bool):
+    chains, items = tree_advantages(torch.full((12,), 0.3), 3, 2, value, scaled)
+    assert (chains == 0).all() and (items == 0).all()
+    chains, items = tree_advantages(torch.tensor([1.0, 0.0, 0.0]), 1, 3, value, scaled)
+    assert (chains == 0).all() and items[0] > 0 > items[1]

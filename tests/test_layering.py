@@ -10,10 +10,10 @@ ORDER = [
     "columns", "item_lists", "artifacts", "normalizers", "page", "svg", "metrics", "data",
     "embedding", "quantizers", "semantic_ids", "chains", "prompts", "tasks", "chain_reader",
     "prompt_format", "sharding", "modeling", "adapters", "averaging", "training_data", "decoding",
-    "supervised_head", "sft_trainer", "reasoning", "grounding", "rewards", "advantages",
-    "rollout_groups", "group_losses", "rollouts", "bundle", "warm_start", "list_shaping",
-    "recommend", "generation", "planning", "server", "evaluation", "explain", "audit", "config",
-    "cli",
+    "supervised_head", "sft_trainer", "reasoning", "grounding", "rewards", "chain_rewards",
+    "advantages", "rollout_groups", "group_losses", "rollouts", "reasoning_rollouts", "bundle",
+    "warm_start", "list_shaping", "recommend", "generation", "planning", "server", "evaluation",
+    "explain", "audit", "config", "cli",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -34,7 +34,7 @@ from genrec.recommend import Recommender
 from genrec.tasks.attributes import AttributeIndex, item_attributes
 from genrec.tasks.families import FAMILIES
 from genrec.tasks.reasoning import reasoning_slots, step_texts
-from genrec.tasks.rendering import ItemTexts, render_rows
+from genrec.tasks.rendering import ItemTexts, render_rows, served_prompts
 from genrec.tasks.texts import written_renderer
 
 MAX_HISTORY = 6
@@ -147,6 +147,9 @@ def test_prompt_and_chain_are_a_token_prefix_of_the_training_row(shop, world, ki
     trained = encode_rows(tokenizer, *columns, sid_ids)["input_ids"]
     prompts = recommender.family_prompts(REASONING, histories)
     assert prompts == rows["prompt"].to_list()
+    texts = ItemTexts.of(shop.catalog, shop.semantic_ids)
+    shown = rows.select("history")
+    assert prompts == served_prompts(shown, REASONING, texts, recommender.renderer).to_list()
     marker = decision_marker(recommender.renderer)
     assert marker == " Recommended item: "
     reader = ChainReader(shop.semantic_ids, item_attributes(shop.catalog))

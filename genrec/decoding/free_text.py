@@ -116,7 +116,7 @@ def sample_texts(
         raise ValueError("the stop text is empty: every text would end at once")
     context = getattr(model.config, "max_position_embeddings", None)
     batches = length_batches(prompts, reserve + 1, context, max(1, batch_size // n_samples))
-    forbidden = _forbidden(model, tokenizer)
+    forbidden = never_drawn(model, tokenizer)
     out: list[list[SampledText]] = [[] for _ in prompts]
     for rows in batches:
         batch = [list(prompts[row]) for row in rows]
@@ -290,7 +290,7 @@ def _draws(prompts: list[list[int]], n_samples: int, sampling: TextSampling, n: 
     return out
 
 
-def _forbidden(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def never_drawn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Ids that are no text: padding rows of the embedding, special tokens but EOS. (V,) bool."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)

@@ -129,6 +129,21 @@ def render_rows(
     return rows.hstack(made)
 
 
+def served_prompts(
+    rows: pl.DataFrame, family: str, texts: ItemTexts, renderer: PromptRenderer
+) -> pl.Series:
+    """Prompts of one family as they are served, (rows,).
+
+    Args:
+        rows: what the family's prompt shows; lists hold item indices.
+        family: its first seen template is rendered, which every setting of `n_templates` keeps.
+        texts: of the items.
+        renderer: the templates that the model was trained with.
+    """
+    template = renderer.names(family)[0]
+    return _filled(rows, template, FAMILIES[family].prompt, texts, renderer).alias(PROMPT)
+
+
 def _filled(
     rows: pl.DataFrame,
     templates: pl.Series | str,

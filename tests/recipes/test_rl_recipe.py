@@ -65,9 +65,43 @@ def test_objectives_and_rewards_run_through(copied_run, in_process, tiny_flags):
     assert metrics["stopped"] is None
 
 
+@pytest.mark.slow
+def test_reasoning_mode_runs_through_and_is_served(copied_run, in_process, tiny_flags):
+    """From the rows of the family to `genrec reason`; LoRA on the merged SFT model."""
+    run = copied_run(*BEFORE[:3])
+    in_process("build_dataset", run, "--tasks", "sequential", "reasoning_recommendation")
+    in_process("sft", run, *tiny_flags["sft"], "--max_steps", "2", "--eval_rows", "5")
+    flags = ["--chains", "2", "--max_chain_tokens", "12", "--eval_rows", "5", "--before_rows", "4"]
+    in_process(
+        "grpo", run, *CPU, *flags, "--rewards", "rule", "rank", "format", "citations", "claims",
+        "--reward_weights", "1", "1", "0.5", "0.2", "0.2", "--temperature", "0.9",
+        "--use_lora", "true", "--beta", "0.01", "--credit", "level", "--logging_steps", "1",
+    )  # fmt: skip
+    log = json.loads((run / "grpo" / "log.json").read_text())
+    entry = next(e for e in log if "chains/length" in e)
+    assert entry["invalid"] == 0 and 0 < entry["chains/length"] <= 12
+    assert {f"rewards/{name}_reward/mean" for name in ("format", "citations", "claims")} <= {*entry}
+    assert abs(entry["kl"]) < 1e-6  # the reference is the SFT model
+    manifest = json.loads((run / "grpo" / "manifest.json").read_text())
+    assert manifest["metrics"]["best"] is not None
+    rows = pl.read_parquet(run / "dataset" / "rl.parquet")
+    assert 0 < manifest["rows"] <= (rows["history"].list.len() >= 2).sum()
+    said = in_process("reason", run, "--chains", "2", "--max_tokens", "12", "--k", "3")
+    assert "Chain 2 (" in said
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (
+            ["--rewards", "rule", "format"],
+            "format only tell the chains of a prompt apart",
+        ),
+        (["--chains", "2"], "not trained on 'reasoning_recommendation'"),
+        (["--chains", "3"], "chains=3 with num_generations=4"),
+        (["--chains", "2", "--resample", "1"], "resample: 1 with chains=2"),
+        (["--chain_value", "worst"], "chain_value"),
+        (["--temperature", "0.5"], "temperature=0.5: beam rollouts"),
         (["--rewards", "future", "--future_window", "3"], "exceeds build_dataset's rl_window=1"),
         (["--rewards", "rule", "--reward_weights", "1", "2"], "one weight per reward"),
         (["--rewards", "rule", "rule"], "must name at least one, each once"),
