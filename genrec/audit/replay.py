@@ -1,8 +1,9 @@
 """Replay a record: the same prompt, the same search, the same list?
 
-Two independent tests. The search is run again with the recorded settings. And the recorded items
-are teacher-forced one prompt at a time, which tests the recorded log-probabilities without
-depending on the search or on which users were batched together.
+Two independent tests. The search is run again with the recorded settings, on the engine that made
+the list or on another. And the recorded items are teacher-forced on torch, one prompt at a time,
+which tests the recorded log-probabilities without depending on the search or on which users were
+batched together.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from genrec.artifacts import sha256_bytes
 from genrec.columns import ITEM_ID, LEVEL_LOG_PROBS, SCORE
-from genrec.explain.evidence import torch_engine
+from genrec.decoding.torch_engine import TorchEngine
 from genrec.modeling import encode_prompts
 from genrec.recommend import Recommender
 
@@ -40,6 +41,9 @@ class Replay:
         search_difference: largest |Δ log-prob| of the same items in both lists, nats; None if none.
         forced_difference: largest |Δ log-prob| of the recorded items under teacher forcing.
         swaps_within_epsilon: all places whose item changed have scores within `EPSILON`.
+        made_by: engine that made the list.
+        engine: engine of this replay. Another one promises the same list within `EPSILON` alone,
+            in float32.
     """
 
     record: int
@@ -49,6 +53,8 @@ class Replay:
     search_difference: float | None
     forced_difference: float
     swaps_within_epsilon: bool
+    made_by: str
+    engine: str
 
     @property
     def passed(self) -> bool:
@@ -70,6 +76,8 @@ class Replay:
             f"{self.level}; largest |Δ log-prob| {search} in the search, "
             f"{self.forced_difference:.1e} teacher-forced (ε {EPSILON:g})"
         )
+        if self.engine != self.made_by:
+            line += f"; made by {self.made_by}, replayed on {self.engine}"
         if not self.prompt_matches:
             line += "; the prompt differs"
         if self.changed_files:
@@ -77,32 +85,53 @@ class Replay:
         return line
 
 
-def load_recommender(run_dir: Path | str, record: Mapping[str, Any]) -> Recommender:
-    """The run as the record says it was served, on the torch engine.
+@dataclass(frozen=True)
+class Replayer:
+    """A run as its records say that it was served.
 
-    A list that vLLM made is replayed on torch too: the engines promise the same list within
-    `EPSILON` in float32.
+    Attributes:
+        engine: name of the engine that searches.
+        recommender: with that engine, one user at a time.
+        scorer: scores given items, on torch.
     """
-    made = record["decoding"]
-    return Recommender.load(
-        run_dir,
-        record["artefacts"]["model_stage"],
-        "torch",
-        made["normalizer"],
-        made["dtype"],
-        batch_size=1,
-    )
+
+    engine: str
+    recommender: Recommender
+    scorer: TorchEngine
+
+
+def load_replayer(
+    run_dir: Path | str, record: Mapping[str, Any], engine: str = "torch"
+) -> Replayer:
+    """The run as a record says it was served.
+
+    Args:
+        run_dir: the run.
+        record: any of its log.
+        engine: that searches: "torch", "vllm" or "vllm-inworker". With one of vLLM the weights are
+            loaded twice, as torch scores the recorded items.
+    """
+    made, stage = record["decoding"], record["artefacts"]["model_stage"]
+
+    def load(name: str) -> Recommender:
+        options = (made["normalizer"], made["dtype"])
+        return Recommender.load(run_dir, stage, name, *options, batch_size=1)
+
+    recommender = load(engine)
+    scorer = recommender.engine if engine == "torch" else load("torch").engine
+    assert isinstance(scorer, TorchEngine)
+    return Replayer(engine, recommender, scorer)
 
 
 def replay(
-    record: Mapping[str, Any], recommender: Recommender, current: Mapping[str, str | None]
+    record: Mapping[str, Any], replayer: Replayer, current: Mapping[str, str | None]
 ) -> Replay:
     """Replay one record.
 
     Args:
         record: with its payload, from `genrec.audit.records.opened`.
-        recommender: from `load_recommender` for a record with the same settings.
-        current: hashes now, from `genrec.audit.verify.current_hashes`.
+        replayer: from `load_replayer` for a record with the same settings.
+        current: hashes now, from `genrec.audit.verify.hashes_now`.
 
     Raises:
         ValueError: the payload was erased, the list was made under a filter that replay doesn't
@@ -111,7 +140,7 @@ def replay(
     if record.get("erased"):
         raise ValueError(f"record {record.get('record')!r}: {ERASED}")
     try:
-        return _replay(record, recommender, current)
+        return _replay(record, replayer, current)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"record {record.get('record')!r} lacks what replay needs ({error!r}); "
@@ -120,9 +149,9 @@ def replay(
 
 
 def _replay(
-    record: Mapping[str, Any], recommender: Recommender, current: Mapping[str, str | None]
+    record: Mapping[str, Any], replayer: Replayer, current: Mapping[str, str | None]
 ) -> Replay:
-    given, made = record["input"], record["decoding"]
+    given, made, recommender = record["input"], record["decoding"], replayer.recommender
     others = [f["name"] for f in record["filters"] if f["name"] != "seen"]
     if others:
         raise ValueError(
@@ -145,7 +174,7 @@ def _replay(
     stated = np.array(recommender.rows_of([item[ITEM_ID] for item in record["items"]]))
     scores = np.array([item[SCORE] for item in record["items"]], dtype=np.float64)
     stated_levels = np.array([item[LEVEL_LOG_PROBS] for item in record["items"]], dtype=np.float32)
-    forced = torch_engine(recommender).score(ids, stated[None])[0]  # (k, L)
+    forced = replayer.scorer.score(ids, stated[None])[0]  # (k, L)
     forced_difference = float(np.abs(forced - stated_levels).max())
     again = dict(zip(found.tolist(), levels, strict=True))
     differences = [
@@ -169,6 +198,8 @@ def _replay(
         max(differences, default=None),
         forced_difference,
         np.array_equal(found, stated) or same_scores,
+        str(made["engine"]),
+        replayer.engine,
     )
 
 
