@@ -207,7 +207,7 @@ def write() -> None:
         inputs.append("explain")
     from genrec.audit.custody import next_state, write_log
     from genrec.audit.recorded import RecordedRun
-    from genrec.audit.records import ENVIRONMENT, UNLISTED, build_batches, environment
+    from genrec.audit.records import ENVIRONMENT, UNLISTED, build_records, environment
     from genrec.audit.schema import SCHEMA
 
     key_path, anchor_path = custody(args.run_dir, args.key_file, args.anchor_file)
@@ -220,7 +220,7 @@ def write() -> None:
         return
     time, recorded = now(), RecordedRun.load(args.run_dir)
     write_text(stage.folder / ENVIRONMENT, environment())
-    lists = tqdm(build_batches(recorded, key, time), unit="file", desc="records")
+    lists = tqdm(build_records(recorded, key, time), unit="record", total=len(recorded.rows))
     head = write_log(stage.folder, lists, key, anchor_path, state, time, args.shard_size)
     render(recorded, args.report_users)
     root, records = head["merkle_root"], head["records"]

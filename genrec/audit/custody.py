@@ -50,17 +50,7 @@ def genesis(log_id: object, shard: int) -> str:
     return hashlib.sha256(canonical(["genrec audit shard", log_id, shard])).hexdigest()
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Records that have much in common.
-
-    Attributes:
-        shared: fields that all of them have with the same value.
-        made: the other fields of each, but number, ids and hashes, and its payload; drawn once.
-    """
-
-    shared: Mapping[str, Any]
-    made: Iterable[tuple[Mapping[str, Any], Payload]]
+Made = tuple[Mapping[str, Any], Payload]  # a record without number, ids and hashes; its payload
 
 
 @dataclass(frozen=True)
@@ -87,13 +77,15 @@ def _member(name: str, value: Any) -> bytes:
     return b'"%b":%b' % (name.encode("ascii"), canonical(value))
 
 
-def seal(
-    batches: Iterable[Batch], log_id: str, shard_size: int = SHARD_SIZE
-) -> Iterator[SealedLine]:
+def seal(made: Iterable[Made], log_id: str, shard_size: int = SHARD_SIZE) -> Iterator[SealedLine]:
     """Number records from 0, deal them out to shards in order, check them and chain each shard.
 
+    A value that is the very object which the record before had there is brought into canonical form
+    once: what all records of a run share costs nothing. So no value may change once its record was
+    handed over.
+
     Args:
-        batches: the records.
+        made: the records.
         log_id: of the log.
         shard_size: records per shard.
 
@@ -104,33 +96,33 @@ def seal(
     Raises:
         ValueError: a record doesn't fit the schema.
     """
-    number, previous = 0, ""
-    for batch in batches:
-        # In canonical form once, and not for each record.
-        shared = {name: _member(name, value) for name, value in batch.shared.items()}
-        fields: Set[str] = frozenset()
-        for own, payload in batch.made:
-            shard = number // shard_size
-            if number % shard_size == 0:
-                previous = genesis(log_id, shard)
-            record = {
-                **own,
-                "log_id": log_id,
-                "record_id": f"{log_id}-{number}",
-                "record": number,
-                "shard": shard,
-                "previous_sha256": previous,
-            }
-            if record.keys() != fields:
-                fields, names = record.keys(), sorted({*shared, *record})
-                place = bisect(names, "sha256")
-            members = [shared.get(name) or _member(name, record[name]) for name in names]
-            before, behind = b",".join(members[:place]), b",".join(members[place:])
-            previous = hashlib.sha256(b"{%b,%b}" % (before, behind)).hexdigest()
-            check({**batch.shared, **record, "sha256": previous})
-            data = b'{%b,"sha256":"%b",%b}\n' % (before, previous.encode(), behind)
-            yield SealedLine(number, shard, previous, data, payload)
-            number += 1
+    previous = ""
+    fields: Set[str] = frozenset()
+    encoded: dict[str, tuple[Any, bytes]] = {}
+    for number, (content, payload) in enumerate(made):
+        shard = number // shard_size
+        record = {
+            **content,
+            "log_id": log_id,
+            "record_id": f"{log_id}-{number}",
+            "record": number,
+            "shard": shard,
+            "previous_sha256": previous if number % shard_size else genesis(log_id, shard),
+        }
+        if record.keys() != fields:
+            fields, names = record.keys(), sorted(record)
+            place = bisect(names, "sha256")
+        members = []
+        for name in names:
+            known = encoded.get(name)
+            if known is None or known[0] is not record[name]:
+                known = encoded[name] = (record[name], _member(name, record[name]))
+            members.append(known[1])
+        before, behind = b",".join(members[:place]), b",".join(members[place:])
+        record["sha256"] = previous = hashlib.sha256(b"{%b,%b}" % (before, behind)).hexdigest()
+        check(record)
+        data = b'{%b,"sha256":"%b",%b}\n' % (before, previous.encode(), behind)
+        yield SealedLine(number, shard, previous, data, payload)
 
 
 def leaf(sha256: str) -> str:
@@ -224,7 +216,7 @@ def leaves_file(anchor_file: Path | str, head: Mapping[str, Any]) -> Path:
 
 def write_log(
     folder: Path | str,
-    batches: Iterable[Batch],
+    made: Iterable[Made],
     key: AuditKey,
     anchor_file: Path | str,
     state: tuple[str, int],
@@ -235,7 +227,7 @@ def write_log(
 
     Args:
         folder: of the log; a log that is there is replaced.
-        batches: the records, in order; drawn as they are written.
+        made: the records, in order; drawn as they are written (see `seal`).
         key: signs.
         anchor_file: outside the run folder.
         state: from `next_state`.
@@ -254,7 +246,7 @@ def write_log(
         old.unlink(missing_ok=True)
     shards: list[dict[str, Any]] = []
     with new_store(folder) as store, writing(leaves_file(anchor_file, named)) as leaves:
-        for shard, group in groupby(seal(batches, state[0], shard_size), lambda line: line.shard):
+        for shard, group in groupby(seal(made, state[0], shard_size), lambda line: line.shard):
             hashes = []
             with writing(folder / shard_name(shard)) as stream:
                 for line in group:

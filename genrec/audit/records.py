@@ -29,7 +29,7 @@ from genrec.artifacts import (
     sha256_json,
     stage_folder,
 )
-from genrec.audit.custody import Batch, read_log
+from genrec.audit.custody import Made, read_log
 from genrec.audit.erasure import ERASURES
 from genrec.audit.keys import AuditKey
 from genrec.audit.payloads import STORE, Payload, Sealed, Store, open_store
@@ -280,16 +280,13 @@ class InputMaker:
         return made, before
 
 
-def build_batches(run: RecordedRun, key: AuditKey, time: str) -> Iterator[Batch]:
-    """Records of all lists with their payloads, a batch for each file of lists.
+def build_records(run: RecordedRun, key: AuditKey, time: str) -> Iterator[Made]:
+    """Records of all lists with their payloads, one by one, for `custody.write_log`.
 
     Args:
         run: the finished stages.
         key: makes the pseudonyms.
         time: UTC time of recording, ISO 8601.
-
-    Yields:
-        Batches for `genrec.audit.custody.write_log`.
 
     Raises:
         ValueError: a list was made from another prompt than its history gives now, or see
@@ -301,24 +298,31 @@ def build_batches(run: RecordedRun, key: AuditKey, time: str) -> Iterator[Batch]
         sha256 = run.manifests["recommend"].outputs[shard.name]["sha256"]
         files = {**facts["artefacts"]["files"], path: sha256}
         shared = {**facts, "time": time, "artefacts": {**facts["artefacts"], "files": files}}
-        yield Batch(shared, _records(run, shard, maker, rules, key))
+        yield from _records(run, shard, shared, maker, rules, key)
 
 
 def _records(
     run: RecordedRun,
     shard: ListShard,
+    shared: Mapping[str, Any],
     maker: InputMaker,
     rules: list[dict[str, Any]],
     key: AuditKey,
-) -> Iterator[tuple[dict[str, Any], Payload]]:
-    """What the records of a file's lists don't share, and their payloads."""
+) -> Iterator[Made]:
+    """Records of a file's lists; `shared` is what they have in common."""
     rows, (inputs, before) = shard.rows, maker.make(shard.rows)
     lists = shard.lists
     counts = lists[ROW_ID].rle().struct.field("len").cast(pl.Int64)
     stops = counts.cum_sum()
     first = lists[(stops - counts).to_list()]
-    items = [lists[column].to_list() for column in _ITEM]
-    no_checks, key_id = _counts([]), key.key_id
+    items = [
+        {RANK: rank, ITEM_ID: item, SID: sid, SCORE: score, LEVEL_LOG_PROBS: levels,
+         "explained": False}
+        for rank, item, sid, score, levels in zip(
+            *(lists[column].to_list() for column in _ITEM), strict=True
+        )
+    ]  # fmt: skip
+    no_checks, none_masked, key_id = _counts([]), {}, key.key_id
     for row_id, user, earlier, given, n_before, stop, count, prompt_sha256, certified in zip(
         rows[ROW_ID].to_list(),
         rows[USER_ID].to_list(),
@@ -336,23 +340,21 @@ def _records(
                 f"row {row_id}: its list was made from prompt {prompt_sha256}, its history gives "
                 f"{given['prompt_sha256'][:16]}; rerun recommend and what follows it"
             )
-        columns = (values[stop - count : stop] for values in items)
-        own = [
-            {**dict(zip(_ITEM, values, strict=True)), "explained": False}
-            for values in zip(*columns, strict=True)
-        ]
+        own = items[stop - count : stop]
         payload = {
             "identity": Sealed.new({USER_ID: user, ROW_ID: row_id}),
             "input": Sealed.new(given),
         }
-        checks, masked = no_checks, {}
+        checks, verdict, masked = no_checks, "not checked", none_masked
         if explained := run.chains.get(row_id):
             chains = _chains(own, explained)
             known = [*(item[ITEM_ID] for item in own), *(e[ITEM_ID] for e in given["history"])]
             masked, checks = mask_chains(chains, known), _counts(chains)
+            verdict = _verdict(checks)
             payload["chains"] = Sealed.new(chains)
         commitments = {part: sealed.commitment for part, sealed in payload.items()}
         record = {
+            **shared,
             "user": {"pseudonym": key.pseudonym(user), "key_id": key_id},
             "filters": [
                 {**rule, "removed_items": n_before} if rule["name"] == "seen" else rule
@@ -370,7 +372,7 @@ def _records(
             "items": own,
             "certified": certified,
             "checks": checks,
-            "verdict": _verdict(checks),
+            "verdict": verdict,
             "masked": masked,
         }
         yield record, payload

@@ -41,7 +41,6 @@ from genrec.artifacts import load_manifest, machine, stage_folder, write_json, w
 from genrec.audit.canonical import canonical
 from genrec.audit.custody import (
     HEAD,
-    Batch,
     genesis,
     next_state,
     record_hash,
@@ -164,7 +163,7 @@ def make_log(folder: Path, made: list[tuple[dict, Payload]], key: AuditKey, size
     """Write a log as the audit stage does; returns its anchor, beside the log's folder."""
     anchor_file = folder.with_name(f"{folder.name}.custody") / "heads.jsonl"
     state = next_state(folder, anchor_file, key.public)
-    write_log(folder, [Batch({}, made)], key, anchor_file, state, NOW, size)
+    write_log(folder, made, key, anchor_file, state, NOW, size)
     return anchor_file
 
 
@@ -323,7 +322,7 @@ def attack(folder: Path, kind: str, args: Settings, rng: random.Random) -> dict[
 
 
 def throughput(folder: Path, args: Settings, rng: random.Random) -> dict[str, float]:
-    """Speed of the log of invented lists, and its time against that of plain JSON lines of the same content."""
+    """Speed of a log of invented lists, and its time over that of the same as plain JSON lines."""
     key = AuditKey(rng.randbytes(32))
     made = [invented(n, key, rng, args.k) for n in range(args.throughput_records)]
     started, cpu = time.perf_counter(), time.process_time()
@@ -378,7 +377,7 @@ def write_run(run: Path, args: Settings, rng: random.Random) -> dict[str, Any]:
         rng: chooses them.
     """
     from genrec.audit.recorded import RecordedRun
-    from genrec.audit.records import ENVIRONMENT, build_batches, environment
+    from genrec.audit.records import ENVIRONMENT, build_records, environment
     from genrec.generation.jobs import GenerationJob, generate
     from genrec.generation.users import SplitRows
     from genrec.recommend import Recommender
@@ -410,7 +409,7 @@ def write_run(run: Path, args: Settings, rng: random.Random) -> dict[str, Any]:
         recorded = RecordedRun.load(run)
         write_text(folder / ENVIRONMENT, environment())
         state = next_state(folder, anchor_file, key.public)
-        head = write_log(folder, build_batches(recorded, key, NOW), key, anchor_file, state, NOW)
+        head = write_log(folder, build_records(recorded, key, NOW), key, anchor_file, state, NOW)
     if len(halves) > 1:
         generate_half(1)
     records, size = head["records"], sum(p.stat().st_size for p in folder.iterdir())
