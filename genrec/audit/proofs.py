@@ -83,7 +83,7 @@ def _revealed(folder: Path | str, record: int, parts: list[str]) -> dict[str, An
     if payload is None:
         raise ValueError(f"record {record} has no payload to reveal: it was erased")
     if absent := [part for part in parts if part not in payload]:
-        raise ValueError(f"record {record} has no {absent[0]} to reveal: its list wasn't explained")
+        raise ValueError(f"record {record} commits to no {absent[0]}: there is none to reveal")
     return {p: {"salt": payload[p].salt, "content": payload[p].content} for p in parts}
 
 

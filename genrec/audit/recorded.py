@@ -20,6 +20,7 @@ from genrec.artifacts import (
 from genrec.chains import Chain, read_chains
 from genrec.columns import HISTORY, ROW_ID, SEEN, TARGET, TARGET_POSITION
 from genrec.data.splits import read_split
+from genrec.generation.non_profiling import NON_PROFILING
 from genrec.generation.shards import PREFIX, read_info
 from genrec.prompts import PromptRenderer
 
@@ -98,21 +99,35 @@ class RecordedRun:
         if not names:
             raise ValueError(f"{folder} holds no {PREFIX}-*.parquet; run its stage first")
         for name in names:
-            path = folder / name
-            if sha256_file(path) != made.outputs[name]["sha256"]:
-                raise ValueError(
-                    f"{path} was changed since its lists were made; restore it or rerun: "
-                    f"{rerun_command(self.run_dir, 'recommend')}"
-                )
+            lists, path = self._read(name), folder / name
             info = read_info(path)
             rows = self.rows.slice(info.start, info.stop - info.start)
-            lists = pl.read_parquet(path, glob=False)
             if lists[ROW_ID].unique(maintain_order=True).to_list() != rows[ROW_ID].to_list():
                 raise ValueError(
                     f"{path} holds lists of other rows than rows.parquet names; rerun: "
                     f"{rerun_command(self.run_dir, 'recommend')}"
                 )
             yield ListShard(name, rows.drop(TARGET), lists)
+
+    def non_profiling(self) -> pl.DataFrame | None:
+        """Lists of users who opted out of profiling; None: recommend was told of no such user.
+
+        Raises:
+            ValueError: the file is not the one that recommend wrote.
+        """
+        if NON_PROFILING not in self.manifests["recommend"].outputs:
+            return None
+        return self._read(NON_PROFILING)
+
+    def _read(self, name: str) -> pl.DataFrame:
+        """A file of lists, which must be the one that recommend wrote."""
+        path = stage_folder(self.run_dir, "recommend") / name
+        if sha256_file(path) != self.manifests["recommend"].outputs[name]["sha256"]:
+            raise ValueError(
+                f"{path} was changed since its lists were made; restore it or rerun: "
+                f"{rerun_command(self.run_dir, 'recommend')}"
+            )
+        return pl.read_parquet(path, glob=False)
 
     @property
     def split(self) -> str:

@@ -1,9 +1,10 @@
 """Audit records: for each list, what went in, what decided, and what came out.
 
-Every list that recommend made has a record; a list that explain took no sample of has no chains,
-and its record says so. A record names users by pseudonym and files by hash. What replay needs and
-the record must not hold (user id, history, prompt, chains that cite the history) is its payload,
-which can be erased. The recommended items stay in the record: treat it as pseudonymous data.
+Every list that recommend made has a record, also that of a user who opted out of profiling. A list
+that is not in explain's sample has no chains, and its record says so. A record names users by
+pseudonym and files by hash. What replay needs and the record must not hold (user id, history,
+prompt, chains that cite the history) is its payload, which can be erased. The recommended items
+stay in the record: treat it as pseudonymous data.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from genrec.columns import (
 from genrec.decoding.beam import BeamResult
 from genrec.decoding.trie import SidTrie
 from genrec.generation.history_prompts import PromptEncoder, newest, prompts_of
+from genrec.generation.non_profiling import NON_PROFILING, RULE, counts_sha256
 from genrec.item_lists import ItemLists
 from genrec.modeling import load_tokenizer
 from genrec.prompts import PromptRenderer
@@ -173,6 +175,11 @@ def run_facts(run: RecordedRun) -> dict[str, Any]:
             "fingerprints": {s: m.fingerprint for s, m in run.manifests.items()},
         },
         "artefacts": _artefacts(run),
+        "ordering": {
+            "mode": "profiling",
+            "rule": "log-probability under the model",
+            "data_sha256": None,
+        },
         "decoding": {
             "engine": engine,
             "engine_version": made.versions.get(engine),  # None: the stage didn't note it
@@ -299,6 +306,8 @@ def build_records(run: RecordedRun, key: AuditKey, time: str) -> Iterator[Made]:
         files = {**facts["artefacts"]["files"], path: sha256}
         shared = {**facts, "time": time, "artefacts": {**facts["artefacts"], "files": files}}
         yield from _records(run, shard, shared, maker, rules, key)
+    if (lists := run.non_profiling()) is not None:
+        yield from _non_profiling_records(run, lists, {**facts, "time": time}, rules, key)
 
 
 def _records(
@@ -378,6 +387,56 @@ def _records(
         yield record, payload
 
 
+def _non_profiling_records(
+    run: RecordedRun,
+    lists: pl.DataFrame,
+    shared: Mapping[str, Any],
+    rules: list[dict[str, Any]],
+    key: AuditKey,
+) -> Iterator[Made]:
+    """Records of lists that use no history; all of them are the same list."""
+    made = run.manifests["recommend"].outputs[NON_PROFILING]
+    decisive = f"{FOLDERS['prepare']}/catalog.parquet", f"{FOLDERS['audit']}/{ENVIRONMENT}"
+    files = {name: shared["artefacts"]["files"][name] for name in decisive}
+    files[f"{FOLDERS['recommend']}/{NON_PROFILING}"] = made["sha256"]
+    first = lists.filter(pl.col(ROW_ID) == lists[ROW_ID][0])
+    shared = {
+        **shared,
+        "artefacts": {**shared["artefacts"], "files": files},
+        "ordering": {
+            "mode": "non-profiling",
+            "rule": RULE,
+            "data_sha256": counts_sha256(run.catalog),
+        },
+        "decoding": None,
+        "filters": [rule for rule in rules if rule["name"] != "seen"],
+        "input": {
+            "split": run.split,
+            "template": None,
+            "history_items": 0,
+            "truncated": 0,
+            "set_aside_items": 0,
+            "prompt_tokens": 0,
+        },
+        "items": [
+            {**item, LEVEL_LOG_PROBS: [], "explained": False}
+            for item in first.select(RANK, ITEM_ID, SID, SCORE).iter_rows(named=True)
+        ],
+        "certified": True,  # by the rule, which leaves no choice
+        "checks": _counts([]),
+        "verdict": "not checked",
+        "masked": {},
+    }
+    key_id = key.key_id
+    for user, row_id in (
+        lists.select(USER_ID, ROW_ID).unique(ROW_ID, maintain_order=True).iter_rows()
+    ):
+        payload = {"identity": Sealed.new({USER_ID: user, ROW_ID: row_id})}
+        stated = {"identity": payload["identity"].commitment, "input": None, "chains": None}
+        user_facts = {"pseudonym": key.pseudonym(user), "key_id": key_id}
+        yield {**shared, "user": user_facts, "commitments": stated}, payload
+
+
 def opened(record: Mapping[str, Any], payload: Payload | None) -> dict[str, Any]:
     """A record together with its payload, as replay and report read it.
 
@@ -393,7 +452,8 @@ def opened(record: Mapping[str, Any], payload: Payload | None) -> dict[str, Any]
         return {**record, "erased": True}
     chains = payload["chains"].content if "chains" in payload else [None] * len(record["items"])
     items = [{**i, "chain": c} for i, c in zip(record["items"], chains, strict=True)]
-    given = {**record["input"], **payload["input"].content}
+    nothing = {"history": [], "set_aside_item_ids": []}
+    given = {**record["input"], **(payload["input"].content if "input" in payload else nothing)}
     return {**record, **payload["identity"].content, "input": given, "items": items,
             "erased": False}  # fmt: skip
 

@@ -245,7 +245,7 @@ def _cards(run: RecordedRun, records: Sequence[Mapping[str, Any]]) -> list[dict[
         history = [
             {"id": e[ITEM_ID], "title": titles[e[ITEM_ID]]} for e in record["input"]["history"]
         ]
-        target = targets[record["row_id"]]
+        target = targets.get(record["row_id"])  # of who opted out, no history and no next item
         listed = [item[ITEM_ID] for item in record["items"]]
         cards.append(
             {
@@ -259,7 +259,8 @@ def _cards(run: RecordedRun, records: Sequence[Mapping[str, Any]]) -> list[dict[
                 "explained": record["commitments"]["chains"] is not None,
                 "verdict": record["verdict"],
                 "history": history,
-                "target": {"id": target, "title": titles[target]},
+                "profiling": record["ordering"]["mode"] == "profiling",
+                "target": None if target is None else {"id": target, "title": titles[target]},
                 "target_rank": listed.index(target) + 1 if target in listed else None,
                 "items": [_item(item, titles, history) for item in record["items"]],
             }

@@ -128,6 +128,7 @@ def invented(number: int, key: AuditKey, rng: random.Random, k: int) -> tuple[di
             **artefacts,
             "files": {f"sft/model/{n}.safetensors": one for n in range(10)},
         },
+        "ordering": {"mode": "profiling", "rule": "invented", "data_sha256": None},
         "decoding": {
             "engine": "torch",
             "engine_version": "2.9",
@@ -465,7 +466,7 @@ def replay_run(run: Path, args: Settings, rng: random.Random) -> dict[str, Any]:
             "same_set": sum(level <= 2 for level in reached),
             "reproduced": sum(result.passed for result in results),
             "search_difference": max(result.search_difference or 0 for result in results),
-            "forced_difference": max(result.forced_difference for result in results),
+            "forced_difference": max(result.forced_difference or 0 for result in results),
             "seconds": round(seconds, 1),
         }
     return found

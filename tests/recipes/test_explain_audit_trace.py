@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shutil
+import sqlite3
 import stat
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import polars as pl
 import pytest
 
 from genrec.artifacts import Stage, load_manifest
+from genrec.audit.records import read_opened
+from genrec.audit.replay import load_replayer, replay
+from genrec.audit.verify import hashes_now, named_files
 from genrec.chains import read_chains
 
 _shared = runpy.run_path(str(Path(__file__).resolve().parents[1] / "explain" / "conftest.py"))
@@ -258,6 +262,79 @@ def test_a_rebuilt_upstream_stage_is_refused(capsys, copied):
     manifest.write_text(json.dumps({**value, "content_hash": "0" * 64}))
     error = refused(capsys, "audit", "--run_dir", str(copied))
     assert "was built from 'recommend'" in error and "genrec explain" in error
+
+
+def test_users_who_opted_out_of_profiling(capsys, listed, tmp_path):
+    """Their lists use nothing of theirs, each has a record, and a replay is without the model."""
+    run, out = shutil.copytree(listed, tmp_path / "run"), tmp_path / "opted-out.csv"
+    split = pl.read_parquet(run / "data" / "test.parquet")
+    users = split["user_id"].to_list()
+    pl.DataFrame({"user_id": [users[2], users[5], "u999"]}).write_csv(out)
+    again = ("--run_dir", str(run), "--k", "6", "--beam_width", "12", "--overwrite", "true")
+    call("recommend", *again, "--opt_out", str(out))
+    assert "2 lists by popularity for users who opted out" in capsys.readouterr().out
+    folder = run / "recommendations"
+    asked = pl.read_parquet(folder / "rows.parquet")
+    assert asked.height == 12 and not {users[2], users[5]} & set(asked["user_id"])
+    catalog = pl.read_parquet(run / "data" / "catalog.parquet")
+    counts = dict(catalog.select("item_id", "train_count").iter_rows())
+    order = sorted(
+        catalog["item_id"], key=lambda i: (-counts[i], catalog["item_id"].to_list().index(i))
+    )
+    lists = pl.read_parquet(folder / "non-profiling.parquet")
+    for (user,), part in lists.partition_by("user_id", as_dict=True).items():
+        assert user in (users[2], users[5]) and part["rank"].to_list() == [1, 2, 3, 4, 5, 6]
+        assert part["item_id"].to_list() == order[:6]
+        assert part["score"].to_list() == [counts[i] for i in order[:6]]
+    call("explain", "--run_dir", str(run), "--num_rows", "3", "--samples", "20")
+    call("audit", "--run_dir", str(run), "--report_users", "14")
+    *others, one, two = map(json.loads, (run / "audit" / "audit-00000.jsonl").open())
+    assert {r["ordering"]["mode"] for r in others} == {"profiling"} and len(others) == 12
+    for record in (one, two):
+        assert record["ordering"]["mode"] == "non-profiling" and record["decoding"] is None
+        assert record["ordering"]["rule"].startswith("popularity") and record["filters"] == []
+        assert record["commitments"]["input"] is None and record["commitments"]["identity"]
+        assert record["input"]["history_items"] == record["input"]["prompt_tokens"] == 0
+        assert set(record["artefacts"]["files"]) == {
+            "data/catalog.parquet", "audit/environment.txt", "recommendations/non-profiling.parquet"
+        }  # fmt: skip
+    with sqlite3.connect(run / "audit" / "payloads.sqlite") as store:
+        parts = store.execute("SELECT part FROM payload WHERE record >= 12").fetchall()
+    store.close()
+    assert parts == [("identity",), ("identity",)]  # nothing of theirs but who they are
+    page = (run / "audit" / "report.html").read_text()
+    assert page.count("this user opted out of profiling") == 2
+    assert page.count("Chosen next:") == 12
+    capsys.readouterr()
+    call("audit", "verify", "--run_dir", str(run))
+    call("audit", "replay", "--run_dir", str(run), "--all")
+    said = capsys.readouterr().out
+    assert "record 13: reproduced, same bytes; by popularity, without a model" in said
+    assert "14 of 14 records reproduced" in said
+    call("audit", "replay", "--run_dir", str(run), "--record", "12")
+    path = run / "data" / "catalog.parquet"
+    catalog.with_columns(pl.col("train_count").reverse()).write_parquet(path)
+    found = replay(
+        next(read_opened(run / "audit", [12])),
+        load_replayer(run, one),
+        hashes_now(run, named_files(one)),
+    )
+    assert not found.passed and not found.prompt_matches
+    assert found.changed_files == ["data/catalog.parquet"] and "; the counts differ" in str(found)
+
+
+def test_opt_outs_that_can_not_be_followed_are_errors(capsys, listed, tmp_path):
+    run, out = shutil.copytree(listed, tmp_path / "run"), tmp_path / "opted-out.txt"
+    again = ("--run_dir", str(run), "--overwrite", "true", "--opt_out", str(out))
+    assert "is not a file; name a list of user ids" in refused(capsys, "recommend", *again)
+    out.write_text("nobody\n")
+    error = refused(capsys, "recommend", *again)
+    assert "names 1 users, and none of them is in this split (ids look like" in error
+    users = pl.read_parquet(run / "data" / "test.parquet")["user_id"].to_list()
+    out.write_text("".join(f"{user}\n" for user in users))
+    assert "nobody is left to list" in refused(capsys, "recommend", *again)
+    table = ("--users", "u.csv", "--output_dir", str(tmp_path / "lists"))
+    assert "opt_out is for a split" in refused(capsys, "recommend", *again, *table)
 
 
 def test_trace_of_the_first_explained_user(capsys, finished):
