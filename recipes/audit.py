@@ -3,7 +3,7 @@
     genrec audit --config recipes/configs/quickstart/audit.yaml --run_dir runs/quickstart
     genrec audit keygen --key_file /secure/audit.key
     genrec audit verify --run_dir runs/quickstart --report verified.json
-    genrec audit replay --run_dir runs/quickstart --record 0
+    genrec audit replay --run_dir runs/quickstart --record 0 [--engine vllm]
     genrec audit report --run_dir runs/quickstart
     genrec audit prove --run_dir runs/quickstart --record 0 --output proof.json
     genrec audit check --proof proof.json --public_key runs/quickstart.custody/audit.pub
@@ -98,10 +98,16 @@ class ReplaySettings:
     record_id: str | None = None  # or its id
     all: bool = False  # every record
     engine: str = "torch"  # that searches again: torch, vllm or vllm-inworker
+    gpu_memory_utilization: float | None = None  # of vllm: share of a GPU, or on CPU of the memory
 
     def __post_init__(self) -> None:
         """Exactly one of the three must be given."""
         check_choice("engine", self.engine, ("torch", "vllm", "vllm-inworker"))
+        share = self.gpu_memory_utilization
+        if share is not None and (self.engine != "vllm" or not 0 < share <= 1):
+            raise ValueError(
+                f"gpu_memory_utilization={share} must lie in (0, 1], and is for engine=vllm"
+            )
         if (self.record is not None) + (self.record_id is not None) + self.all != 1:
             raise ValueError("name one record with --record N or --record_id ID, or take --all")
 
@@ -291,6 +297,8 @@ def replay() -> None:
     current: dict[str, str | None] = {}
     results, total, found = [], int(read_json(folder / HEAD)["records"]), 0
     wanted = None if args.record is None else [args.record]
+    share = args.gpu_memory_utilization
+    options = None if share is None else {"gpu_memory_utilization": share}
     for record in tqdm(read_opened(folder, wanted), unit="record", disable=not args.all):
         if args.record_id not in (None, record.get("record_id")):
             continue
@@ -298,7 +306,7 @@ def replay() -> None:
         if record["erased"]:
             print(f"record {record['record']}: {ERASED}")
             continue
-        replayer = replayer or load_replayer(args.run_dir, record, args.engine)
+        replayer = replayer or load_replayer(args.run_dir, record, args.engine, options)
         current |= hashes_now(args.run_dir, named_files(record) - current.keys())
         results.append(replay_record(record, replayer, current))
     if not found:

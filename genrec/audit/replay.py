@@ -115,7 +115,10 @@ class Replayer:
 
 
 def load_replayer(
-    run_dir: Path | str, record: Mapping[str, Any], engine: str = "torch"
+    run_dir: Path | str,
+    record: Mapping[str, Any],
+    engine: str = "torch",
+    engine_options: Mapping[str, Any] | None = None,
 ) -> Replayer:
     """The run as a record says it was served.
 
@@ -124,14 +127,15 @@ def load_replayer(
         record: any of its log.
         engine: that searches: "torch", "vllm" or "vllm-inworker". With one of vLLM the weights are
             loaded twice, as torch scores the recorded items.
+        engine_options: of an engine of vLLM (see `Recommender.load`).
     """
     made, stage = record["decoding"] or {}, record["artefacts"]["model_stage"]
 
-    def load(name: str) -> Recommender:
-        options = (made.get("normalizer"), made.get("dtype", "float32"))
-        return Recommender.load(run_dir, stage, name, *options, batch_size=1)
+    def load(name: str, options: Mapping[str, Any] | None = None) -> Recommender:
+        how = made.get("normalizer"), made.get("dtype", "float32")
+        return Recommender.load(run_dir, stage, name, *how, batch_size=1, engine_options=options)
 
-    recommender = load(engine)
+    recommender = load(engine, engine_options)
     scorer = recommender.engine if engine == "torch" else load("torch").engine
     assert isinstance(scorer, TorchEngine)
     return Replayer(engine, recommender, scorer)

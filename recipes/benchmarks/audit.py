@@ -74,6 +74,7 @@ class Settings:
     run_dir: str | None = None  # write its log and replay some of it
     generated: int = 512  # lists that generation is timed on
     replays: int = 200  # records
+    gpu_memory_utilization: float = 0.3  # of vLLM: share of a GPU, or on CPU of the memory
     quick: bool = False
 
     def __post_init__(self) -> None:
@@ -451,7 +452,9 @@ def replay_run(run: Path, args: Settings, rng: random.Random) -> dict[str, Any]:
     found: dict[str, Any] = {"replayed": len(records), "same_list": {}, "replay": {}}
     engines = ["torch", *(["vllm"] if importlib.util.find_spec("vllm") else [])]
     for engine in engines:
-        replayer, began = load_replayer(run, records[0], engine), time.perf_counter()
+        share = {"gpu_memory_utilization": args.gpu_memory_utilization}
+        options = share if engine == "vllm" else None
+        replayer, began = load_replayer(run, records[0], engine, options), time.perf_counter()
         results = [replay(record, replayer, current) for record in records]
         seconds = time.perf_counter() - began
         for result in results:
@@ -488,7 +491,7 @@ def main() -> None:
         if item.name == "quick":
             parser.add_argument("--quick", action="store_true")
         else:
-            caster = int if isinstance(item.default, int) else str
+            caster = type(item.default) if isinstance(item.default, int | float) else str
             parser.add_argument(f"--{item.name}", type=caster, default=item.default)
     args = Settings(**vars(parser.parse_args()))
     out, rng = Path(args.out), random.Random(args.seed)
