@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, Browser
 from page_elements import Page
 
 from genrec.artifacts import read_json
@@ -164,31 +163,94 @@ def test_display_text(text, shown):
     assert display_text(text, 10) == shown
 
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium on PATH: nothing to render the page with"
 )
 
 
-def browse(path: Path, profile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync", *quiet,
-        f"--user-data-dir={profile}", "--enable-logging=stderr", *flags, path.as_uri(),
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A browser that is known to hear what a bad page does."""
+    folder = tmp_path_factory.mktemp("browser")
+    with Browser(folder / "profile") as made:
+        noisy = folder / "noisy.html"
+        noisy.write_text("<script>console.error('seen'); alert(1)</script>")
+        made.open(noisy)
+        heard = [message["method"] for message in made.said]
+        assert "Runtime.consoleAPICalled" in heard and "Page.javascriptDialogOpening" in heard
+        made.said.clear()
+        yield made
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: nothing to render the page with")
-def test_a_browser_renders_it_without_a_word(hostile, tmp_path):
-    noisy, page = tmp_path / "noisy.html", tmp_path / "report.html"
-    noisy.write_text("<script>console.error('seen')</script>")
-    said = browse(noisy, tmp_path / "a", "--dump-dom").stderr
-    assert "CONSOLE" in said and "seen" in said  # silence below means something
+@pytest.fixture
+def shown(browser, hostile, tmp_path):
+    """A browser with the page of hostile titles."""
+    page = tmp_path / "report.html"
     page.write_text(hostile, encoding="utf-8")
-    done = browse(page, tmp_path / "b", "--dump-dom")
-    assert "CONSOLE" not in done.stderr
-    assert done.stdout.count("<article") == 14 and done.stdout.count("<h1") == 1
-    for width in (500, 1400):
-        shot = tmp_path / f"{width}.png"
-        browse(page, tmp_path / "c", f"--screenshot={shot}", f"--window-size={width},1200")
+    browser.do("Emulation.setEmulatedMedia", media="", features=[])
+    browser.open(page)
+    yield browser
+    assert browser.said == []  # nothing said, whatever was done with it
+    assert browser.value("location.href") == page.as_uri() or "#" in browser.value("location.href")
+
+
+@needs_browser
+def test_hostile_titles_do_nothing_in_a_browser(shown):
+    for tag in ("script", "img", "iframe", "object", "form", "b", "i"):
+        assert shown.value(f"document.getElementsByTagName('{tag}').length") == 0, tag
+    assert shown.value("document.querySelectorAll('article').length") == 14
+    assert shown.value("document.querySelectorAll('h1').length") == 1
+    titles = shown.value("[...document.querySelectorAll('bdi')].map(e => e.textContent)")
+    assert "<script>alert(document.domain)</script>" in titles
+    attributes = "[...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames())"
+    assert not [name for name in shown.value(attributes) if name.startswith("on")]
+
+
+@needs_browser
+def test_every_record_opens_by_keyboard_alone(shown):
+    """Tab leads to each record's line; Enter and the space bar open and close it."""
+    active = "document.activeElement.closest('summary')?.closest('article')?.id ?? null"
+    is_open = "document.activeElement.parentElement.open"
+    wanted = shown.value("[...document.querySelectorAll('article')].map(e => e.id)")
+    opened: list[str] = []
+    for _ in range(600):
+        shown.press("Tab")
+        if (record := shown.value(active)) is None:
+            continue
+        assert record not in opened, "the focus went around before all were reached"
+        outline = "getComputedStyle(document.activeElement).outlineStyle"
+        assert shown.value(outline) != "none"  # one sees where one is
+        before = shown.value(is_open)
+        for key, state in (("Enter", not before), ("Space", before)):
+            shown.press(key)
+            assert shown.value(is_open) is state, (record, key)
+        if not before:
+            shown.press("Enter")
+        content = f"document.querySelector('#{record} ol.list').checkVisibility()"
+        assert shown.value(content), record
+        opened.append(record)
+        if len(opened) == len(wanted):
+            break
+    assert opened == wanted and len(opened) == 14
+
+
+@needs_browser
+def test_print_shows_all_records_and_dark_is_dark(shown, tmp_path):
+    lists = "[...document.querySelectorAll('article ol.list')]"
+    visible = f"{lists}.filter(e => e.checkVisibility()).length"
+    colour = "getComputedStyle(document.body).backgroundColor"
+    assert shown.value("document.querySelectorAll('details.record[open]').length") == 1
+    assert shown.value(visible) == 1  # the others are closed on the screen
+    assert shown.value(colour) == "rgb(246, 247, 249)"
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    shown.do("Emulation.setEmulatedMedia", media="screen", features=dark)
+    assert shown.value(colour) == "rgb(18, 22, 28)"
+    for width in (420, 1400):
+        shown.screenshot(shot := tmp_path / f"dark-{width}.png", width, 1600)
         assert shot.stat().st_size > 20_000
+        wide = "document.documentElement.scrollWidth > innerWidth"
+        assert not shown.value(wide)  # nothing has to be scrolled sideways
+    shown.do("Emulation.setEmulatedMedia", media="print", features=[])
+    assert shown.value(visible) == 14 and shown.value(colour) == "rgb(255, 255, 255)"
+    printed = base64.b64decode(shown.do("Page.printToPDF")["data"])
+    assert printed.startswith(b"%PDF") and len(printed) > 30_000
