@@ -331,7 +331,8 @@ def _records(
             *(lists[column].to_list() for column in _ITEM), strict=True
         )
     ]  # fmt: skip
-    no_checks, none_masked, key_id = _counts([]), {}, key.key_id
+    no_checks, key_id = _counts([]), key.key_id
+    none_masked: dict[str, int] = {}
     for row_id, user, earlier, given, n_before, stop, count, prompt_sha256, certified in zip(
         rows[ROW_ID].to_list(),
         rows[USER_ID].to_list(),
@@ -452,7 +453,7 @@ def opened(record: Mapping[str, Any], payload: Payload | None) -> dict[str, Any]
         return {**record, "erased": True}
     chains = payload["chains"].content if "chains" in payload else [None] * len(record["items"])
     items = [{**i, "chain": c} for i, c in zip(record["items"], chains, strict=True)]
-    nothing = {"history": [], "set_aside_item_ids": []}
+    nothing: dict[str, Any] = {"history": [], "set_aside_item_ids": []}
     given = {**record["input"], **(payload["input"].content if "input" in payload else nothing)}
     return {**record, **payload["identity"].content, "input": given, "items": items,
             "erased": False}  # fmt: skip

@@ -18,6 +18,7 @@ from genrec.audit.payloads import open_store
 from genrec.audit.recorded import RecordedRun
 from genrec.audit.records import base_name, open_record
 from genrec.columns import ITEM_ID, ROW_ID, SCORE, TARGET, TITLE
+from genrec.generation.non_profiling import RULE
 from genrec.page import display_text, environment
 
 _CHECKS = {
@@ -171,6 +172,11 @@ def _facts(run: RecordedRun) -> dict[str, str]:
         if exact is None
         else f"{exact:.1%} of all lists are proven to be the exact top of the allowed catalogue",
     }
+    if apart := made.metrics.get("non_profiling_lists"):
+        facts["Opted out"] = (
+            f"{apart:,} lists of users who opted out of profiling use no history: {RULE}, the "
+            "same list for all"
+        )
     return {label: display_text(value, 300) for label, value in facts.items()}
 
 

@@ -304,6 +304,7 @@ def test_users_who_opted_out_of_profiling(capsys, listed, tmp_path):
     assert parts == [("identity",), ("identity",)]  # nothing of theirs but who they are
     page = (run / "audit" / "report.html").read_text()
     assert page.count("this user opted out of profiling") == 2
+    assert "2 lists of users who opted out of profiling use no history" in page
     assert page.count("Chosen next:") == 12
     capsys.readouterr()
     call("audit", "verify", "--run_dir", str(run))
