@@ -7,6 +7,7 @@ import random
 import runpy
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,30 @@ def test_chains_and_numbers(made):
         assert chained == (before["shard"] == after["shard"])
     assert len({sealed[n]["previous_sha256"] for n in (0, 4, 8)}) == 3
     assert all(r["sha256"] == record_hash(r) for r in sealed)
+
+
+def test_records_are_let_go_once_they_are_written(made, tmp_path):
+    """A log of any length is written in the memory of a few records and a shard's hashes."""
+
+    class Token:
+        """Lives as long as the record that holds it."""
+
+    class User(dict):
+        token: Token
+
+    alive: weakref.WeakSet[Token] = weakref.WeakSet()
+
+    def drawn():
+        for number in range(60):
+            content, payload = made[number % N]
+            user = User(content["user"])
+            user.token = Token()
+            alive.add(user.token)
+            assert len(alive) <= 3
+            yield {**content, "user": user}, payload
+
+    write_log(tmp_path / "a", drawn(), KEY, tmp_path / "heads.jsonl", ("a" * 12, 1), "now", 25)
+    assert check_log(tmp_path / "a", KEY.public, tmp_path / "heads.jsonl").records == 60
 
 
 def test_a_record_that_does_not_fit_leaves_no_log(made, tmp_path):
