@@ -18,13 +18,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import polars as pl
 
@@ -75,20 +75,27 @@ def sha256_json(value: Any) -> str:
     return sha256_bytes(text.encode())
 
 
-def write_bytes(path: Path | str, data: bytes) -> None:
-    """Write a file atomically: readers see the old bytes or all of the new ones."""
+@contextmanager
+def writing(path: Path | str) -> Iterator[BinaryIO]:
+    """A stream into a file that appears under its name when all is written, and not before."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, path)
     finally:
         with suppress(FileNotFoundError):
             partial.unlink()
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Write a file atomically: readers see the old bytes or all of the new ones."""
+    with writing(path) as stream:
+        stream.write(data)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -1,9 +1,9 @@
-"""Explained lists -> tamper-evident records and a report; verify, replay, prove, erase them.
+"""Recommended lists -> tamper-evident records and a report; verify, replay, prove, erase them.
 
     genrec audit --config recipes/configs/quickstart/audit.yaml --run_dir runs/quickstart
     genrec audit keygen --key_file /secure/audit.key
     genrec audit verify --run_dir runs/quickstart --report verified.json
-    genrec audit replay --run_dir runs/quickstart --record 0
+    genrec audit replay --run_dir runs/quickstart --record 0 [--engine vllm]
     genrec audit report --run_dir runs/quickstart
     genrec audit prove --run_dir runs/quickstart --record 0 --output proof.json
     genrec audit check --proof proof.json --public_key runs/quickstart.custody/audit.pub
@@ -12,6 +12,7 @@
 The first form writes into ``audit/``: shards of records (``audit-00000.jsonl`` …, each a hash
 chain), ``head.json`` (the signed Merkle root over them), ``payloads.sqlite`` (user ids, histories,
 prompts, chains; records hold salted commitments to them), ``environment.txt`` and ``report.html``.
+There is a record for every list that recommend made; those of explained lists hold their chains.
 
 Key and anchor lie outside the run folder: `<run_dir>.custody/audit.key`, made if absent, and
 ``heads.jsonl`` beside it, unless --key_file and --anchor_file name other places. The anchor lists
@@ -42,10 +43,11 @@ from genrec.artifacts import (
     write_json,
     write_text,
 )
-from genrec.config import parse, run
+from genrec.config import check_choice, parse, run
 
 if TYPE_CHECKING:
     from genrec.audit.keys import AuditKey
+    from genrec.audit.recorded import RecordedRun
 
 
 @dataclass
@@ -57,7 +59,7 @@ class AuditArgs:
     key_file: str | None = None  # default: <run_dir>.custody/audit.key, made if absent
     anchor_file: str | None = None  # default: heads.jsonl beside the key
     shard_size: int = 10_000  # records per file
-    report_users: int = 20  # lists shown in report.html; the log holds all explained ones
+    report_users: int = 20  # lists shown in report.html, explained ones first; the log holds all
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""
@@ -95,9 +97,17 @@ class ReplaySettings:
     record: int | None = None  # number of the record
     record_id: str | None = None  # or its id
     all: bool = False  # every record
+    engine: str = "torch"  # that searches again: torch, vllm or vllm-inworker
+    gpu_memory_utilization: float | None = None  # of vllm: share of a GPU, or on CPU of the memory
 
     def __post_init__(self) -> None:
         """Exactly one of the three must be given."""
+        check_choice("engine", self.engine, ("torch", "vllm", "vllm-inworker"))
+        share = self.gpu_memory_utilization
+        if share is not None and (self.engine != "vllm" or not 0 < share <= 1):
+            raise ValueError(
+                f"gpu_memory_utilization={share} must lie in (0, 1], and is for engine=vllm"
+            )
         if (self.record is not None) + (self.record_id is not None) + self.all != 1:
             raise ValueError("name one record with --record N or --record_id ID, or take --all")
 
@@ -198,56 +208,42 @@ def write() -> None:
             "name files of one run folder, by hash, and replay needs them there: audit lists of "
             "the model's own run, or train a model in this one"
         )
-    model_stage = made["model_stage"]
-    require(args.run_dir, "explain")
-    from genrec.audit.custody import SCHEMA, next_state, seal, write_log
-    from genrec.audit.payloads import write_payloads
-    from genrec.audit.records import (
-        ENVIRONMENT,
-        UNLISTED,
-        ExplainedRun,
-        build_records,
-        environment,
-    )
-    from genrec.audit.schema import check
+    inputs = ["prepare", "quantize", "build_dataset", made["model_stage"], "recommend"]
+    if load_manifest(args.run_dir, "explain") is not None:
+        inputs.append("explain")
+    from genrec.audit.custody import next_state, write_log
+    from genrec.audit.recorded import RecordedRun
+    from genrec.audit.records import ENVIRONMENT, UNLISTED, build_records, environment
+    from genrec.audit.schema import SCHEMA
 
     key_path, anchor_path = custody(args.run_dir, args.key_file, args.anchor_file)
     key = the_key(args, key_path)
     config = {**asdict(args), "key_id": key.key_id, "schema": SCHEMA}
-    inputs = ["prepare", "quantize", "build_dataset", model_stage, "recommend", "explain"]
     ignore = ["key_file", "anchor_file", "report_users"]
     stage = Stage(args.run_dir, "audit", config, inputs, ignore=ignore)
     state = next_state(stage.folder, anchor_path, key.public)
     if stage.is_done(args.overwrite):
         return
-    explained, time = ExplainedRun.load(args.run_dir), now()
-    made_records = build_records(explained, key, time)
-    sealed = seal((record for record, _ in made_records), state[0], args.shard_size)
-    for record in sealed:
-        check(record)
+    time, recorded = now(), RecordedRun.load(args.run_dir)
     write_text(stage.folder / ENVIRONMENT, environment())
-    write_payloads(stage.folder, [payload for _, payload in made_records])
-    head = write_log(stage.folder, sealed, key, anchor_path, state, time)
-    render(args.run_dir, args.report_users)
-    root = head["merkle_root"]
+    lists = tqdm(build_records(recorded, key, time), unit="record", total=len(recorded.rows))
+    head = write_log(stage.folder, lists, key, anchor_path, state, time, args.shard_size)
+    render(recorded, args.report_users)
+    root, records = head["merkle_root"], head["records"]
     metrics = {"merkle_root": root, "key_id": key.key_id, "log_id": head["log_id"]}
-    stage.finish(rows=len(sealed), metrics=metrics, skip=UNLISTED)
+    stage.finish(rows=records, metrics=metrics, skip=UNLISTED)
     print(
-        f"{len(sealed):,} records, Merkle root {root}, anchored in {anchor_path}\n"
-        f"open {stage.folder}/report.html"
+        f"{records:,} records, {len(recorded.chains):,} of them explained, Merkle root {root}, "
+        f"anchored in {anchor_path}\nopen {stage.folder}/report.html"
     )
 
 
-def render(run_dir: str, users: int) -> Path:
+def render(recorded: RecordedRun, users: int) -> Path:
     """Write the page from the log as it is now."""
-    from genrec.audit.custody import HEAD
-    from genrec.audit.records import ExplainedRun, read_opened
-    from genrec.audit.report import render_report
+    from genrec.audit.report import read_sample, render_report
 
-    folder = stage_folder(run_dir, "audit")
-    records, head = read_opened(folder), read_json(folder / HEAD)
-    page = render_report(ExplainedRun.load(run_dir), records, head, users)
-    write_text(folder / "report.html", page)
+    folder = stage_folder(recorded.run_dir, "audit")
+    write_text(folder / "report.html", render_report(recorded, read_sample(folder, users)))
     return folder / "report.html"
 
 
@@ -255,7 +251,9 @@ def report() -> None:
     """Write the page again, of as many lists as asked for."""
     args = parse(ReportSettings, args=sys.argv[2:])
     require(args.run_dir, "audit")
-    print(f"open {render(args.run_dir, args.report_users)}")
+    from genrec.audit.recorded import RecordedRun
+
+    print(f"open {render(RecordedRun.load(args.run_dir), args.report_users)}")
 
 
 def verify() -> None:
@@ -288,30 +286,32 @@ def verify() -> None:
 def replay() -> None:
     """Replay one record or all; exit status 1 if a list isn't reproduced."""
     args = parse(ReplaySettings, args=sys.argv[2:])
+    from genrec.audit.custody import HEAD
     from genrec.audit.records import read_opened
-    from genrec.audit.replay import ERASED, load_recommender
+    from genrec.audit.replay import ERASED, Replayer, load_replayer
     from genrec.audit.replay import replay as replay_record
-    from genrec.audit.verify import current_hashes
+    from genrec.audit.verify import hashes_now, named_files
 
-    log = read_opened(stage_folder(args.run_dir, "audit"))
-    records = log
-    if not args.all:
-        records = [r for r in log if args.record_id in (None, r.get("record_id"))]
-        records = [r for r in records if args.record in (None, r.get("record"))]
-        if not records:
-            asked = f"record={args.record}" if args.record_id is None else args.record_id
-            raise ValueError(f"{asked} is not in the log; it has 0..{len(log) - 1}")
-    erased = [record for record in records if record["erased"]]
-    for record in erased:
-        print(f"record {record['record']}: {ERASED}")
-    records = [record for record in records if not record["erased"]]
-    if not records:
-        return
-    recommender = load_recommender(args.run_dir, records[0])
-    current = current_hashes(args.run_dir, records)
-    results = []
-    for record in tqdm(records, unit="record", disable=len(records) < 20):
-        results.append(replay_record(record, recommender, current))
+    folder = stage_folder(args.run_dir, "audit")
+    replayer: Replayer | None = None
+    current: dict[str, str | None] = {}
+    results, total, found = [], int(read_json(folder / HEAD)["records"]), 0
+    wanted = None if args.record is None else [args.record]
+    share = args.gpu_memory_utilization
+    options = None if share is None else {"gpu_memory_utilization": share}
+    for record in tqdm(read_opened(folder, wanted), unit="record", disable=not args.all):
+        if args.record_id not in (None, record.get("record_id")):
+            continue
+        found += 1
+        if record["erased"]:
+            print(f"record {record['record']}: {ERASED}")
+            continue
+        replayer = replayer or load_replayer(args.run_dir, record, args.engine, options)
+        current |= hashes_now(args.run_dir, named_files(record) - current.keys())
+        results.append(replay_record(record, replayer, current))
+    if not found:
+        asked = f"record={args.record}" if args.record_id is None else args.record_id
+        raise ValueError(f"{asked} is not in the log; it has 0..{total - 1}")
     for result in results:
         print(result)
     levels = [result.level for result in results]
@@ -362,6 +362,7 @@ def erase() -> None:
     args = parse(EraseSettings, args=sys.argv[2:])
     from genrec.audit.erasure import erase as erase_user
     from genrec.audit.keys import AuditKey
+    from genrec.audit.recorded import RecordedRun
 
     key_path, anchor_path = custody(args.run_dir, args.key_file, args.anchor_file)
     folder = stage_folder(args.run_dir, "audit")
@@ -372,7 +373,7 @@ def erase() -> None:
     for path in done.left:
         print(f"{path} is of an older schema and holds the history in the log itself: delete it")
     try:
-        render(args.run_dir, args.report_users)
+        render(RecordedRun.load(args.run_dir), args.report_users)
     except ValueError as error:
         print(f"{page} is removed; it can't be made again: {error}")
     print(

@@ -4,6 +4,7 @@
     genrec recommend --run_dir runs/next --model_run runs/mine  # a later catalogue, an old model
     genrec recommend --run_dir runs/mine --users users.parquet --output_dir lists/today
     genrec recommend … --one_per_title true --max_per_category 3      # with --users
+    genrec recommend … --opt_out opted-out.csv        # of a split: no profiling for these users
     genrec recommend … --shard 1/8                    # one of eight jobs of a cluster, any order
     genrec recommend … --executor ray --num_actors 4  # needs genrec[ray]
 
@@ -16,6 +17,11 @@ over what the model declares; another `normalizer` is noted in the manifest.
 or folder, CSV, TSV, JSON Lines, or a Hugging Face dataset. It is read in parts, so its size doesn't
 matter. A user without history gets the list that the model gives to nobody known. `allow` and
 `deny` name files of item ids, one a line (or a table's item_id column).
+
+`opt_out` names a file of users who opted out of profiling. With a split, their lists lie apart in
+``non-profiling.parquet``: the most popular items of the training part, the same for all, made
+without history and without the filter of seen items. Neither evaluate nor explain looks at them;
+audit keeps a record of each.
 
 Writes ``recommendations/recommendations-<first row>-<last row>.parquet``, … (one row per
 recommended item), ``progress.json`` while it works, and for a split ``rows.parquet`` (the rows that
@@ -58,6 +64,12 @@ from genrec.generation.jobs import (
     locked,
     parse_part,
 )
+from genrec.generation.non_profiling import (
+    NON_PROFILING,
+    non_profiling_lists,
+    opted_out,
+    popular_items,
+)
 from genrec.generation.shaping import ListRules, caps_and_weights, parse_boosts
 from genrec.generation.shards import DAMAGED, ShardInfo
 from genrec.generation.users import (
@@ -71,6 +83,7 @@ from genrec.generation.users import (
     source_marks,
     source_sha256,
 )
+from genrec.item_lists import IntArray
 from genrec.normalizers import NORMALIZERS, Normalizer, declared_normalizer, mismatch
 from genrec.recommend import Recommender
 from genrec.semantic_ids import SemanticIds
@@ -107,6 +120,7 @@ class RecommendArgs:
     seed: int = 0
     allow: str | None = None  # file of item ids: nothing else is recommended
     deny: str | None = None  # file of item ids that nobody gets
+    opt_out: str | None = None  # file of user ids whose lists must use no history; for a split
     # Anybody's users in place of a split.
     users: str | None = None  # table file, folder of Parquet files, or Hugging Face dataset
     users_split: str = "train"  # of a Hugging Face dataset
@@ -154,6 +168,11 @@ class RecommendArgs:
             )
         check_folders(self)
         check_numbers(self)
+        if self.users is not None and self.opt_out is not None:
+            raise ValueError(
+                "opt_out is for a split; leave those who opted out of the table of --users, or "
+                "give their rows an empty history"
+            )
         if self.users is not None and self.max_rows is not None:
             raise ValueError("max_rows samples a split; give --users a table of fewer users")
         check_engine_options(self)
@@ -259,15 +278,17 @@ def make_stage(args: RecommendArgs, model_stage: str) -> Stage:
     else:
         hashes = {f"model_run/{s}": require(source, s).content_hash for s in of_model}
     # What isn't in effect is no setting of this run.
-    ignore += [name for name in ("allow", "deny", "users") if getattr(args, name) is None]
+    ignore += [
+        name for name in ("allow", "deny", "opt_out", "users") if getattr(args, name) is None
+    ]
     ignore += OF_USERS if args.users is None else ["split", "max_rows"]
     if args.users is not None and args.sampler is None:
         ignore.append("seed")
     files: dict[str, Path | str] = {}
-    for name in ("allow", "deny"):
+    for name, what in {"allow": "item", "deny": "item", "opt_out": "user"}.items():
         if (path := getattr(args, name)) is not None:
             if not Path(path).is_file():
-                raise ValueError(f"--{name} {path} is not a file; name a list of item ids")
+                raise ValueError(f"--{name} {path} is not a file; name a list of {what} ids")
             files[name] = path
     if args.users is not None:
         hashes["users"] = source_sha256(args.users, args.users_split, args.users_subset)
@@ -297,8 +318,31 @@ def check_catalogue(args: RecommendArgs, catalog: pl.DataFrame) -> None:
         check_sampler(rules.sampler, cast(Normalizer, args.normalizer), n_levels)
 
 
+def set_opted_out_apart(
+    args: RecommendArgs,
+    stage: Stage,
+    rows: pl.DataFrame,
+    catalog: pl.DataFrame,
+    allowed: IntArray | None,
+) -> pl.DataFrame:
+    """Write lists for those who opted out of profiling, and return the rows of all others."""
+    assert args.opt_out is not None
+    chosen = opted_out(rows[USER_ID], args.opt_out)
+    if chosen.all():
+        raise ValueError(f"{args.opt_out} names every user of these rows; nobody is left to list")
+    sids = SemanticIds.load(stage_folder(args.run_dir, "quantize")).sids()
+    items = popular_items(catalog, args.k, allowed)
+    table = non_profiling_lists(rows.filter(chosen), catalog, sids, items)
+    write_parquet(stage.folder / NON_PROFILING, table)
+    return rows.filter(~chosen)
+
+
 def make_users(
-    args: RecommendArgs, stage: Stage, catalog: pl.DataFrame, marks: Marks | None
+    args: RecommendArgs,
+    stage: Stage,
+    catalog: pl.DataFrame,
+    marks: Marks | None,
+    allowed: IntArray | None,
 ) -> UserRows:
     """The rows that lists are made for; `marks` of a table are from before it was hashed."""
     if args.users is None:
@@ -309,6 +353,8 @@ def make_users(
             rows = rows.sample(args.max_rows, seed=args.seed).sort(ROW_ID)
         if rows.is_empty():
             raise ValueError(f"the {args.split} split of {args.run_dir} has no rows")
+        if args.opt_out is not None:
+            rows = set_opted_out_apart(args, stage, rows, catalog, allowed)
         write_parquet(stage.folder / "rows.parquet", rows.select(ROW_ID, USER_ID))
         return SplitRows(rows, args.filter_seen)
     columns = UserColumns(
@@ -399,11 +445,17 @@ def finish(
     remove_copy(stage.folder)
     speed = progress.users_per_s
     metrics = {"users_per_s": None if speed is None else round(speed, 1), **list_facts(job)}
+    apart = ""
+    if args.opt_out is not None:
+        lists = pl.scan_parquet(stage.folder / NON_PROFILING, glob=False)
+        count = lists.select(pl.col(ROW_ID).n_unique()).collect().item()
+        metrics["non_profiling_lists"] = count
+        apart = f"; {count:,} lists by popularity for users who opted out"
     stage.finish(metrics["items"], args.seed, metrics, notes, skip=(PROGRESS, DAMAGED))
     print(
         f"{job.users.n_rows:,} lists of {args.k} by the {stage.config['model_stage']} model on "
         f"{args.engine} ({metrics['users_per_s']} users/s); {metrics['certified_share']:.1%} "
-        f"provably exact; {metrics['short_lists']:,} shorter than {args.k}"
+        f"provably exact; {metrics['short_lists']:,} shorter than {args.k}{apart}"
     )
 
 
@@ -433,7 +485,7 @@ def main() -> None:
         if rule not in (None, args.filter_seen):
             print(f"warning: {model_stage} was validated with filter_seen={rule}, this differs")
         job = GenerationJob(
-            make_users(args, stage, catalog, marks),
+            make_users(args, stage, catalog, marks, allowed),
             stage.folder,
             args.k,
             min(args.beam_width, len(catalog)),  # as many prefixes are all there are

@@ -338,19 +338,19 @@ def show_record(view: View) -> None:
     """Number and hash of the audit record."""
     if "audit" not in view.manifests:
         return
+    from genrec.audit.custody import HEAD
     from genrec.audit.records import read_opened
 
     view.heading("7. The audit record (audit)")
-    log = read_opened(stage_folder(view.run_dir, "audit"))
-    found = [record for record in log if record.get(ROW_ID) == view.row[ROW_ID]]
-    for record in found:
-        view.say(f"record {record['record']} of {len(log)}, sha256 {record['sha256']}")
-        view.say(
-            f"replay: genrec audit replay --run_dir {view.run_dir} --record {record['record']}"
-        )
-    if not found:
-        erased = sum(record["erased"] for record in log)
-        view.say(f"no record of this list{f' ({erased} records are erased)' if erased else ''}")
+    folder, erased = stage_folder(view.run_dir, "audit"), 0
+    for record in read_opened(folder):
+        erased += record["erased"]
+        if record.get(ROW_ID) == view.row[ROW_ID]:
+            total, number = read_json(folder / HEAD)["records"], record["record"]
+            view.say(f"record {number} of {total}, sha256 {record['sha256']}")
+            view.say(f"replay: genrec audit replay --run_dir {view.run_dir} --record {number}")
+            return
+    view.say(f"no record of this list{f' ({erased} records are erased)' if erased else ''}")
 
 
 def main() -> None:

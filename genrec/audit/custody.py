@@ -5,6 +5,9 @@ it in its shard and its own, which shows edits, insertions, swaps and deletions.
 shard are the leaves of a Merkle tree, the shards those of another, and ``head.json`` states its
 root under an Ed25519 signature, which shows a cut tail and a log that somebody recomputed. That the
 whole folder was put back to an older signed state shows in the anchor (see `genrec.audit.anchor`).
+
+A log is written and read record by record: of a log of any length, memory holds the hashes of one
+shard and what is said of each shard.
 """
 
 from __future__ import annotations
@@ -12,17 +15,20 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from genrec.artifacts import read_json, write_json, write_text
+from genrec.artifacts import read_json, write_json, writing
 from genrec.audit import anchor, merkle
 from genrec.audit.canonical import canonical
 from genrec.audit.keys import AuditKey, PublicKey
+from genrec.audit.payloads import Payload, new_store
+from genrec.audit.schema import SCHEMA, check
 
-SCHEMA = 2  # of records and heads; 1 had neither shards nor payloads of their own
 HEAD = "head.json"
 OLD_LOG = "audit.jsonl"  # of schema 1
 SHARD_SIZE = 10_000
@@ -44,34 +50,79 @@ def genesis(log_id: object, shard: int) -> str:
     return hashlib.sha256(canonical(["genrec audit shard", log_id, shard])).hexdigest()
 
 
-def seal(
-    records: Iterable[Mapping[str, Any]], log_id: str, shard_size: int = SHARD_SIZE
-) -> list[dict[str, Any]]:
-    """Number records from 0, deal them out to shards in order, and chain each shard.
+Made = tuple[Mapping[str, Any], Payload]  # a record without number, ids and hashes; its payload
+
+
+@dataclass(frozen=True)
+class SealedLine:
+    """A record as it is written.
+
+    Attributes:
+        number: of the record.
+        shard: that it belongs to.
+        sha256: of the record.
+        data: canonical JSON and a line end.
+        payload: of the record.
+    """
+
+    number: int
+    shard: int
+    sha256: str
+    data: bytes
+    payload: Payload
+
+
+def _member(name: str, value: Any) -> bytes:
+    """A member of an object in canonical form."""
+    return b'"%b":%b' % (name.encode("ascii"), canonical(value))
+
+
+def seal(made: Iterable[Made], log_id: str, shard_size: int = SHARD_SIZE) -> Iterator[SealedLine]:
+    """Number records from 0, deal them out to shards in order, check them and chain each shard.
+
+    A value that is the very object which the record before had there is brought into canonical form
+    once: what all records of a run share costs nothing. So no value may change once its record was
+    handed over.
 
     Args:
-        records: without number, ids and hashes.
+        made: the records.
         log_id: of the log.
         shard_size: records per shard.
 
-    Returns:
-        New records with `log_id`, `record_id`, `record`, `shard` and both hashes.
+    Yields:
+        Each record with `log_id`, `record_id`, `record`, `shard` and both hashes, in canonical
+        form.
+
+    Raises:
+        ValueError: a record doesn't fit the schema.
     """
-    sealed: list[dict[str, Any]] = []
     previous = ""
-    for number, record in enumerate(records):
+    fields: Set[str] = frozenset()
+    encoded: dict[str, tuple[Any, bytes]] = {}
+    for number, (content, payload) in enumerate(made):
         shard = number // shard_size
-        chained = {
-            **record,
+        record = {
+            **content,
             "log_id": log_id,
             "record_id": f"{log_id}-{number}",
             "record": number,
             "shard": shard,
-            "previous_sha256": genesis(log_id, shard) if number % shard_size == 0 else previous,
+            "previous_sha256": previous if number % shard_size else genesis(log_id, shard),
         }
-        previous = record_hash(chained)
-        sealed.append({**chained, "sha256": previous})
-    return sealed
+        if record.keys() != fields:
+            fields, names = record.keys(), sorted(record)
+            place = bisect(names, "sha256")
+        members = []
+        for name in names:
+            known = encoded.get(name)
+            if known is None or known[0] is not record[name]:
+                known = encoded[name] = (record[name], _member(name, record[name]))
+            members.append(known[1])
+        before, behind = b",".join(members[:place]), b",".join(members[place:])
+        record["sha256"] = previous = hashlib.sha256(b"{%b,%b}" % (before, behind)).hexdigest()
+        check(record)
+        data = b'{%b,"sha256":"%b",%b}\n' % (before, previous.encode(), behind)
+        yield SealedLine(number, shard, previous, data, payload)
 
 
 def leaf(sha256: str) -> str:
@@ -95,34 +146,30 @@ def shards_root(shards: Iterable[Mapping[str, Any]]) -> str:
 
 
 def make_head(
-    sealed: Sequence[Mapping[str, Any]], key: AuditKey, log_id: str, counter: int, time: str
+    shards: Sequence[Mapping[str, Any]], key: AuditKey, state: tuple[str, int], time: str
 ) -> dict[str, Any]:
     """Signed statement of a whole log.
 
     Args:
-        sealed: its records.
+        shards: `shard_entry` of each.
         key: signs.
-        log_id: of the log, the same in all its states.
-        counter: of the state, from 1; each rewrite of the log takes the next.
+        state: id of the log, the same in all its states, and counter of the state, from 1; each
+            rewrite of the log takes the next.
         time: UTC, ISO 8601.
 
     Returns:
         The head. All but `shards` is signed, and `shards` is what the signed root is over: so a
         proof of one record needs no more than the signed part.
     """
-    shards = [
-        shard_entry(shard, [record["sha256"] for record in group])
-        for shard, group in groupby(sealed, key=lambda record: record["shard"])
-    ]
     content = {
         "schema": SCHEMA,
-        "log_id": log_id,
-        "counter": counter,
+        "log_id": state[0],
+        "counter": state[1],
         "time": time,
-        "records": len(sealed),
+        "records": sum(entry["records"] for entry in shards),
         "merkle_root": shards_root(shards),
     }
-    return {**anchor.signed(content, key), "shards": shards}
+    return {**anchor.signed(content, key), "shards": list(shards)}
 
 
 def signed_part(head: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +207,7 @@ def next_state(folder: Path | str, anchor_file: Path | str, key: PublicKey) -> t
 
 
 def leaves_file(anchor_file: Path | str, head: Mapping[str, Any]) -> Path:
-    """Where the hashes of an anchored log's records lie, beside the anchor.
+    """Where the hashes of an anchored log's records lie, beside the anchor, one a line.
 
     They need no signature of their own: they must give the signed root.
     """
@@ -169,33 +216,48 @@ def leaves_file(anchor_file: Path | str, head: Mapping[str, Any]) -> Path:
 
 def write_log(
     folder: Path | str,
-    sealed: Sequence[Mapping[str, Any]],
+    made: Iterable[Made],
     key: AuditKey,
     anchor_file: Path | str,
     state: tuple[str, int],
     time: str,
+    shard_size: int = SHARD_SIZE,
 ) -> dict[str, Any]:
-    """Write shards (canonical JSON lines), head, leaves and, last, the anchor's new entry.
+    """Write shards (canonical JSON lines), payloads, leaves, head and, last, the anchor's entry.
 
     Args:
-        folder: of the log.
-        sealed: from `seal`, checked against the schema by whoever made them.
+        folder: of the log; a log that is there is replaced.
+        made: the records, in order; drawn as they are written (see `seal`).
         key: signs.
         anchor_file: outside the run folder.
-        state: from `next_state`; its id is the one that the records were sealed with.
+        state: from `next_state`.
         time: UTC, ISO 8601.
+        shard_size: records per file.
 
     Returns:
         The head.
+
+    Raises:
+        ValueError: a record doesn't fit the schema. No head is written then, and without one
+            there is no log.
     """
-    log_id, counter = state
-    for shard, group in groupby(sealed, key=lambda record: record["shard"]):
-        lines = [canonical(record).decode("ascii") + "\n" for record in group]
-        write_text(Path(folder) / shard_name(shard), "".join(lines))
-    head = make_head(sealed, key, log_id, counter, time)
-    write_json(Path(folder) / HEAD, head)
-    write_text(leaves_file(anchor_file, head), "".join(f"{r['sha256']}\n" for r in sealed))
-    anchor.append(anchor_file, anchor.HEAD_KIND, log_id, time, head, key)
+    folder, named = Path(folder), {"log_id": state[0], "counter": state[1]}
+    for old in [*folder.glob("audit-*.jsonl"), folder / HEAD]:
+        old.unlink(missing_ok=True)
+    shards: list[dict[str, Any]] = []
+    with new_store(folder) as store, writing(leaves_file(anchor_file, named)) as leaves:
+        for shard, group in groupby(seal(made, state[0], shard_size), lambda line: line.shard):
+            hashes = []
+            with writing(folder / shard_name(shard)) as stream:
+                for line in group:
+                    stream.write(line.data)
+                    hashes.append(line.sha256)
+                    store.add(line.number, line.payload)
+            leaves.write("".join(f"{sha256}\n" for sha256 in hashes).encode())
+            shards.append(shard_entry(shard, hashes))
+    head = make_head(shards, key, state, time)
+    write_json(folder / HEAD, head)
+    anchor.append(anchor_file, anchor.HEAD_KIND, state[0], time, head, key)
     return head
 
 
@@ -206,7 +268,7 @@ def shard_paths(folder: Path | str) -> list[Path]:
         ValueError: the folder holds a log of schema 1, or none.
     """
     folder = Path(folder)
-    paths = sorted(folder.glob("audit-*.jsonl"))
+    paths = sorted(folder.glob("audit-*.jsonl"), key=lambda path: (len(path.name), path.name))
     if not paths and (folder / OLD_LOG).is_file():
         raise ValueError(
             f"{folder / OLD_LOG} is a log of schema 1, this genrec reads {SCHEMA}: verify it with "
@@ -220,20 +282,52 @@ def shard_paths(folder: Path | str) -> list[Path]:
     return paths
 
 
-def read_log(folder: Path | str) -> list[dict[str, Any]]:
-    """Records of a log as they stand, unverified and without their payloads.
+@dataclass(frozen=True)
+class LogLine:
+    """A line of a shard.
+
+    Attributes:
+        path: of the shard.
+        number: of the line, from 1.
+        data: its bytes, with the line end unless it was cut off.
+    """
+
+    path: Path
+    number: int
+    data: bytes
+
+    def record(self) -> dict[str, Any]:
+        """The record.
+
+        Raises:
+            ValueError: the line is no JSON object.
+        """
+        try:
+            record = json.loads(self.data)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.path}, line {self.number} is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{self.path}, line {self.number} is no JSON object")
+        return record
+
+
+def log_lines(folder: Path | str) -> Iterator[LogLine]:
+    """Whole lines of a log, one by one.
 
     Raises:
-        ValueError: there is no log, one of another schema, or a line is no JSON object.
+        ValueError: there is no log, or one of schema 1.
     """
-    records = []
     for path in shard_paths(folder):
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number} is no JSON object")
-            records.append(record)
-    return records
+        with open(path, "rb") as stream:
+            for number, data in enumerate(stream, start=1):
+                if data.endswith(b"\n"):
+                    yield LogLine(path, number, data)
+
+
+def read_log(folder: Path | str) -> Iterator[dict[str, Any]]:
+    """Records of a log as they stand, one by one, unverified and without their payloads.
+
+    Raises:
+        ValueError: there is no log, one of schema 1, or a line is no JSON object.
+    """
+    return (line.record() for line in log_lines(folder))

@@ -53,14 +53,7 @@ def erase(
         ValueError: no record is of that user, or the log was made under another key.
     """
     folder, pseudonym = stage_folder(run_dir, "audit"), key.pseudonym(user_id)
-    log = read_log(folder)
-    other = {r["user"]["key_id"] for r in log} - {key.key_id}
-    if other:
-        raise ValueError(
-            f"the log was made under key {sorted(other)[0]}, this key is {key.key_id}; name the "
-            "right one with --key_file"
-        )
-    numbers = _numbers(log, pseudonym)
+    numbers = _numbers(folder, pseudonym, key.key_id)
     if not numbers:
         raise ValueError(f"no record of user {user_id!r} is in {folder}; ids are compared as text")
     erased = erase_payloads(folder, numbers)
@@ -76,15 +69,25 @@ def erase(
     left = []
     for old in sorted(Path(run_dir).glob(f"{folder.name}.old-*")):
         if (old / STORE).is_file():
-            erased += erase_payloads(old, _numbers(read_log(old), pseudonym))
+            erased += erase_payloads(old, _numbers(old, pseudonym))
         elif (old / OLD_LOG).is_file():
             left.append(old / OLD_LOG)
         (old / "report.html").unlink(missing_ok=True)
     return Erasure(numbers, erased, left)
 
 
-def _numbers(log: list[dict[str, Any]], pseudonym: str) -> list[int]:
-    return [record["record"] for record in log if record["user"]["pseudonym"] == pseudonym]
+def _numbers(folder: Path, pseudonym: str, key_id: str | None = None) -> list[int]:
+    """Numbers of a user's records; with `key_id` all records must be made under that key."""
+    numbers = []
+    for record in read_log(folder):
+        if key_id not in (None, record["user"]["key_id"]):
+            raise ValueError(
+                f"the log was made under key {record['user']['key_id']}, this key is {key_id}; "
+                "name the right one with --key_file"
+            )
+        if record["user"]["pseudonym"] == pseudonym:
+            numbers.append(record["record"])
+    return numbers
 
 
 def read_erasures(folder: Path | str, head: Mapping[str, Any], key: PublicKey) -> set[int]:

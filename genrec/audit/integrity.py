@@ -3,27 +3,29 @@
 Nothing here trusts the log: any JSON may stand in it. Two views are laid over each other. What the
 log says of itself (own hash, link, number) locates an edit, a deletion or a swap at its line. What
 was signed (head, anchor) tells whether the log as a whole is the one that was written, and the
-anchored hashes of its records locate what somebody recomputed. Longer than other modules: the
-checks build on each other's findings and are read in one place.
+anchored hashes of its records locate what somebody recomputed. A log is checked shard by shard, so
+memory holds the records of one. Longer than other modules: the checks build on each other's
+findings and are read in one place.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from genrec.audit.anchor import Anchor, read_anchor
+from genrec.audit.anchor import HEAD_KIND, Anchor, read_anchor
 from genrec.audit.canonical import canonical
 from genrec.audit.custody import (
     HEAD,
-    SCHEMA,
     genesis,
     head_is_signed,
     leaves_file,
+    log_lines,
     record_hash,
     shard_entry,
     shard_name,
@@ -31,7 +33,7 @@ from genrec.audit.custody import (
     shards_root,
 )
 from genrec.audit.keys import PublicKey
-from genrec.audit.schema import problem
+from genrec.audit.schema import SCHEMA, problem
 
 _SHARD = re.compile(r"audit-(\d{5,})\.jsonl")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -73,12 +75,18 @@ class Line:
     number: int
     record: dict[str, Any]
 
+    @cached_property
+    def sha256(self) -> str:
+        """Hash that the record has, whatever it says."""
+        return record_hash(self.record)
+
 
 @dataclass
 class LogState:
     """What was read of a log, and everything that is wrong with it."""
 
-    lines: list[Line] = field(default_factory=list)
+    records: int = 0  # lines that hold a record
+    shards: int = 0  # files that hold them
     head: dict[str, Any] = field(default_factory=dict)
     anchor: Anchor | None = None  # None: not looked at
     findings: list[Finding] = field(default_factory=list)
@@ -93,7 +101,10 @@ class LogState:
 
 
 def check_log(
-    folder: Path | str, key: PublicKey | None, anchor_file: Path | str | None
+    folder: Path | str,
+    key: PublicKey | None,
+    anchor_file: Path | str | None,
+    visit: Callable[[LogState, Line], None] | None = None,
 ) -> LogState:
     """Check a log.
 
@@ -101,38 +112,51 @@ def check_log(
         folder: of shards and head.
         key: None if there is none: nothing that is signed can be checked, which is a finding.
         anchor_file: None leaves the anchor out, and then a rollback can't be seen.
+        visit: called with each record after its shard was checked; it may add findings.
 
     Raises:
         ValueError: there is no log, or one of another schema.
     """
     state, folder = LogState(), Path(folder)
-    paths = shard_paths(folder)
-    state.head = _read_head(folder / HEAD, state)
-    shards = _stated_shards(state.head)
-    by_shard: dict[int, list[Line]] = {}
-    for path in paths:
+    by_shard: dict[int, Path] = {}
+    for path in shard_paths(folder):
         if match := _SHARD.fullmatch(path.name):
-            by_shard[int(match[1])] = _read_shard(path, state)
+            by_shard[int(match[1])] = path
         else:
             state.find("insertion", "no name of a shard", path.name)
-    first = 0
-    for shard in sorted(set(by_shard) | set(range(len(shards)))):
-        stated = shards[shard].get("records") if shard < len(shards) else 0
-        stated = stated if isinstance(stated, int) else None
-        lines = by_shard.get(shard, [])
-        if shard not in by_shard:
-            tail = shard > max(by_shard, default=-1)
-            text = f"the shard is missing; it held {stated} records"
-            state.find("truncation" if tail else "deletion", text, shard_name(shard))
-        else:
-            _check_shard(state, shard, lines, first, stated)
-        first += stated if stated is not None else len(lines)
-        state.lines += lines
-    _check_shards(state, shards, by_shard)
+    state.head = _read_head(folder / HEAD, state)
+    shards = _stated_shards(state.head)
+    anchored, leaves = None, None
     if key is not None:
         _check_signature(state, key)
         if anchor_file is not None:
-            _check_anchor(state, Path(anchor_file), key, by_shard)
+            anchored = _check_anchor(state, folder, Path(anchor_file), key)
+    if anchored is not None and anchor_file is not None:
+        leaves = leaves_file(anchor_file, anchored)
+    anchored_shards = anchored["shards"] if anchored else []
+    first, start = 0, 0
+    for shard in sorted({*by_shard, *range(max(len(shards), len(anchored_shards)))}):
+        stated = shards[shard].get("records") if shard < len(shards) else 0
+        stated = stated if isinstance(stated, int) else None
+        lines: list[Line] = []
+        if shard not in by_shard and shard < len(shards):
+            tail = shard > max(by_shard, default=-1)
+            text = f"the shard is missing; it held {stated} records"
+            state.find("truncation" if tail else "deletion", text, shard_name(shard))
+        elif shard in by_shard:
+            lines = _read_shard(by_shard[shard], state)
+            _check_shard(state, shard, lines, first, stated)
+            if state.head:
+                _check_root(state, shard, lines, shards[shard] if shard < len(shards) else None)
+        first += stated if stated is not None else len(lines)
+        if leaves is not None and shard < len(anchored_shards):
+            _check_leaves(state, leaves, start, anchored_shards[shard], lines)
+            start += anchored_shards[shard]["records"]
+        state.records += len(lines)
+        state.shards += bool(lines)
+        for line in lines if visit else ():
+            visit(state, line)  # type: ignore[misc]
+    _check_whole(state, shards)
     state.findings.sort(key=lambda f: (f.file or "", f.line or 0))
     return state
 
@@ -193,7 +217,7 @@ def _check_shard(
         stated: records that the head says it has; None if it doesn't say.
     """
     for line in lines:
-        if line.record.get("sha256") != record_hash(line.record):
+        if line.record.get("sha256") != line.sha256:
             text = "its content doesn't match its own hash: it was changed"
             state.find("edit", text, line.file, line.number)
     in_order = _check_numbers(state, lines, first)
@@ -262,26 +286,25 @@ def _named(first: int, last: int) -> str:
     return f"record {first} is" if first == last else f"records {first} to {last} are"
 
 
-def _check_shards(
-    state: LogState,
-    shards: Sequence[Mapping[str, Any]],
-    by_shard: Mapping[int, Sequence[Line]],
+def _check_root(
+    state: LogState, shard: int, lines: Sequence[Line], stated: Mapping[str, Any] | None
 ) -> None:
-    """Roots of shards, and the root over them, against what the head states."""
+    """Root of a shard against what the head states of it (None: nothing)."""
+    hashes = [str(line.record.get("sha256")) for line in lines]
+    sound = hashes and all(map(_SHA256.fullmatch, hashes))
+    if sound and shard_entry(shard, hashes) != stated and not state.found_in(shard_name(shard)):
+        text = "its records are not those whose root the head states"
+        state.find("forgery", text, shard_name(shard))
+
+
+def _check_whole(state: LogState, shards: Sequence[Mapping[str, Any]]) -> None:
+    """Number of records, and the root over all shards, against what the head states."""
     head = state.head
     if not head:
         return
-    n_lines = len(state.lines)
-    if head.get("records") != n_lines and not state.findings:
-        text = f"it states {head.get('records')!r} records, the log has {n_lines}"
+    if head.get("records") != state.records and not state.findings:
+        text = f"it states {head.get('records')!r} records, the log has {state.records}"
         state.find("forgery", text, HEAD)
-    for shard, lines in by_shard.items():
-        hashes = [str(line.record.get("sha256")) for line in lines]
-        sound = hashes and all(map(_SHA256.fullmatch, hashes))
-        stated = shards[shard] if shard < len(shards) else None
-        if sound and shard_entry(shard, hashes) != stated and not state.found_in(shard_name(shard)):
-            text = "its records are not those whose root the head states"
-            state.find("forgery", text, shard_name(shard))
     if shards_root(shards) != head.get("merkle_root"):
         state.find("forgery", "its shards don't give its Merkle root", HEAD)
 
@@ -298,20 +321,21 @@ def _check_signature(state: LogState, key: PublicKey) -> None:
 
 
 def _check_anchor(
-    state: LogState, path: Path, key: PublicKey, by_shard: Mapping[int, Sequence[Line]]
-) -> None:
+    state: LogState, folder: Path, path: Path, key: PublicKey
+) -> dict[str, Any] | None:
+    """The head that was anchored last; None if there is none, or this log is an older state."""
     state.anchor = read_anchor(path, key)
     for wrong in state.anchor.problems:
         state.find("anchor", wrong)
     log_id = state.head.get("log_id")
     if not isinstance(log_id, str):  # a forger may have taken it out
-        ids = {line.record.get("log_id") for line in state.lines}
-        log_id = next((i for i in sorted(map(str, ids)) if state.anchor.latest_head(i)), None)
+        log_id = _anchored_id(folder, state.anchor)
     latest = state.anchor.latest_head(log_id)
     if latest is None:
         state.find("anchor", f"no head of log {log_id!r} stands in {path}")
-        return
-    anchored, head = latest["content"], state.head
+        return None
+    anchored: dict[str, Any] = latest["content"]
+    head = state.head
     if head_is_signed(head, key) and head.get("counter") != anchored["counter"]:
         state.find(
             "rollback",
@@ -319,46 +343,70 @@ def _check_anchor(
             f"{anchored['counter']} was signed on {anchored['time']}: an older log was put back",
             HEAD,
         )
-        return
+        return None
     if head and head != anchored:
         text = f"it is not the head that was anchored as entry {latest['number']} on "
         state.find("forgery", text + str(latest["time"]), HEAD)
-    _check_leaves(state, leaves_file(path, anchored), anchored, by_shard)
+    return anchored
+
+
+def _anchored_id(folder: Path, known: Anchor) -> str | None:
+    """First log id that a record names and the anchor knows."""
+    heads = {entry["log_id"] for entry in known.entries if entry["kind"] == HEAD_KIND}
+    for line in log_lines(folder):
+        try:
+            log_id = line.record().get("log_id")
+        except ValueError:
+            continue
+        if isinstance(log_id, str) and log_id in heads:
+            return log_id
+    return None
+
+
+def _read_leaves(path: Path, start: int, size: int) -> list[str]:
+    """`size` hashes from number `start` on; fewer or none where the file lacks them."""
+    width = 65  # a hash and its line end
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(start * width)
+            return stream.read(size * width).decode("ascii").split("\n")[:-1]
+    except (OSError, ValueError):
+        return []
 
 
 def _check_leaves(
-    state: LogState, path: Path, anchored: Mapping[str, Any], by_shard: Mapping[int, Sequence[Line]]
+    state: LogState, path: Path, first: int, entry: Mapping[str, Any], lines: Sequence[Line]
 ) -> None:
-    """Locate what only the anchored hashes of the records can: a log that was recomputed."""
-    try:
-        leaves = path.read_text(encoding="ascii").split("\n")[:-1]
-    except (OSError, ValueError):
-        leaves = []
-    start = 0
-    for entry in anchored["shards"]:
-        shard, size = entry["shard"], entry["records"]
-        truth, first = leaves[start : start + size], start
-        start += size
-        lines = by_shard.get(shard, ())
-        hashes = [record_hash(line.record) for line in lines]
-        if hashes and shard_entry(shard, hashes) == entry:
-            continue  # as anchored; the leaves only locate what isn't
-        sound = len(truth) == size and all(map(_SHA256.fullmatch, truth))
-        if not sound or shard_entry(shard, truth) != entry:
-            if not state.found_in(shard_name(shard)):
-                text = "its records are not those that were anchored"
-                state.find("forgery", text, shard_name(shard))
-            continue
-        known, there = set(truth), set(hashes)
-        strange = [n for n, sha256 in enumerate(hashes) if sha256 not in known]
-        for n in strange:
-            if not state.found_in(lines[n].file, lines[n].number):
-                text = "it is sound in itself, but not a record that was anchored: recomputed"
-                state.find("forgery", text, lines[n].file, lines[n].number)
-        gone = [first + n for n, sha256 in enumerate(truth) if sha256 not in there]
-        if len(gone) > len(strange) and not state.found_in(shard_name(shard)):
-            text = f"{_named(gone[0], gone[-1])} among those that were anchored and missing"
-            state.find("deletion", text, shard_name(shard))
+    """Locate what only the anchored hashes of the records can: a shard that was recomputed.
+
+    Args:
+        state: gets the findings.
+        path: of the leaves.
+        first: number of the shard's first record.
+        entry: what the anchored head states of the shard.
+        lines: the shard as read.
+    """
+    shard = entry["shard"]
+    hashes = [line.sha256 for line in lines]
+    if hashes and shard_entry(shard, hashes) == entry:
+        return  # as anchored; the leaves only locate what isn't
+    truth = _read_leaves(path, first, entry["records"])
+    sound = len(truth) == entry["records"] and all(map(_SHA256.fullmatch, truth))
+    if not sound or shard_entry(shard, truth) != entry:
         if not state.found_in(shard_name(shard)):
-            text = "its records are those that were anchored, in another order"
-            state.find("reordering", text, shard_name(shard))
+            text = "its records are not those that were anchored"
+            state.find("forgery", text, shard_name(shard))
+        return
+    known, there = set(truth), set(hashes)
+    strange = [n for n, sha256 in enumerate(hashes) if sha256 not in known]
+    for n in strange:
+        if not state.found_in(lines[n].file, lines[n].number):
+            text = "it is sound in itself, but not a record that was anchored: recomputed"
+            state.find("forgery", text, lines[n].file, lines[n].number)
+    gone = [first + n for n, sha256 in enumerate(truth) if sha256 not in there]
+    if len(gone) > len(strange) and not state.found_in(shard_name(shard)):
+        text = f"{_named(gone[0], gone[-1])} among those that were anchored and missing"
+        state.find("deletion", text, shard_name(shard))
+    if not state.found_in(shard_name(shard)):
+        text = "its records are those that were anchored, in another order"
+        state.find("reordering", text, shard_name(shard))

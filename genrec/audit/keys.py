@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
@@ -83,13 +84,13 @@ class AuditKey:
     secret: bytes = field(repr=False)
 
     def _mac(self, purpose: str, data: bytes = b"") -> bytes:
-        return hmac.new(self.secret, purpose.encode() + b"\0" + data, hashlib.sha256).digest()
+        return hmac.digest(self.secret, purpose.encode() + b"\0" + data, "sha256")
 
-    @property
+    @cached_property
     def _signer(self) -> Ed25519PrivateKey:
         return Ed25519PrivateKey.from_private_bytes(self._mac("genrec audit signing key"))
 
-    @property
+    @cached_property
     def public(self) -> PublicKey:
         """The key to hand out."""
         raw = self._signer.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)

@@ -18,6 +18,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ _TABLE = """
 CREATE TABLE payload (
     record INTEGER NOT NULL, part TEXT NOT NULL,
     salt TEXT NOT NULL, content TEXT NOT NULL, PRIMARY KEY (record, part)
-)
+) WITHOUT ROWID
 """
 
 
@@ -45,68 +46,104 @@ class Sealed:
         """With a fresh salt."""
         return cls(secrets.token_hex(32), content)
 
+    @cached_property
+    def data(self) -> bytes:
+        """Canonical form of the content: what is committed to, and what is stored."""
+        return canonical(self.content)
+
     @property
     def commitment(self) -> str:
         """What the record holds: SHA-256 of salt and canonical content, 64 hexadecimal digits."""
-        return hashlib.sha256(bytes.fromhex(self.salt) + canonical(self.content)).hexdigest()
+        return hashlib.sha256(bytes.fromhex(self.salt) + self.data).hexdigest()
 
 
-Payload = Mapping[str, Sealed]  # by part
+Payload = Mapping[str, Sealed]  # by part; a part that the record doesn't commit to is left out
+
+
+class StoreError(ValueError):
+    """A store is missing or damaged."""
+
+
+class Store:
+    """An open store.
+
+    Args:
+        path: of the file.
+        connection: to it.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self._path, self._connection = path, connection
+
+    def add(self, record: int, payload: Payload) -> None:
+        """Store the payload of a record."""
+        self._connection.executemany(
+            "INSERT INTO payload VALUES (?, ?, ?, ?)",
+            [
+                (record, p, sealed.salt, sealed.data.decode("ascii"))
+                for p, sealed in payload.items()
+            ],
+        )
+
+    def get(self, record: object) -> dict[str, Sealed] | None:
+        """Payload of a record; None if there is none.
+
+        Raises:
+            StoreError: a part of it is damaged.
+        """
+        if not isinstance(record, int) or not 0 <= record < 1 << 63:  # any JSON may ask
+            return None
+        query = "SELECT part, salt, content FROM payload WHERE record = ?"
+        found = {}
+        for part, salt, content in self._connection.execute(query, (record,)):
+            try:
+                sealed = Sealed(str(salt), json.loads(content))
+                bytes.fromhex(sealed.salt)
+            except (ValueError, TypeError, RecursionError) as error:
+                raise StoreError(f"{self._path}: {part} of record {record}: {error}") from error
+            found[str(part)] = sealed
+        return found or None
+
+    def records(self) -> Iterator[int]:
+        """Numbers of the records that have a payload, in order."""
+        query = "SELECT DISTINCT record FROM payload ORDER BY record"
+        return (number for (number,) in self._connection.execute(query))
 
 
 @contextmanager
 def _connect(path: Path, make: bool = False) -> Iterator[sqlite3.Connection]:
     if not make and not path.is_file():
-        raise ValueError(f"{path} is missing; restore it, or look at the log without payloads")
+        raise StoreError(f"{path} is missing; restore it, or look at the log without payloads")
     try:
         with closing(sqlite3.connect(path)) as connection:
             connection.execute("PRAGMA secure_delete = ON")
             with connection:  # a transaction
                 yield connection
     except sqlite3.DatabaseError as error:
-        raise ValueError(f"{path} can't be read: {error}; restore it") from error
+        raise StoreError(f"{path} can't be read: {error}; restore it") from error
 
 
-def write_payloads(folder: Path | str, payloads: Iterable[Payload]) -> None:
-    """Write the store of a new log; one that is there is replaced.
-
-    Args:
-        folder: of the log.
-        payloads: of the records 0, 1, …
-    """
+@contextmanager
+def new_store(folder: Path | str) -> Iterator[Store]:
+    """The store of a new log, to be filled in one transaction; one that is there is replaced."""
     path = Path(folder) / STORE
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     with _connect(path, make=True) as connection:
         connection.execute(_TABLE)
-        connection.executemany(
-            "INSERT INTO payload VALUES (?, ?, ?, ?)",
-            (
-                (number, part, sealed.salt, canonical(sealed.content).decode("ascii"))
-                for number, payload in enumerate(payloads)
-                for part, sealed in payload.items()
-            ),
-        )
+        yield Store(path, connection)
 
 
-def read_payloads(folder: Path | str) -> dict[int, dict[str, Sealed]]:
-    """All payloads by record number.
+@contextmanager
+def open_store(folder: Path | str) -> Iterator[Store]:
+    """The store of a log, to be read.
 
     Raises:
-        ValueError: there is no store, or it is damaged.
+        StoreError: there is no store, or it is damaged (also where that shows later).
     """
-    found: dict[int, dict[str, Sealed]] = {}
     path = Path(folder) / STORE
     with _connect(path) as connection:
-        rows = connection.execute("SELECT record, part, salt, content FROM payload")
-        for number, part, salt, content in rows:
-            try:
-                sealed = Sealed(str(salt), json.loads(content))
-                bytes.fromhex(sealed.salt)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}: {part} of record {number}: {error}") from error
-            found.setdefault(number, {})[str(part)] = sealed
-    return found
+        yield Store(path, connection)
 
 
 def erase_payloads(folder: Path | str, records: Iterable[int]) -> int:

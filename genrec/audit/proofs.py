@@ -20,7 +20,7 @@ from genrec.audit.custody import (
     signed_part,
 )
 from genrec.audit.keys import PublicKey
-from genrec.audit.payloads import PARTS, Sealed, read_payloads
+from genrec.audit.payloads import PARTS, Sealed, open_store
 from genrec.audit.schema import problem
 
 KIND = "genrec audit proof"
@@ -38,34 +38,34 @@ def prove(folder: Path | str, record: int, reveal: Iterable[str] = ()) -> dict[s
         ValueError: no such record or part, a payload that was erased, or a log that doesn't give
             its head's root, for which no proof can hold.
     """
-    log, head = read_log(folder), read_json(Path(folder) / HEAD)
-    wanted = [n for n, r in enumerate(log) if r.get("record") == record]
-    if not wanted:
-        raise ValueError(f"record={record} is not in the log; it has 0..{len(log) - 1}")
-    found = log[wanted[0]]
-    hashes = {
-        shard: [r["sha256"] for r in group]
-        for shard, group in groupby(log, key=lambda r: r["shard"])
-    }
-    entries = [shard_entry(shard, group) for shard, group in hashes.items()]
+    head = read_json(Path(folder) / HEAD)
+    entries: list[dict[str, Any]] = []
+    found: dict[str, Any] | None = None
+    for shard, group in groupby(read_log(folder), key=lambda r: r["shard"]):
+        hashes: list[str] = []
+        for one in group:
+            if found is None and one.get("record") == record:
+                found, own, place, shard_place = one, hashes, len(hashes), len(entries)
+            hashes.append(one["sha256"])
+        entries.append(shard_entry(shard, hashes))
+    if found is None:
+        count = sum(entry["records"] for entry in entries)
+        raise ValueError(f"record={record} is not in the log; it has 0..{count - 1}")
     tops = [merkle.leaf_hash(canonical(entry)) for entry in entries]
     if merkle.root(tops) != head.get("merkle_root"):
         raise ValueError(
             f"the records in {folder} don't give the root that its head states; look for what was "
             "changed with: genrec audit verify"
         )
-    shard = list(hashes).index(found["shard"])
-    own = hashes[found["shard"]]
-    place = own.index(found["sha256"])
     proof = {
         "kind": KIND,
         "record": found,
         "place": place,
         "path": merkle.path([leaf(sha256) for sha256 in own], place),
-        "shard": entries[shard],
-        "shard_place": shard,
+        "shard": entries[shard_place],
+        "shard_place": shard_place,
         "n_shards": len(entries),
-        "shard_path": merkle.path(tops, shard),
+        "shard_path": merkle.path(tops, shard_place),
         "head": signed_part(head),
     }
     parts = list(reveal)
@@ -78,9 +78,12 @@ def _revealed(folder: Path | str, record: int, parts: list[str]) -> dict[str, An
     unknown = set(parts) - set(PARTS)
     if unknown:
         raise ValueError(f"reveal={sorted(unknown)[0]!r} is no part; use {', '.join(PARTS)}")
-    payload = read_payloads(folder).get(record)
+    with open_store(folder) as store:
+        payload = store.get(record)
     if payload is None:
         raise ValueError(f"record {record} has no payload to reveal: it was erased")
+    if absent := [part for part in parts if part not in payload]:
+        raise ValueError(f"record {record} commits to no {absent[0]}: there is none to reveal")
     return {p: {"salt": payload[p].salt, "content": payload[p].content} for p in parts}
 
 

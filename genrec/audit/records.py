@@ -1,43 +1,44 @@
-"""Audit records: for each explained list, what went in, what decided, and what came out.
+"""Audit records: for each list, what went in, what decided, and what came out.
 
-A record names users by pseudonym and files by hash. What replay needs and the record must not hold
-(user id, history, prompt, chains that cite the history) is its payload, which can be erased. The
-recommended items stay in the record: treat it as pseudonymous data.
+Every list that recommend made has a record, also that of a user who opted out of profiling. A list
+that is not in explain's sample has no chains, and its record says so. A record names users by
+pseudonym and files by hash. What replay needs and the record must not hold (user id, history,
+prompt, chains that cite the history) is its payload, which can be erased. The recommended items
+stay in the record: treat it as pseudonymous data.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
-from transformers import AutoTokenizer
 
 import genrec
 from genrec.artifacts import (
     ABOUT,
     FOLDERS,
-    Manifest,
     load_manifest,
     read_json,
-    read_shards,
-    require,
     sha256_bytes,
     sha256_file,
     sha256_json,
     stage_folder,
 )
-from genrec.audit.custody import SCHEMA, read_log
+from genrec.audit.custody import Made, read_log
 from genrec.audit.erasure import ERASURES
 from genrec.audit.keys import AuditKey
-from genrec.audit.payloads import STORE, Payload, Sealed, read_payloads
+from genrec.audit.payloads import STORE, Payload, Sealed, Store, open_store
 from genrec.audit.pii import mask
-from genrec.chains import Chain, read_chains
+from genrec.audit.recorded import EARLIER, ListShard, RecordedRun
+from genrec.audit.schema import SCHEMA
+from genrec.bundle.parts import ServedParts
+from genrec.chains import Chain
 from genrec.columns import (
     CERTIFIED,
     HISTORY,
@@ -49,16 +50,18 @@ from genrec.columns import (
     SCORE,
     SEEN,
     SID,
-    TARGET_POSITION,
     USER_ID,
 )
-from genrec.data.splits import read_split
+from genrec.decoding.beam import BeamResult
 from genrec.decoding.trie import SidTrie
 from genrec.explain.thresholds import VERDICTS
-from genrec.modeling import encode_prompts
+from genrec.generation.history_prompts import PromptEncoder, newest, prompts_of
+from genrec.generation.non_profiling import NON_PROFILING, RULE, counts_sha256
+from genrec.item_lists import ItemLists
+from genrec.modeling import load_tokenizer
 from genrec.prompts import PromptRenderer
+from genrec.recommend import Recommender
 from genrec.semantic_ids import SemanticIds
-from genrec.tasks.sequential import history_prompt
 
 _DECISIVE = {
     "prepare": ("catalog.parquet",),
@@ -67,70 +70,15 @@ _DECISIVE = {
 ENVIRONMENT = "environment.txt"  # in the log's folder
 # Of the log's folder, what erasing changes: the stage's manifest doesn't list it.
 UNLISTED = (STORE, ERASURES, "report.html")
+_ITEM = (RANK, ITEM_ID, SID, SCORE, LEVEL_LOG_PROBS)
 
 
-@dataclass(frozen=True)
-class ExplainedRun:
-    """The finished stages of a run that its records are made from.
+def artifact_hashes(run: RecordedRun) -> dict[str, str]:
+    """Path below the run folder -> SHA-256 of each file that decided or explains the lists.
 
-    Attributes:
-        run_dir: the run.
-        manifests: of every stage on the way, by name.
-        rows: explained split rows, by row id: user, history (catalogue rows), seen items.
-        lists: recommendations of these rows, sorted by row and rank.
-        chains: by (row id, item id).
-        catalog: ``catalog.parquet``.
+    Of the lists themselves each record names its own file alone: naming all of them in all records
+    would make a log's size grow with the square of its lists.
     """
-
-    run_dir: Path
-    manifests: Mapping[str, Manifest]
-    rows: pl.DataFrame
-    lists: pl.DataFrame
-    chains: Mapping[tuple[str, Any], Chain]
-    catalog: pl.DataFrame
-
-    @classmethod
-    def load(cls, run_dir: Path | str) -> ExplainedRun:
-        """Read a run; every stage up to explain must be complete and unbroken."""
-        explain, recommend = require(run_dir, "explain"), require(run_dir, "recommend")
-        model_stage = recommend.config["model_stage"]
-        stages = ("prepare", "quantize", "build_dataset", model_stage)
-        manifests = {stage: require(run_dir, stage) for stage in stages}
-        chains = read_chains(stage_folder(run_dir, "explain") / "chains.jsonl")
-        wanted = pl.DataFrame({ROW_ID: pl.Series([c.row_id for c in chains], dtype=pl.String)})
-        split = read_split(run_dir, recommend.config["split"], "audit")
-        lists = read_shards(stage_folder(run_dir, "recommend"), "recommendations")
-        return cls(
-            Path(run_dir),
-            {**manifests, "recommend": recommend, "explain": explain},
-            split.join(wanted, on=ROW_ID, how="semi").sort(ROW_ID),
-            lists.join(wanted, on=ROW_ID, how="semi").sort(ROW_ID, RANK),
-            {(chain.row_id, chain.item_id): chain for chain in chains},
-            pl.read_parquet(stage_folder(run_dir, "prepare") / "catalog.parquet"),
-        )
-
-    @property
-    def split(self) -> str:
-        """Split that the lists answer."""
-        return str(self.manifests["recommend"].config["split"])
-
-    @property
-    def model_stage(self) -> str:
-        """Stage that the model came from."""
-        return str(self.manifests["recommend"].config["model_stage"])
-
-    @property
-    def template(self) -> str:
-        """Serving template."""
-        return str(self.manifests["build_dataset"].metrics["serving_template"])
-
-    def prompts(self) -> PromptRenderer:
-        """The run's own copy of the templates."""
-        return PromptRenderer(stage_folder(self.run_dir, "build_dataset") / "prompts")
-
-
-def artifact_hashes(run: ExplainedRun) -> dict[str, str]:
-    """Path below the run folder -> SHA-256 of each file that decided or explains the lists."""
     chosen = {
         **_DECISIVE,
         "prepare": (*_DECISIVE["prepare"], f"{run.split}.parquet"),
@@ -140,8 +88,9 @@ def artifact_hashes(run: ExplainedRun) -> dict[str, str]:
     for stage, manifest in run.manifests.items():
         for name, output in manifest.outputs.items():
             is_model = stage == run.model_stage and name.startswith("model/")
-            is_list = stage in ("recommend", "explain") and name != "config.yaml"
-            if is_model or is_list or name in chosen.get(stage, ()):
+            is_list = stage == "recommend" and name == "rows.parquet"
+            is_chain = stage == "explain" and name != "config.yaml"
+            if is_model or is_list or is_chain or name in chosen.get(stage, ()):
                 hashes[f"{FOLDERS[stage]}/{name}"] = output["sha256"]
     hashes[f"{FOLDERS['audit']}/{ENVIRONMENT}"] = sha256_bytes(environment().encode())
     return hashes
@@ -168,7 +117,7 @@ def environment() -> str:
     return "".join(f"{name}=={version}\n" for name, version in sorted(found))
 
 
-def base_name(run: ExplainedRun) -> str:
+def base_name(run: RecordedRun) -> str:
     """What the weights began as; `grpo` hands on what `sft` noted in ``genrec.json``."""
     about = read_json(stage_folder(run.run_dir, run.model_stage) / "model" / ABOUT)
     base = str(about["base"])
@@ -177,7 +126,7 @@ def base_name(run: ExplainedRun) -> str:
     return base
 
 
-def _base_model(run: ExplainedRun) -> dict[str, Any]:
+def _base_model(run: RecordedRun) -> dict[str, Any]:
     """Name of what was fine-tuned, and the hash of its files where they are at hand."""
     trained = load_manifest(run.run_dir, "sft")
     path = trained.config.get("model_name_or_path") if trained else None
@@ -187,7 +136,7 @@ def _base_model(run: ExplainedRun) -> dict[str, Any]:
     return {"name": base_name(run), "sha256": sha256}
 
 
-def _artefacts(run: ExplainedRun) -> dict[str, Any]:
+def _artefacts(run: RecordedRun) -> dict[str, Any]:
     made, quantize = run.manifests["recommend"], stage_folder(run.run_dir, "quantize")
     semantic_ids = SemanticIds.load(quantize)
     model = {n: o["sha256"] for n, o in run.manifests[run.model_stage].outputs.items()}
@@ -213,7 +162,7 @@ def _artefacts(run: ExplainedRun) -> dict[str, Any]:
     }
 
 
-def run_facts(run: ExplainedRun) -> dict[str, Any]:
+def run_facts(run: RecordedRun) -> dict[str, Any]:
     """The parts that all records of a run share: run, artefacts and decoding."""
     made = run.manifests["recommend"]
     config = made.config
@@ -226,6 +175,11 @@ def run_facts(run: ExplainedRun) -> dict[str, Any]:
             "fingerprints": {s: m.fingerprint for s, m in run.manifests.items()},
         },
         "artefacts": _artefacts(run),
+        "ordering": {
+            "mode": "profiling",
+            "rule": "log-probability under the model",
+            "data_sha256": None,
+        },
         "decoding": {
             "engine": engine,
             "engine_version": made.versions.get(engine),  # None: the stage didn't note it
@@ -241,18 +195,17 @@ def run_facts(run: ExplainedRun) -> dict[str, Any]:
     }
 
 
-def filters(run: ExplainedRun, n_seen: int) -> list[dict[str, Any]]:
-    """Every rule that kept items out of a list.
+def filters(run: RecordedRun) -> list[dict[str, Any]]:
+    """Every rule that kept items out of the lists; how many, the filter of seen items says later.
 
     Args:
         run: the finished stages.
-        n_seen: distinct items that the user of the list had before.
     """
     made = run.manifests["recommend"]
     found: list[dict[str, Any]] = []
     if made.config["filter_seen"]:
         rule = "items that the user had before are left out"
-        found.append({"name": "seen", "rule": rule, "removed_items": n_seen, "sha256": None})
+        found.append({"name": "seen", "rule": rule, "removed_items": None, "sha256": None})
     rules = {"allow": "only the items of a file", "deny": "not the items of a file"}
     for name, rule in rules.items():
         if made.config.get(name) is not None:
@@ -261,90 +214,228 @@ def filters(run: ExplainedRun, n_seen: int) -> list[dict[str, Any]]:
     return found
 
 
-def inputs(run: ExplainedRun) -> list[dict[str, Any]]:
-    """The exact input of each list, in the order of `run.rows`; it belongs into the payload."""
-    semantic_ids = SemanticIds.load(stage_folder(run.run_dir, "quantize"))
-    renderer = run.prompts()
-    tokenizer = AutoTokenizer.from_pretrained(stage_folder(run.run_dir, run.model_stage) / "model")
-    sids, ids = semantic_ids.sids().to_list(), run.catalog[ITEM_ID].to_list()
-    limit = run.manifests["prepare"].config["max_history"]
-    histories = [h[-limit:] for h in run.rows[HISTORY].to_list()]
-    prompts = [history_prompt(renderer, run.template, [sids[i] for i in h]) for h in histories]
-    tokens = encode_prompts(tokenizer, prompts)
-    return [
-        {
-            "history": [{ITEM_ID: ids[i], SID: sids[i]} for i in history],
-            "set_aside_item_ids": [ids[i] for i in sorted(set(seen) - set(history))],
-            "prompt": prompt,
-            "prompt_sha256": sha256_bytes(prompt.encode()),
-            "token_ids": [int(token) for token in row],
-        }
-        for history, seen, prompt, row in zip(
-            histories, run.rows[SEEN].to_list(), prompts, tokens, strict=True
+class _NoEngine:
+    """For a recommender that renders prompts alone: records need no weights."""
+
+    def __init__(self, trie: SidTrie) -> None:
+        self.trie = trie
+
+    def search(self, *args: object, **options: object) -> BeamResult:
+        raise AssertionError("records are made of lists that are there")
+
+
+class InputMaker:
+    """The exact input of lists, made again from their rows.
+
+    Args:
+        run: the finished stages.
+    """
+
+    def __init__(self, run: RecordedRun) -> None:
+        parts = ServedParts.of_run(run.run_dir, run.model_stage)
+        semantic_ids = SemanticIds.load(parts.semantic_ids)
+        self._recommender = Recommender(
+            run.catalog,
+            semantic_ids,
+            PromptRenderer(parts.prompts),
+            parts.template,
+            load_tokenizer(parts.model, semantic_ids)[0],
+            _NoEngine(SidTrie.of_map(semantic_ids, parts.semantic_ids)),
+            parts.max_history,
+            parts.model_stage,
         )
-    ]
+        self._encoder = PromptEncoder(self._recommender)
+        self._ids = run.catalog[ITEM_ID]
+
+    def make(self, rows: pl.DataFrame) -> tuple[list[dict[str, Any]], list[int]]:
+        """Inputs of rows, for payloads, and how many items each user had before.
+
+        Args:
+            rows: as in `ListShard`.
+        """
+        n_items = len(self._ids)
+        histories = ItemLists.from_column(rows[HISTORY])
+        prompts = prompts_of(self._recommender, histories).to_list()
+        tokens = self._encoder.encode(histories, prompts)
+        shown = newest(histories, self._recommender.max_history)
+        entries = [
+            {ITEM_ID: item, SID: sid}
+            for item, sid in zip(
+                self._ids.gather(shown.values).to_list(),
+                self._recommender.sids[shown.values].tolist(),
+                strict=True,
+            )
+        ]
+        seen = np.unique(ItemLists.from_column(rows[SEEN]).keys(n_items))
+        had = np.unique(shown.keys(n_items))
+        # In the order of the catalogue, which gives nothing of the history's order away.
+        aside = np.setdiff1d(seen, had, assume_unique=True)
+        before = np.bincount(np.union1d(seen, had) // n_items, minlength=len(rows)).tolist()
+        aside_ids = self._ids.gather(aside % n_items).to_list()
+        ends = np.cumsum(np.bincount(aside // n_items, minlength=len(rows))).tolist()
+        bounds = shown.offsets.tolist()
+        made = [
+            {
+                "history": entries[bounds[i] : bounds[i + 1]],
+                "set_aside_item_ids": aside_ids[ends[i - 1] if i else 0 : ends[i]],
+                "prompt": prompt,
+                "prompt_sha256": sha256_bytes(prompt.encode()),
+                "token_ids": token_ids,
+            }
+            for i, (prompt, token_ids) in enumerate(zip(prompts, tokens, strict=True))
+        ]
+        return made, before
 
 
-def build_records(
-    run: ExplainedRun, key: AuditKey, time: str
-) -> list[tuple[dict[str, Any], Payload]]:
-    """One record per explained list with its payload, not yet numbered or chained.
+def build_records(run: RecordedRun, key: AuditKey, time: str) -> Iterator[Made]:
+    """Records of all lists with their payloads, one by one, for `custody.write_log`.
 
     Args:
         run: the finished stages.
         key: makes the pseudonyms.
         time: UTC time of recording, ISO 8601.
 
-    Returns:
-        (record, payload) per list, for `custody.seal` and `payloads.write_payloads`.
-
     Raises:
-        ValueError: a list was made from another prompt than its history gives now.
+        ValueError: a list was made from another prompt than its history gives now, or see
+            `RecordedRun.shards`.
     """
-    shared = run_facts(run)
-    by_row = run.lists.partition_by(ROW_ID, as_dict=True, include_key=True)
-    made: list[tuple[dict[str, Any], Payload]] = []
-    users, row_ids = run.rows[USER_ID].to_list(), run.rows[ROW_ID].to_list()
-    earlier = run.rows[TARGET_POSITION].to_list()  # interactions before the target
-    for user, row_id, count, given in zip(users, row_ids, earlier, inputs(run), strict=True):
-        table = by_row[(row_id,)]
-        if not given["prompt_sha256"].startswith(table[PROMPT_SHA256][0]):
+    facts, maker, rules = run_facts(run), InputMaker(run), filters(run)
+    for shard in run.shards():
+        path = f"{FOLDERS['recommend']}/{shard.name}"
+        sha256 = run.manifests["recommend"].outputs[shard.name]["sha256"]
+        files = {**facts["artefacts"]["files"], path: sha256}
+        shared = {**facts, "time": time, "artefacts": {**facts["artefacts"], "files": files}}
+        yield from _records(run, shard, shared, maker, rules, key)
+    if (lists := run.non_profiling()) is not None:
+        yield from _non_profiling_records(run, lists, {**facts, "time": time}, rules, key)
+
+
+def _records(
+    run: RecordedRun,
+    shard: ListShard,
+    shared: Mapping[str, Any],
+    maker: InputMaker,
+    rules: list[dict[str, Any]],
+    key: AuditKey,
+) -> Iterator[Made]:
+    """Records of a file's lists; `shared` is what they have in common."""
+    rows, (inputs, before) = shard.rows, maker.make(shard.rows)
+    lists = shard.lists
+    counts = lists[ROW_ID].rle().struct.field("len").cast(pl.Int64)
+    stops = counts.cum_sum()
+    first = lists[(stops - counts).to_list()]
+    items = [
+        {RANK: rank, ITEM_ID: item, SID: sid, SCORE: score, LEVEL_LOG_PROBS: levels,
+         "explained": False}
+        for rank, item, sid, score, levels in zip(
+            *(lists[column].to_list() for column in _ITEM), strict=True
+        )
+    ]  # fmt: skip
+    no_checks, key_id = _counts([]), key.key_id
+    none_masked: dict[str, int] = {}
+    for row_id, user, earlier, given, n_before, stop, count, prompt_sha256, certified in zip(
+        rows[ROW_ID].to_list(),
+        rows[USER_ID].to_list(),
+        rows[EARLIER].to_list(),
+        inputs,
+        before,
+        stops.to_list(),
+        counts.to_list(),
+        first[PROMPT_SHA256].to_list(),
+        first[CERTIFIED].to_list(),
+        strict=True,
+    ):
+        if not given["prompt_sha256"].startswith(prompt_sha256):
             raise ValueError(
-                f"row {row_id}: its list was made from prompt {table[PROMPT_SHA256][0]}, its "
-                f"history gives {given['prompt_sha256'][:16]}; rerun recommend and explain"
+                f"row {row_id}: its list was made from prompt {prompt_sha256}, its history gives "
+                f"{given['prompt_sha256'][:16]}; rerun recommend and what follows it"
             )
-        items, chains = _items(run, row_id, table)
-        known = [*(item[ITEM_ID] for item in items), *(e[ITEM_ID] for e in given["history"])]
-        masked = mask_chains(chains, known)
-        checks = _counts(chains)
+        own = items[stop - count : stop]
         payload = {
             "identity": Sealed.new({USER_ID: user, ROW_ID: row_id}),
             "input": Sealed.new(given),
-            "chains": Sealed.new(chains),
         }
-        before = {e[ITEM_ID] for e in given["history"]} | set(given["set_aside_item_ids"])
+        checks, verdict, masked = no_checks, "not checked", none_masked
+        if explained := run.chains.get(row_id):
+            chains = _chains(own, explained)
+            known = [*(item[ITEM_ID] for item in own), *(e[ITEM_ID] for e in given["history"])]
+            masked, checks = mask_chains(chains, known), _counts(chains)
+            verdict = _verdict(checks)
+            payload["chains"] = Sealed.new(chains)
+        commitments = {part: sealed.commitment for part, sealed in payload.items()}
         record = {
             **shared,
-            "time": time,
-            "user": {"pseudonym": key.pseudonym(user), "key_id": key.key_id},
-            "filters": filters(run, len(before)),
+            "user": {"pseudonym": key.pseudonym(user), "key_id": key_id},
+            "filters": [
+                {**rule, "removed_items": n_before} if rule["name"] == "seen" else rule
+                for rule in rules
+            ],
             "input": {
                 "split": run.split,
                 "template": run.template,
                 "history_items": len(given["history"]),
-                "truncated": count - len(given["history"]),
+                "truncated": earlier - len(given["history"]),
                 "set_aside_items": len(given["set_aside_item_ids"]),
                 "prompt_tokens": len(given["token_ids"]),
             },
-            "commitments": {part: sealed.commitment for part, sealed in payload.items()},
-            "items": items,
-            "certified": bool(table[CERTIFIED][0]),
+            "commitments": {"chains": None, **commitments},
+            "items": own,
+            "certified": certified,
             "checks": checks,
-            "verdict": _verdict(checks),
+            "verdict": verdict,
             "masked": masked,
         }
-        made.append((record, payload))
-    return made
+        yield record, payload
+
+
+def _non_profiling_records(
+    run: RecordedRun,
+    lists: pl.DataFrame,
+    shared: Mapping[str, Any],
+    rules: list[dict[str, Any]],
+    key: AuditKey,
+) -> Iterator[Made]:
+    """Records of lists that use no history; all of them are the same list."""
+    made = run.manifests["recommend"].outputs[NON_PROFILING]
+    decisive = f"{FOLDERS['prepare']}/catalog.parquet", f"{FOLDERS['audit']}/{ENVIRONMENT}"
+    files = {name: shared["artefacts"]["files"][name] for name in decisive}
+    files[f"{FOLDERS['recommend']}/{NON_PROFILING}"] = made["sha256"]
+    first = lists.filter(pl.col(ROW_ID) == lists[ROW_ID][0])
+    shared = {
+        **shared,
+        "artefacts": {**shared["artefacts"], "files": files},
+        "ordering": {
+            "mode": "non-profiling",
+            "rule": RULE,
+            "data_sha256": counts_sha256(run.catalog),
+        },
+        "decoding": None,
+        "filters": [rule for rule in rules if rule["name"] != "seen"],
+        "input": {
+            "split": run.split,
+            "template": None,
+            "history_items": 0,
+            "truncated": 0,
+            "set_aside_items": 0,
+            "prompt_tokens": 0,
+        },
+        "items": [
+            {**item, LEVEL_LOG_PROBS: [], "explained": False}
+            for item in first.select(RANK, ITEM_ID, SID, SCORE).iter_rows(named=True)
+        ],
+        "certified": True,  # by the rule, which leaves no choice
+        "checks": _counts([]),
+        "verdict": "not checked",
+        "masked": {},
+    }
+    key_id = key.key_id
+    for user, row_id in (
+        lists.select(USER_ID, ROW_ID).unique(ROW_ID, maintain_order=True).iter_rows()
+    ):
+        payload = {"identity": Sealed.new({USER_ID: user, ROW_ID: row_id})}
+        stated = {"identity": payload["identity"].commitment, "input": None, "chains": None}
+        user_facts = {"pseudonym": key.pseudonym(user), "key_id": key_id}
+        yield {**shared, "user": user_facts, "commitments": stated}, payload
 
 
 def opened(record: Mapping[str, Any], payload: Payload | None) -> dict[str, Any]:
@@ -356,34 +447,50 @@ def opened(record: Mapping[str, Any], payload: Payload | None) -> dict[str, Any]
 
     Returns:
         A copy with `erased`; where it is False also with `row_id`, `user_id`, the exact input
-        beside the counts, and `chain` of each item.
+        beside the counts, and `chain` of each item (None where it was not explained).
     """
     if payload is None:
         return {**record, "erased": True}
-    chains = payload["chains"].content
+    chains = payload["chains"].content if "chains" in payload else [None] * len(record["items"])
     items = [{**i, "chain": c} for i, c in zip(record["items"], chains, strict=True)]
-    given = {**record["input"], **payload["input"].content}
+    nothing: dict[str, Any] = {"history": [], "set_aside_item_ids": []}
+    given = {**record["input"], **(payload["input"].content if "input" in payload else nothing)}
     return {**record, **payload["identity"].content, "input": given, "items": items,
             "erased": False}  # fmt: skip
 
 
-def read_opened(folder: Path | str) -> list[dict[str, Any]]:
-    """All records of a log, unverified, with those payloads that are left.
+def open_record(store: Store, record: Mapping[str, Any]) -> dict[str, Any]:
+    """`opened` with the payload from a store.
+
+    Raises:
+        ValueError: the payload is damaged or lacks a part.
+    """
+    try:
+        return opened(record, store.get(record["record"]))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"record {record.get('record')!r} and its payload don't fit ({error!r}); check the "
+            "log with: genrec audit verify"
+        ) from error
+
+
+def read_opened(
+    folder: Path | str, wanted: Container[int] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Records of a log one by one, unverified, with those payloads that are left.
+
+    Args:
+        folder: of the log.
+        wanted: numbers of the records; None: all.
 
     Raises:
         ValueError: log or store is missing or damaged, or a payload lacks a part.
     """
-    payloads = read_payloads(folder)
-    found = []
-    for record in read_log(folder):
-        try:
-            found.append(opened(record, payloads.get(record["record"])))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"record {record.get('record')!r} and its payload don't fit ({error!r}); check the "
-                "log with: genrec audit verify"
-            ) from error
-    return found
+    with open_store(folder) as store:
+        for record in read_log(folder):
+            number = record.get("record")
+            if wanted is None or (isinstance(number, int) and number in wanted):
+                yield open_record(store, record)
 
 
 def mask_chains(chains: list[dict[str, Any] | None], item_ids: Sequence[object]) -> dict[str, int]:
@@ -399,17 +506,16 @@ def mask_chains(chains: list[dict[str, Any] | None], item_ids: Sequence[object])
     return dict(counts)
 
 
-def _items(
-    run: ExplainedRun, row_id: str, table: pl.DataFrame
-) -> tuple[list[dict[str, Any]], list[dict[str, Any] | None]]:
-    """The list, and a chain or None for each of its items."""
-    columns = (RANK, ITEM_ID, SID, SCORE, LEVEL_LOG_PROBS)
-    items, chains = [], []
-    for values in table.select(columns).iter_rows(named=True):
-        chain = run.chains.get((row_id, values[ITEM_ID]))
-        items.append({**values, "explained": chain is not None})
+def _chains(
+    items: list[dict[str, Any]], explained: Mapping[Any, Chain]
+) -> list[dict[str, Any] | None]:
+    """A chain or None for each item of a list; the items are marked."""
+    chains = []
+    for item in items:
+        chain = explained.get(item[ITEM_ID])
+        item["explained"] = chain is not None
         chains.append(None if chain is None else chain.to_json())
-    return items, chains
+    return chains
 
 
 def _counts(chains: list[dict[str, Any] | None]) -> dict[str, dict[str, int]]:

@@ -1,8 +1,9 @@
 """Replay a record: the same prompt, the same search, the same list?
 
-Two independent tests. The search is run again with the recorded settings. And the recorded items
-are teacher-forced one prompt at a time, which tests the recorded log-probabilities without
-depending on the search or on which users were batched together.
+Two independent tests. The search is run again with the recorded settings, on the engine that made
+the list or on another. And the recorded items are teacher-forced on torch, one prompt at a time,
+which tests the recorded log-probabilities without depending on the search or on which users were
+batched together.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from genrec.artifacts import sha256_bytes
-from genrec.columns import ITEM_ID, LEVEL_LOG_PROBS, SCORE
-from genrec.explain.evidence import torch_engine
+from genrec.columns import ITEM_ID, LEVEL_LOG_PROBS, SCORE, TRAIN_COUNT
+from genrec.decoding.torch_engine import TorchEngine
+from genrec.generation.non_profiling import counts_sha256, popular_items
 from genrec.modeling import encode_prompts
 from genrec.recommend import Recommender
 
@@ -35,11 +38,16 @@ class Replay:
         level: one of `LEVELS`. "same bytes": prompt, order and every log-probability bit; "same
             ordered list" and "same set": of items; "within epsilon": another set, but the
             recorded log-probabilities hold; "different": none of these.
-        prompt_matches: the rebuilt prompt has the recorded hash.
+        prompt_matches: the rebuilt prompt has the recorded hash; of a list without profiling: the
+            counts that it rests on have.
         changed_files: recorded files that are absent or have other bytes now.
         search_difference: largest |Δ log-prob| of the same items in both lists, nats; None if none.
-        forced_difference: largest |Δ log-prob| of the recorded items under teacher forcing.
+        forced_difference: largest |Δ log-prob| of the recorded items under teacher forcing. Both
+            are None for a list without profiling, which no model made.
         swaps_within_epsilon: all places whose item changed have scores within `EPSILON`.
+        made_by: engine that made the list.
+        engine: engine of this replay. Another one promises the same list within `EPSILON` alone,
+            in float32.
     """
 
     record: int
@@ -47,8 +55,10 @@ class Replay:
     prompt_matches: bool
     changed_files: list[str]
     search_difference: float | None
-    forced_difference: float
+    forced_difference: float | None
     swaps_within_epsilon: bool
+    made_by: str
+    engine: str
 
     @property
     def passed(self) -> bool:
@@ -58,51 +68,88 @@ class Replay:
             and not self.changed_files
             and self.level in LEVELS[:4]
             and self.swaps_within_epsilon
-            and self.forced_difference <= EPSILON
+            and (self.forced_difference is None or self.forced_difference <= EPSILON)
             and (self.search_difference is None or self.search_difference <= EPSILON)
         )
 
     def __str__(self) -> str:
         """One line."""
-        search = "–" if self.search_difference is None else f"{self.search_difference:.1e}"
         line = (
             f"record {self.record}: {'reproduced' if self.passed else 'NOT reproduced'}, "
-            f"{self.level}; largest |Δ log-prob| {search} in the search, "
-            f"{self.forced_difference:.1e} teacher-forced (ε {EPSILON:g})"
+            f"{self.level}; "
         )
+        if self.forced_difference is None:
+            line += f"by {self.engine}, without a model"
+        else:
+            search = "–" if self.search_difference is None else f"{self.search_difference:.1e}"
+            line += (
+                f"largest |Δ log-prob| {search} in the search, {self.forced_difference:.1e} "
+                f"teacher-forced (ε {EPSILON:g})"
+            )
+        if self.engine != self.made_by:
+            line += f"; made by {self.made_by}, replayed on {self.engine}"
         if not self.prompt_matches:
-            line += "; the prompt differs"
+            line += (
+                "; the prompt differs"
+                if self.forced_difference is not None
+                else "; the counts differ"
+            )
         if self.changed_files:
             line += f"; changed since: {', '.join(self.changed_files)}"
         return line
 
 
-def load_recommender(run_dir: Path | str, record: Mapping[str, Any]) -> Recommender:
-    """The run as the record says it was served, on the torch engine.
+@dataclass(frozen=True)
+class Replayer:
+    """A run as its records say that it was served.
 
-    A list that vLLM made is replayed on torch too: the engines promise the same list within
-    `EPSILON` in float32.
+    Attributes:
+        engine: name of the engine that searches.
+        recommender: with that engine, one user at a time.
+        scorer: scores given items, on torch.
     """
-    made = record["decoding"]
-    return Recommender.load(
-        run_dir,
-        record["artefacts"]["model_stage"],
-        "torch",
-        made["normalizer"],
-        made["dtype"],
-        batch_size=1,
-    )
+
+    engine: str
+    recommender: Recommender
+    scorer: TorchEngine
+
+
+def load_replayer(
+    run_dir: Path | str,
+    record: Mapping[str, Any],
+    engine: str = "torch",
+    engine_options: Mapping[str, Any] | None = None,
+) -> Replayer:
+    """The run as a record says it was served.
+
+    Args:
+        run_dir: the run.
+        record: any of its log.
+        engine: that searches: "torch", "vllm" or "vllm-inworker". With one of vLLM the weights are
+            loaded twice, as torch scores the recorded items.
+        engine_options: of an engine of vLLM (see `Recommender.load`).
+    """
+    made, stage = record["decoding"] or {}, record["artefacts"]["model_stage"]
+
+    def load(name: str, options: Mapping[str, Any] | None = None) -> Recommender:
+        how = made.get("normalizer"), made.get("dtype", "float32")
+        return Recommender.load(run_dir, stage, name, *how, batch_size=1, engine_options=options)
+
+    recommender = load(engine, engine_options)
+    scorer = recommender.engine if engine == "torch" else load("torch").engine
+    assert isinstance(scorer, TorchEngine)
+    return Replayer(engine, recommender, scorer)
 
 
 def replay(
-    record: Mapping[str, Any], recommender: Recommender, current: Mapping[str, str | None]
+    record: Mapping[str, Any], replayer: Replayer, current: Mapping[str, str | None]
 ) -> Replay:
     """Replay one record.
 
     Args:
         record: with its payload, from `genrec.audit.records.opened`.
-        recommender: from `load_recommender` for a record with the same settings.
-        current: hashes now, from `genrec.audit.verify.current_hashes`.
+        replayer: from `load_replayer` for a record with the same settings.
+        current: hashes now, from `genrec.audit.verify.hashes_now`.
 
     Raises:
         ValueError: the payload was erased, the list was made under a filter that replay doesn't
@@ -111,7 +158,10 @@ def replay(
     if record.get("erased"):
         raise ValueError(f"record {record.get('record')!r}: {ERASED}")
     try:
-        return _replay(record, recommender, current)
+        _check_filters(record)
+        if record["ordering"]["mode"] == "non-profiling":
+            return _replay_popularity(record, replayer.recommender.catalog, current)
+        return _replay(record, replayer, current)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"record {record.get('record')!r} lacks what replay needs ({error!r}); "
@@ -119,16 +169,48 @@ def replay(
         ) from error
 
 
-def _replay(
-    record: Mapping[str, Any], recommender: Recommender, current: Mapping[str, str | None]
-) -> Replay:
-    given, made = record["input"], record["decoding"]
+def _check_filters(record: Mapping[str, Any]) -> None:
     others = [f["name"] for f in record["filters"] if f["name"] != "seen"]
     if others:
         raise ValueError(
             f"record {record['record']}: its list was made under the filters {others}, whose items "
             "the run doesn't keep; replay knows the filter of seen items alone"
         )
+
+
+def _changed(record: Mapping[str, Any], current: Mapping[str, str | None]) -> list[str]:
+    files = record["artefacts"]["files"].items()
+    return [name for name, sha256 in files if current.get(name) != sha256]
+
+
+def _replay_popularity(
+    record: Mapping[str, Any], catalog: pl.DataFrame, current: Mapping[str, str | None]
+) -> Replay:
+    """Order the catalogue again by what the record says that its list rests on."""
+    items = popular_items(catalog, len(record["items"]))
+    ids = catalog[ITEM_ID].gather(items).to_list()
+    counts = catalog[TRAIN_COUNT].gather(items).cast(pl.Float64).to_list()
+    stated = [item[ITEM_ID] for item in record["items"]]
+    level = LEVELS[4]
+    if ids == stated:
+        same = counts == [item[SCORE] for item in record["items"]]
+        level = LEVELS[0] if same else LEVELS[1]
+    elif set(ids) == set(stated):
+        level = LEVELS[2]
+    # The data that the rule orders stand in the place of a prompt.
+    same_data = record["ordering"]["data_sha256"] == counts_sha256(catalog)
+    exact = level == LEVELS[0]
+    rule = "popularity"
+    return Replay(
+        int(record["record"]), level, same_data, _changed(record, current), None, None, exact,
+        rule, rule,
+    )  # fmt: skip
+
+
+def _replay(
+    record: Mapping[str, Any], replayer: Replayer, current: Mapping[str, str | None]
+) -> Replay:
+    given, made, recommender = record["input"], record["decoding"], replayer.recommender
     history = recommender.rows_of([entry[ITEM_ID] for entry in given["history"]])
     recommender.template = given["template"]
     prompt = recommender.prompts([history])
@@ -145,7 +227,7 @@ def _replay(
     stated = np.array(recommender.rows_of([item[ITEM_ID] for item in record["items"]]))
     scores = np.array([item[SCORE] for item in record["items"]], dtype=np.float64)
     stated_levels = np.array([item[LEVEL_LOG_PROBS] for item in record["items"]], dtype=np.float32)
-    forced = torch_engine(recommender).score(ids, stated[None])[0]  # (k, L)
+    forced = replayer.scorer.score(ids, stated[None])[0]  # (k, L)
     forced_difference = float(np.abs(forced - stated_levels).max())
     again = dict(zip(found.tolist(), levels, strict=True))
     differences = [
@@ -161,14 +243,12 @@ def _replay(
         int(record["record"]),
         _level(found, stated, same_bytes, forced_difference),
         prompt_matches,
-        [
-            name
-            for name, sha256 in record["artefacts"]["files"].items()
-            if current.get(name) != sha256
-        ],
+        _changed(record, current),
         max(differences, default=None),
         forced_difference,
         np.array_equal(found, stated) or same_scores,
+        str(made["engine"]),
+        replayer.engine,
     )
 
 

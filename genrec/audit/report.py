@@ -5,14 +5,20 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from markupsafe import Markup, escape
 
 from genrec.artifacts import load_manifest, read_json, stage_folder
-from genrec.audit.records import ExplainedRun, base_name
+from genrec.audit.custody import HEAD, LogLine, log_lines
+from genrec.audit.payloads import open_store
+from genrec.audit.recorded import RecordedRun
+from genrec.audit.records import base_name, open_record
 from genrec.columns import ITEM_ID, ROW_ID, SCORE, TARGET, TITLE
+from genrec.generation.non_profiling import RULE
 from genrec.page import display_text, environment
 
 _CHECKS = {
@@ -41,25 +47,63 @@ _CONTROLS = {
 MAPPING = Path(__file__).with_name("mapping.md")
 
 
-def render_report(
-    run: ExplainedRun,
-    records: Sequence[Mapping[str, Any]],
-    head: Mapping[str, Any],
-    users: int = 20,
-) -> str:
-    """The page.
+@dataclass(frozen=True)
+class Sample:
+    """What the page shows of a log.
+
+    Attributes:
+        records: with their payloads (`genrec.audit.records.opened`): first those of explained
+            lists where a check failed, then those of other explained lists, then the rest.
+        n_records: of the whole log.
+        explained: records of explained lists.
+        erased: records whose payload is gone.
+        masked: personal data masked in all records, by kind.
+        head: of the log.
+    """
+
+    records: list[dict[str, Any]]
+    n_records: int
+    explained: int
+    erased: int
+    masked: Mapping[str, int]
+    head: Mapping[str, Any]
+
+
+def read_sample(folder: Path | str, users: int) -> Sample:
+    """Go through a log once, unverified, and take what the page shows.
 
     Args:
-        run: the finished stages.
-        records: all records of the log with their payloads (`genrec.audit.records.opened`).
-        head: of the log.
-        users: show the lists of the first so many records.
+        folder: of the log.
+        users: records to show.
+
+    Raises:
+        ValueError: log or store is missing or damaged.
     """
     masked: Counter[str] = Counter()
-    for record in records:
-        masked.update(record["masked"])
-    metrics = run.manifests["explain"].metrics
-    cards = _cards(run, records[:users])
+    found: list[list[LogLine]] = [[], [], []]
+    counts = [0, 0, 0]
+    for line in log_lines(folder):
+        # A line is read only if it is needed. No text in a record can pass for these members:
+        # quotes inside of it are escaped.
+        failed, explained = (m in line.data for m in (b'"verdict":"failed"', b'"explained":true'))
+        kind = 0 if failed else 1 if explained else 2
+        counts[kind] += 1
+        if len(found[kind]) < users:
+            found[kind].append(line)
+        if b'"masked":{}' not in line.data:
+            masked.update(line.record()["masked"])
+    chosen = [line for lines in found for line in lines][:users]
+    with open_store(folder) as store:
+        opened = [open_record(store, line.record()) for line in chosen]
+        erased = sum(counts) - sum(1 for _ in store.records())
+    head = read_json(Path(folder) / HEAD)
+    return Sample(opened, sum(counts), counts[0] + counts[1], erased, masked, head)
+
+
+def render_report(run: RecordedRun, sample: Sample) -> str:
+    """The page."""
+    explain = run.manifests.get("explain")
+    cards = _cards(run, sample.records)
     widest = max(
         (e["delta"] for c in cards if not c["erased"] for i in c["items"] for e in i["evidence"]),
         default=1,
@@ -72,18 +116,19 @@ def render_report(
             facts=_facts(run),
             hashes=_hashes(run),
             evaluation=_evaluation(run),
-            explain=metrics,
-            explain_config=run.manifests["explain"].config,
-            checks=_checks(metrics),
+            explain=explain.metrics if explain else None,
+            explain_config=explain.config if explain else None,
+            checks=_checks(explain.metrics) if explain else None,
             cards=cards,
             widest=widest,
-            n_records=len(records),
-            n_shards=len(head["shards"]),
-            erased=sum(record["erased"] for record in records),
-            masked=masked,
-            time=records[0]["time"] if records else "",
-            head=head,
-            key_id=head["key_id"],
+            n_records=sample.n_records,
+            n_explained=sample.explained,
+            n_shards=len(sample.head["shards"]),
+            erased=sample.erased,
+            masked=sample.masked,
+            time=sample.head["time"],
+            head=sample.head,
+            key_id=sample.head["key_id"],
             mapping=read_mapping(),
         )
     )
@@ -108,7 +153,7 @@ def _inline(text: str) -> Markup:
     return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", html))
 
 
-def _facts(run: ExplainedRun) -> dict[str, str]:
+def _facts(run: RecordedRun) -> dict[str, str]:
     """What the run is, label by label."""
     split = read_json(stage_folder(run.run_dir, "prepare") / "split.json")
     prepare, quantize = run.manifests["prepare"], run.manifests["quantize"]
@@ -135,10 +180,15 @@ def _facts(run: ExplainedRun) -> dict[str, str]:
         if exact is None
         else f"{exact:.1%} of all lists are proven to be the exact top of the allowed catalogue",
     }
+    if apart := made.metrics.get("non_profiling_lists"):
+        facts["Opted out"] = (
+            f"{apart:,} lists of users who opted out of profiling use no history: {RULE}, the "
+            "same list for all"
+        )
     return {label: display_text(value, 300) for label, value in facts.items()}
 
 
-def _hashes(run: ExplainedRun) -> dict[str, str]:
+def _hashes(run: RecordedRun) -> dict[str, str]:
     """Label -> full hash of what decided the lists."""
     prepare, quantize = run.manifests["prepare"].outputs, run.manifests["quantize"].outputs
     model = run.manifests[run.model_stage].outputs
@@ -156,7 +206,7 @@ def _hashes(run: ExplainedRun) -> dict[str, str]:
     return hashes
 
 
-def _evaluation(run: ExplainedRun) -> dict[str, Any] | None:
+def _evaluation(run: RecordedRun) -> dict[str, Any] | None:
     """The metrics table, if evaluate ran on these very lists."""
     manifest = load_manifest(run.run_dir, "evaluate")
     made = run.manifests["recommend"].content_hash
@@ -210,11 +260,12 @@ def _checks(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cards(run: ExplainedRun, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _cards(run: RecordedRun, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What is shown of each record."""
     titles = {i: display_text(t) for i, t in run.catalog.select(ITEM_ID, TITLE).iter_rows()}
     ids = run.catalog[ITEM_ID]
-    targets = {row: ids[target] for row, target in run.rows.select(ROW_ID, TARGET).iter_rows()}
+    shown = run.rows.filter(pl.col(ROW_ID).is_in([r[ROW_ID] for r in records if not r["erased"]]))
+    targets = {row: ids[target] for row, target in shown.select(ROW_ID, TARGET).iter_rows()}
     cards = []
     for record in records:
         if record["erased"]:
@@ -223,7 +274,7 @@ def _cards(run: ExplainedRun, records: Sequence[Mapping[str, Any]]) -> list[dict
         history = [
             {"id": e[ITEM_ID], "title": titles[e[ITEM_ID]]} for e in record["input"]["history"]
         ]
-        target = targets[record["row_id"]]
+        target = targets.get(record["row_id"])  # of who opted out, no history and no next item
         listed = [item[ITEM_ID] for item in record["items"]]
         cards.append(
             {
@@ -234,8 +285,11 @@ def _cards(run: ExplainedRun, records: Sequence[Mapping[str, Any]]) -> list[dict
                 "row_id": record["row_id"],
                 "truncated": record["input"]["truncated"],
                 "certified": record["certified"],
+                "explained": record["commitments"]["chains"] is not None,
+                "verdict": record["verdict"],
                 "history": history,
-                "target": {"id": target, "title": titles[target]},
+                "profiling": record["ordering"]["mode"] == "profiling",
+                "target": None if target is None else {"id": target, "title": titles[target]},
                 "target_rank": listed.index(target) + 1 if target in listed else None,
                 "items": [_item(item, titles, history) for item in record["items"]],
             }

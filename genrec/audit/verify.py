@@ -6,8 +6,10 @@ Verification reads and never writes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from genrec.audit.anchor import ANCHOR
 from genrec.audit.erasure import read_erasures
 from genrec.audit.integrity import Finding, Line, LogState, check_log
 from genrec.audit.keys import KEY, AuditKey, PublicKey, custody_folder, public_path
-from genrec.audit.payloads import PARTS, STORE, Sealed, read_payloads
+from genrec.audit.payloads import PARTS, STORE, Sealed, Store, StoreError, open_store
 from genrec.columns import ROW_ID, USER_ID
 
 _STAGES = {folder: stage for stage, folder in FOLDERS.items()}
@@ -90,21 +92,23 @@ def verify(
     secret = _secret(key_path, public_key, trouble)
     public = secret.public if secret else _public(key_path, public_key, trouble)
     beside = Path(public_key) if public_key and not key_file else key_path
-    state = check_log(folder, public, anchor_file or beside.with_name(ANCHOR))
+    anchor_path = anchor_file or beside.with_name(ANCHOR)
+    if log_only:
+        state = check_log(folder, public, anchor_path)
+        state.findings += trouble
+        return _verification(state, public)
+    around = _Around(Path(run_dir), folder, public, secret)
+    try:
+        with open_store(folder) as store:
+            state = check_log(folder, public, anchor_path, partial(around.visit, store))
+            around.check_strays(state, store)
+    except StoreError as error:  # the log is looked at all the same
+        around = _Around(Path(run_dir), folder, public, secret)
+        state = check_log(folder, public, anchor_path, partial(around.visit, None))
+        state.find("payload", str(error), STORE)
+    files = _check_files(Path(run_dir), state, around.stated)
     state.findings += trouble
-    erased, files = 0, 0
-    if not log_only:
-        erased = _check_payloads(state, Path(run_dir), folder, public, secret)
-        files = _check_files(Path(run_dir), state)
-    return Verification(
-        len(state.lines),
-        len({line.file for line in state.lines}),
-        erased,
-        files,
-        public.key_id if public else None,
-        state.head,
-        state.findings,
-    )
+    return _verification(state, public, around.erased, files)
 
 
 def _secret(path: Path, public_key: Path | str | None, trouble: list[Finding]) -> AuditKey | None:
@@ -128,47 +132,80 @@ def _public(path: Path, public_key: Path | str | None, trouble: list[Finding]) -
         return None
 
 
-def _check_payloads(
-    state: LogState, run_dir: Path, folder: Path, public: PublicKey | None, secret: AuditKey | None
-) -> int:
-    """Each record's payload must give its commitments, or be erased on record; counts the latter.
+def _verification(
+    state: LogState, public: PublicKey | None, erased: int = 0, files: int = 0
+) -> Verification:
+    key_id = public.key_id if public else None
+    return Verification(
+        state.records, state.shards, erased, files, key_id, state.head, state.findings
+    )
 
-    Of the splits only ids are read and no targets, so this is no reading of the test rows that is
-    to be noted.
+
+class _Around:
+    """Holds records against what lies around the log, one by one.
+
+    Each payload must give its record's commitments, or be erased on record. Of the splits only ids
+    are read and no targets, so this is no reading of the test rows that is to be noted.
+
+    Attributes:
+        stated: (file, hash) -> the first line that names it so, and how many do.
+        erased: records whose payload was erased, with an entry that says so.
     """
-    try:
-        payloads = read_payloads(folder)
-    except ValueError as error:
-        state.find("payload", str(error), STORE)
-        return 0
-    erased = set()
-    if public is not None:
-        erased = read_erasures(folder, state.head, public)
-        if state.anchor is not None:
-            log = state.head.get("log_id"), state.head.get("counter")
-            erased |= state.anchor.erased(*log)
-    users: dict[str, object] = {}
-    for split in ("valid", "test"):
-        path = stage_folder(run_dir, "prepare") / f"{split}.parquet"
-        if path.exists():
-            users |= dict(pl.read_parquet(path, columns=[ROW_ID, USER_ID]).iter_rows())
-    gone = 0
-    for line in state.lines:
+
+    def __init__(
+        self, run_dir: Path, folder: Path, public: PublicKey | None, secret: AuditKey | None
+    ) -> None:
+        self.stated: dict[tuple[str, str], tuple[Line, int]] = {}
+        self.erased = 0
+        self._folder, self._public, self._secret = folder, public, secret
+        self._gone: set[int] | None = None  # numbers that an erasure names
+        self._numbers: set[int] = set()
+        self._users: dict[str, object] = {}
+        for split in ("valid", "test") if secret else ():
+            path = stage_folder(run_dir, "prepare") / f"{split}.parquet"
+            if path.exists():
+                self._users |= dict(pl.read_parquet(path, columns=[ROW_ID, USER_ID]).iter_rows())
+
+    def visit(self, store: Store | None, state: LogState, line: Line) -> None:
+        """Look at a record, and without a store only at the files that it names."""
+        files = _at(line.record, "artefacts", "files")
+        if isinstance(files, Mapping):  # the schema has said so where it isn't
+            for name, sha256 in files.items():
+                first, count = self.stated.get((name, str(sha256)), (line, 0))
+                self.stated[name, str(sha256)] = first, count + 1
+        if store is None:
+            return
+        if self._gone is None:
+            self._gone = self._erasures(state)
         number = line.record.get("record")
-        payload = payloads.pop(number, None) if isinstance(number, int) else None
-        if payload is None and number in erased:
-            gone += 1
+        payload, fresh = None, isinstance(number, int) and number not in self._numbers
+        if isinstance(number, int) and fresh:
+            self._numbers.add(number)
+            payload = store.get(number)
+        if payload is None and number in self._gone:
+            self.erased += fresh
         elif payload is None:
             text = "its payload is missing, and no erasure is on record"
             state.find("payload", text, line.file, line.number)
-        elif number in erased:
+        elif number in self._gone:
             text = "its payload is there although it was erased: an older store was put back"
             state.find("payload", text, line.file, line.number)
         else:
-            _check_payload(state, line, payload, users, secret)
-    if payloads:
-        state.find("payload", f"it holds payloads of no record: {sorted(payloads)[:5]}", STORE)
-    return gone
+            _check_payload(state, line, payload, self._users, self._secret)
+
+    def _erasures(self, state: LogState) -> set[int]:
+        if self._public is None:
+            return set()
+        gone = read_erasures(self._folder, state.head, self._public)
+        if state.anchor is not None:
+            gone |= state.anchor.erased(state.head.get("log_id"), state.head.get("counter"))
+        return gone
+
+    def check_strays(self, state: LogState, store: Store) -> None:
+        """Find payloads of no record."""
+        strays = list(islice((n for n in store.records() if n not in self._numbers), 5))
+        if strays:
+            state.find("payload", f"it holds payloads of no record: {strays}", STORE)
 
 
 def _check_payload(
@@ -180,13 +217,13 @@ def _check_payload(
 ) -> None:
     for part in PARTS:
         stated = _at(line.record, "commitments", part)
-        if part not in payload or payload[part].commitment != stated:
+        if (payload[part].commitment if part in payload else None) != stated:
             text = f"the {part} in its payload is not what the record commits to"
             state.find("payload", text, line.file, line.number)
             return
-    identity = payload["identity"].content
-    if secret is None:
+    if secret is None or "identity" not in payload:
         return
+    identity = payload["identity"].content
     user = _at(identity, USER_ID)
     if _at(line.record, "user", "pseudonym") != secret.pseudonym(user):
         text = "its pseudonym is not that of its payload's user under this key"
@@ -197,34 +234,33 @@ def _check_payload(
         state.find("payload", f"row {row!r} is another user's", line.file, line.number)
 
 
-def _check_files(run_dir: Path, state: LogState) -> int:
+def _check_files(
+    run_dir: Path, state: LogState, stated: Mapping[tuple[str, str], tuple[Line, int]]
+) -> int:
     """Hash each named file once and compare with manifest and records; returns their number."""
-    stated: dict[tuple[str, str], list[Line]] = {}
-    for line in state.lines:
-        files = _at(line.record, "artefacts", "files")
-        if isinstance(files, Mapping):  # the schema has said so where it isn't
-            for name, sha256 in files.items():
-                stated.setdefault((name, str(sha256)), []).append(line)
-    current = current_hashes(run_dir, [line.record for line in state.lines])
+    current = hashes_now(run_dir, {name for name, _ in stated})
     for name in sorted(current):
         if wrong := _against_manifest(run_dir, name, current[name]):
             state.find("file", wrong)
-    for (name, sha256), lines in sorted(stated.items()):
+    for (name, sha256), (line, count) in sorted(stated.items(), key=lambda kv: kv[0]):
         if sha256 != current[name]:
             now = (current[name] or "absent")[:12]
-            more = f" (and {len(lines) - 1} more records)" if len(lines) > 1 else ""
+            more = f" (and {count - 1} more records)" if count > 1 else ""
             text = f"{name} was {sha256[:12]} when the list was made and is {now} now{more}"
-            state.find("file", text, lines[0].file, lines[0].number)
+            state.find("file", text, line.file, line.number)
     return len(current)
 
 
-def current_hashes(
-    run_dir: Path | str, records: Sequence[Mapping[str, Any]]
-) -> dict[str, str | None]:
-    """SHA-256 now of each file that records name; None if it is absent or lies outside the run."""
-    named = [_at(record, "artefacts", "files") for record in records]
-    names = {name for files in named if isinstance(files, Mapping) for name in files}
-    return {name: _current_hash(Path(run_dir).resolve(), name) for name in sorted(names)}
+def hashes_now(run_dir: Path | str, names: Iterable[str]) -> dict[str, str | None]:
+    """SHA-256 now of each named file; None if it is absent or lies outside the run."""
+    root = Path(run_dir).resolve()
+    return {name: _current_hash(root, name) for name in sorted(names)}
+
+
+def named_files(record: Mapping[str, Any]) -> set[str]:
+    """Files that a record names; none where its form is broken."""
+    files = _at(record, "artefacts", "files")
+    return set(files) if isinstance(files, Mapping) else set()
 
 
 def _current_hash(root: Path, name: str) -> str | None:

@@ -14,30 +14,31 @@ from genrec.columns import ITEM_ID
 from genrec.data.readers.files import ENDINGS, collect, require_columns, scan_file, text_of
 
 
-def read_item_ids(path: Path | str, column: str = ITEM_ID) -> pl.Series:
-    """Item ids of an allow- or deny-list: a text file with one a line, or a table's column.
+def read_ids(path: Path | str, column: str = ITEM_ID, what: str = "item") -> pl.Series:
+    """Ids of a list: a text file with one a line, or a table's column.
 
     Args:
         path: .parquet, .csv, .tsv, .jsonl or .ndjson with the column `column`; any other file is
             read as lines. Text files may be gzipped (.gz).
         column: of a table.
+        what: the ids name, for messages.
 
     Raises:
-        ValueError: no such file, one that isn't UTF-8, or it names no item.
+        ValueError: no such file, one that isn't UTF-8, or it names nothing.
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist; name a list of item ids")
+        raise ValueError(f"{path} does not exist; name a list of {what} ids")
     plain = path.name.lower().removesuffix(".gz")
     if path.is_dir() or plain.endswith(tuple(ENDINGS)):
         frame = scan_file(path)
-        require_columns(frame.collect_schema().names(), path, {"item column": column})
+        require_columns(frame.collect_schema().names(), path, {f"{what} column": column})
         ids = collect(frame, path, [column])[column].drop_nulls()
     else:
         lines = text_of(path).splitlines()
         ids = pl.Series(column, [line.strip() for line in lines if line.strip()], dtype=pl.String)
     if ids.is_empty():
-        raise ValueError(f"{path} names no item; an empty list would allow or deny nothing")
+        raise ValueError(f"{path} names no {what}; an empty list would say nothing")
     return ids
 
 
@@ -99,9 +100,9 @@ def allowed_rows(
         return None
     rows = np.arange(len(catalog_ids))
     if allow is not None:
-        rows = catalogue_rows(read_item_ids(allow), catalog_ids, allow)
+        rows = catalogue_rows(read_ids(allow), catalog_ids, allow)
     if deny is not None:
-        rows = np.setdiff1d(rows, catalogue_rows(read_item_ids(deny), catalog_ids, deny))
+        rows = np.setdiff1d(rows, catalogue_rows(read_ids(deny), catalog_ids, deny))
     if not len(rows):
         raise ValueError(f"{deny} denies every item that may be recommended; no list could be made")
     return rows

@@ -1,8 +1,8 @@
-"""How surely is tampering with an audit log found, and what does keeping the log cost?
+"""How surely is tampering with an audit log found, what does keeping the log cost, is it true?
 
     python recipes/benchmarks/audit.py --out /tmp/audit
     python recipes/benchmarks/audit.py --quick
-    python recipes/benchmarks/audit.py --out /tmp/audit --run_dir runs/quickstart
+    python recipes/benchmarks/audit.py --out /tmp/audit --run_dir runs/beauty  # any finished run
 
 Logs are made of invented lists by the writer that the audit stage uses, each with its own key and
 anchor, and then tampered with in six ways, at random places: edit, deletion, reordering,
@@ -11,14 +11,20 @@ rollback to an older log that was signed. `detected` counts those that verificat
 for, `located` those where a finding names the file and line (of a deletion or a cut: where it was);
 untouched logs give the false alarms. What was tampered with stays below ``<out>/tampered``.
 
-`write_overhead` is the time of records (schema, hashes, signature, payloads) over that of writing
-the same content as plain JSON lines. With --run_dir every record of a run is replayed too. The last
-line is one JSON object.
+With --run_dir the log of all lists of that run is written into a copy of it, ``<out>/run``.
+`write_overhead` is the time of that (from reading the run to the anchored head) for each list over
+the time that generating a list takes, which is measured on `generated` lists in the same process,
+half of them before and half of them after the log, since other work on the machine slows both down;
+`write_overhead_cpu` is the same in processor time. Then `replays` records are drawn and replayed:
+on torch and, where vLLM can be imported, on its step engine. `same_list` counts for each engine the
+lists that came out the same; `replay` holds more, also the largest |Δ log-prob| in nats, in the
+search and by teacher forcing on torch, one list at a time. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import random
 import shutil
@@ -29,14 +35,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from genrec.artifacts import machine, stage_folder, write_json, write_text
+import polars as pl
+
+from genrec.artifacts import load_manifest, machine, stage_folder, write_json, write_text
 from genrec.audit.canonical import canonical
 from genrec.audit.custody import (
     HEAD,
     genesis,
     next_state,
     record_hash,
-    seal,
     shard_entry,
     shard_paths,
     shards_root,
@@ -44,8 +51,9 @@ from genrec.audit.custody import (
 )
 from genrec.audit.integrity import check_log
 from genrec.audit.keys import AuditKey
-from genrec.audit.payloads import Payload, Sealed, write_payloads
-from genrec.audit.schema import check
+from genrec.audit.payloads import Payload, Sealed
+from genrec.audit.schema import SCHEMA
+from genrec.columns import ROW_ID, USER_ID
 
 NOW = "2026-01-01T00:00:00+00:00"
 KINDS = ("edit", "deletion", "reordering", "truncation", "recomputed", "rollback")
@@ -55,7 +63,7 @@ KINDS = ("edit", "deletion", "reordering", "truncation", "recomputed", "rollback
 class Settings:
     """Settings of the benchmark."""
 
-    out: str = "/tmp/genrec-audit-benchmark"  # made anew below it: tampered/, clean/, throughput/
+    out: str = "/tmp/genrec-audit-benchmark"  # its folders are made anew
     tamperings: int = 1000
     untouched: int = 200  # logs that must not be found fault with
     records: int = 24  # per log that is tampered with
@@ -63,7 +71,10 @@ class Settings:
     throughput_records: int = 2000
     k: int = 10  # items per list
     seed: int = 0
-    run_dir: str | None = None  # replay its records
+    run_dir: str | None = None  # write its log and replay some of it
+    generated: int = 512  # lists that generation is timed on
+    replays: int = 200  # records
+    gpu_memory_utilization: float = 0.3  # of vLLM: share of a GPU, or on CPU of the memory
     quick: bool = False
 
     def __post_init__(self) -> None:
@@ -104,7 +115,7 @@ def invented(number: int, key: AuditKey, rng: random.Random, k: int) -> tuple[di
         "model", "adapter", "tokenizer", "catalogue", "sid_map", "trie", "dataset", "prompts",
     )}  # fmt: skip
     record = {
-        "schema": 2,
+        "schema": SCHEMA,
         "time": NOW,
         "made_at": NOW,
         "user": {"pseudonym": key.pseudonym(f"u{number}"), "key_id": key.key_id},
@@ -118,6 +129,7 @@ def invented(number: int, key: AuditKey, rng: random.Random, k: int) -> tuple[di
             **artefacts,
             "files": {f"sft/model/{n}.safetensors": one for n in range(10)},
         },
+        "ordering": {"mode": "profiling", "rule": "invented", "data_sha256": None},
         "decoding": {
             "engine": "torch",
             "engine_version": "2.9",
@@ -153,11 +165,7 @@ def make_log(folder: Path, made: list[tuple[dict, Payload]], key: AuditKey, size
     """Write a log as the audit stage does; returns its anchor, beside the log's folder."""
     anchor_file = folder.with_name(f"{folder.name}.custody") / "heads.jsonl"
     state = next_state(folder, anchor_file, key.public)
-    sealed = seal((record for record, _ in made), state[0], size)
-    for record in sealed:
-        check(record)
-    write_payloads(folder, [payload for _, payload in made])
-    write_log(folder, sealed, key, anchor_file, state, NOW)
+    write_log(folder, made, key, anchor_file, state, NOW, size)
     return anchor_file
 
 
@@ -316,7 +324,7 @@ def attack(folder: Path, kind: str, args: Settings, rng: random.Random) -> dict[
 
 
 def throughput(folder: Path, args: Settings, rng: random.Random) -> dict[str, float]:
-    """Seconds of the log against plain JSON lines of the same content."""
+    """Speed of a log of invented lists, and its time over that of the same as plain JSON lines."""
     key = AuditKey(rng.randbytes(32))
     made = [invented(n, key, rng, args.k) for n in range(args.throughput_records)]
     started, cpu = time.perf_counter(), time.process_time()
@@ -337,7 +345,7 @@ def throughput(folder: Path, args: Settings, rng: random.Random) -> dict[str, fl
     return {
         "records_per_s": round(n / ours, 1),
         "plain_records_per_s": round(n / theirs, 1),
-        "write_overhead": round(ours / theirs, 2),
+        "times_plain_json": round(ours / theirs, 2),
         "write_ms_per_record": round(1000 * ours / n, 3),
         "write_cpu_ms_per_record": round(1000 * cpu / n, 3),  # what other processes don't change
         "verified_per_s": round(n / checked, 1),
@@ -345,21 +353,135 @@ def throughput(folder: Path, args: Settings, rng: random.Random) -> dict[str, fl
     }
 
 
-def replays(run_dir: str | None) -> dict[str, int | None]:
-    """Replay every record of a run that isn't erased."""
-    if run_dir is None:
-        return {"replayed": None, "same_list": None}
-    from genrec.audit.records import read_opened
-    from genrec.audit.replay import LEVELS, load_recommender, replay
-    from genrec.audit.verify import current_hashes
+class Clock:
+    """Adds up wall and processor seconds of what runs inside of it."""
 
-    records = [r for r in read_opened(stage_folder(run_dir, "audit")) if not r["erased"]]
-    recommender = load_recommender(run_dir, records[0])
-    current = current_hashes(run_dir, records)
-    found = [replay(record, recommender, current) for record in records]
-    same = sum(result.level in LEVELS[:2] for result in found)
-    passed = sum(result.passed for result in found)
-    return {"replayed": len(found), "same_list": same, "reproduced": passed}
+    def __init__(self) -> None:
+        """At zero."""
+        self.wall, self.cpu = 0.0, 0.0
+
+    def __enter__(self) -> None:
+        """Start."""
+        self._began = time.perf_counter(), time.process_time()
+
+    def __exit__(self, *error: object) -> None:
+        """Stop."""
+        self.wall += time.perf_counter() - self._began[0]
+        self.cpu += time.process_time() - self._began[1]
+
+
+def write_run(run: Path, args: Settings, rng: random.Random) -> dict[str, Any]:
+    """Write the log of a run and time it beside generation of some of its lists.
+
+    Args:
+        run: a copy.
+        args: `generated` says how many lists.
+        rng: chooses them.
+    """
+    from genrec.audit.recorded import RecordedRun
+    from genrec.audit.records import ENVIRONMENT, build_records, environment
+    from genrec.generation.jobs import GenerationJob, generate
+    from genrec.generation.users import SplitRows
+    from genrec.recommend import Recommender
+
+    manifest = load_manifest(run, "recommend")
+    assert manifest is not None
+    made = manifest.config
+    split = pl.read_parquet(stage_folder(run, "prepare") / f"{made['split']}.parquet", glob=False)
+    asked = pl.read_parquet(stage_folder(run, "recommend") / "rows.parquet", glob=False)
+    split = asked.select(ROW_ID).join(split, on=ROW_ID, how="left", maintain_order="left")
+    chosen = rng.sample(range(len(split)), min(args.generated, len(split)))
+    halves = [h for h in (chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]) if h]
+    recommender = Recommender.load(
+        run, made["model_stage"], "torch", made["normalizer"], made["dtype"], 64
+    )
+    generation, writing = Clock(), Clock()
+
+    def generate_half(number: int) -> None:
+        rows = SplitRows(split[sorted(halves[number])], made["filter_seen"])
+        folder = run.with_name(f"generated-{number}")
+        job = GenerationJob(rows, folder, made["k"], made["beam_width"], "benchmark")
+        with generation:
+            generate(recommender, job)
+
+    generate_half(0)
+    key, folder = AuditKey(rng.randbytes(32)), stage_folder(run, "audit")
+    anchor_file = run.with_name(f"{run.name}.custody") / "heads.jsonl"
+    with writing:
+        recorded = RecordedRun.load(run)
+        write_text(folder / ENVIRONMENT, environment())
+        state = next_state(folder, anchor_file, key.public)
+        head = write_log(folder, build_records(recorded, key, NOW), key, anchor_file, state, NOW)
+    if len(halves) > 1:
+        generate_half(1)
+    records, size = head["records"], sum(p.stat().st_size for p in folder.iterdir())
+    assert not check_log(folder, key.public, anchor_file).findings
+    each = writing.wall / records, generation.wall / len(chosen)
+    return {
+        "records": records,
+        "records_per_s": round(1 / each[0], 1),
+        "write_seconds": round(writing.wall, 2),
+        "write_cpu_seconds": round(writing.cpu, 2),
+        "generated": len(chosen),
+        "generated_per_s": round(1 / each[1], 1),
+        "generation_seconds_then": manifest.seconds,  # of all lists, when the run was made
+        "write_overhead": round(each[0] / each[1], 4),
+        "write_overhead_cpu": round((writing.cpu / records) / (generation.cpu / len(chosen)), 4),
+        "bytes_per_record": round(size / records),
+        "users": asked[USER_ID].n_unique(),
+    }
+
+
+def replay_run(run: Path, args: Settings, rng: random.Random) -> dict[str, Any]:
+    """Replay some records of a run's log on each engine that is here.
+
+    Args:
+        run: with its log.
+        args: `replays` says how many records.
+        rng: chooses them.
+    """
+    from genrec.audit.records import read_opened
+    from genrec.audit.replay import LEVELS, load_replayer, replay
+    from genrec.audit.verify import hashes_now, named_files
+
+    folder = stage_folder(run, "audit")
+    total = json.loads((folder / HEAD).read_bytes())["records"]
+    wanted = set(rng.sample(range(total), min(args.replays, total)))
+    records = [record for record in read_opened(folder, wanted) if not record["erased"]]
+    current = hashes_now(run, set().union(*map(named_files, records)))
+    found: dict[str, Any] = {"replayed": len(records), "same_list": {}, "replay": {}}
+    engines = ["torch", *(["vllm"] if importlib.util.find_spec("vllm") else [])]
+    for engine in engines:
+        share = {"gpu_memory_utilization": args.gpu_memory_utilization}
+        options = share if engine == "vllm" else None
+        replayer, began = load_replayer(run, records[0], engine, options), time.perf_counter()
+        results = [replay(record, replayer, current) for record in records]
+        seconds = time.perf_counter() - began
+        for result in results:
+            if not result.passed or result.level not in LEVELS[:2]:
+                print(result)
+        reached = [LEVELS.index(result.level) for result in results]
+        found["same_list"][engine] = sum(level <= 1 for level in reached)
+        found["replay"][engine] = {
+            "made_by": sorted({result.made_by for result in results}),
+            "same_bytes": sum(level == 0 for level in reached),
+            "same_list": sum(level <= 1 for level in reached),
+            "same_set": sum(level <= 2 for level in reached),
+            "reproduced": sum(result.passed for result in results),
+            "search_difference": max(result.search_difference or 0 for result in results),
+            "forced_difference": max(result.forced_difference or 0 for result in results),
+            "seconds": round(seconds, 1),
+        }
+    return found
+
+
+def of_run(args: Settings, out: Path, rng: random.Random) -> dict[str, Any]:
+    """What a run adds to the summary; the run itself stays as it is."""
+    if args.run_dir is None:
+        return {"replayed": None, "same_list": None, "write_overhead": None}
+    unneeded = shutil.ignore_patterns("audit", "*.old-*", "checkpoints")
+    run = Path(shutil.copytree(args.run_dir, out / "run", ignore=unneeded))
+    return {**write_run(run, args, rng), **replay_run(run, args, rng)}
 
 
 def main() -> None:
@@ -369,11 +491,12 @@ def main() -> None:
         if item.name == "quick":
             parser.add_argument("--quick", action="store_true")
         else:
-            caster = int if isinstance(item.default, int) else str
+            caster = type(item.default) if isinstance(item.default, int | float) else str
             parser.add_argument(f"--{item.name}", type=caster, default=item.default)
     args = Settings(**vars(parser.parse_args()))
     out, rng = Path(args.out), random.Random(args.seed)
-    for name in ("tampered", "clean", "throughput"):
+    for name in ("tampered", "clean", "throughput", "run", "run.custody", "generated-0",
+                 "generated-1"):  # fmt: skip
         shutil.rmtree(out / name, ignore_errors=True)
     detected: Counter[str] = Counter()
     located: Counter[str] = Counter()
@@ -402,8 +525,8 @@ def main() -> None:
         "located": located.total(),
         "untouched": untouched,
         "false_alarms": alarms,
-        **replays(args.run_dir),
         **throughput(out / "throughput", args, rng),
+        **of_run(args, out, rng),
         "machine": machine(),
     }
     print(json.dumps(summary))

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 from genrec.audit.records import opened, read_opened
-from genrec.audit.replay import EPSILON, LEVELS, load_recommender, replay
-from genrec.audit.verify import current_hashes
+from genrec.audit.replay import EPSILON, LEVELS, load_replayer, replay
+from genrec.audit.verify import hashes_now, named_files
 from genrec.decoding.beam import BeamResult
 
 
 @pytest.fixture(scope="module")
 def world(audited_run):
-    """(records, recommender, current hashes)"""
-    records = read_opened(audited_run / "audit")
-    return records, load_recommender(audited_run, records[0]), current_hashes(audited_run, records)
+    """(records, replayer, current hashes)"""
+    records = list(read_opened(audited_run / "audit"))
+    replayer = load_replayer(audited_run, records[0])
+    return records, replayer, hashes_now(audited_run, named_files(records[0]))
 
 
 @pytest.fixture
@@ -26,20 +27,21 @@ def record(world):
 
 
 def test_every_record_is_reproduced(world):
-    records, recommender, current = world
+    records, replayer, current = world
     for record in records:
-        found = replay(record, recommender, current)
+        found = replay(record, replayer, current)
+        assert found.made_by == found.engine == "torch" and "replayed on" not in str(found)
         assert found.passed and found.level in LEVELS[:2], str(found)
         assert found.search_difference <= EPSILON and found.forced_difference <= EPSILON
         assert f"record {record['record']}: reproduced, {found.level}" in str(found)
 
 
 def test_integer_ids_are_reproduced(other_run):
-    records = read_opened(other_run / "audit")
-    recommender = load_recommender(other_run, records[0])
-    current = current_hashes(other_run, records)
+    records = list(read_opened(other_run / "audit"))
+    replayer = load_replayer(other_run, records[0])
+    current = hashes_now(other_run, named_files(records[0]))
     assert isinstance(records[0]["items"][0]["item_id"], int)
-    assert all(replay(record, recommender, current).passed for record in records)
+    assert all(replay(record, replayer, current).passed for record in records)
 
 
 def test_another_history_is_another_prompt(world, record):
@@ -65,7 +67,9 @@ def test_an_invented_item(world, record):
     listed = {item["item_id"] for item in record["items"]}
     before = listed | {e["item_id"] for e in record["input"]["history"]}
     before |= set(record["input"]["set_aside_item_ids"])
-    record["items"][-1]["item_id"] = next(i for i in world[1].catalog["item_id"] if i not in before)
+    record["items"][-1]["item_id"] = next(
+        i for i in world[1].recommender.catalog["item_id"] if i not in before
+    )
     found = replay(record, world[1], world[2])
     assert found.level == "different" and not found.passed
 
@@ -79,8 +83,8 @@ def test_a_reordered_list(world, record):
 
 
 def test_a_swap_inside_epsilon_passes(world, record, monkeypatch):
-    recommender = world[1]
-    real = recommender.engine.search
+    engine = world[1].recommender.engine
+    real = engine.search
 
     def swapped(*args, **kwargs) -> BeamResult:
         """As if two items of nearly the same score had changed places."""
@@ -90,8 +94,8 @@ def test_a_swap_inside_epsilon_passes(world, record, monkeypatch):
             made.items[:, order], made.scores, made.level_log_probs[:, order], made.certified
         )
 
-    monkeypatch.setattr(recommender.engine, "search", swapped)
-    found = replay(record, recommender, world[2])
+    monkeypatch.setattr(engine, "search", swapped)
+    found = replay(record, world[1], world[2])
     assert found.level == "same set" and found.swaps_within_epsilon and found.passed
 
 
@@ -120,3 +124,10 @@ def test_what_can_not_be_replayed_is_refused(world, record):
     del record["decoding"]["beam_width"]
     with pytest.raises(ValueError, match="record 2 lacks what replay needs"):
         replay(record, world[1], world[2])
+
+
+def test_the_engine_that_made_a_list_is_said(world, record):
+    record["decoding"]["engine"] = "vllm"
+    found = replay(record, world[1], world[2])
+    assert found.passed and found.made_by == "vllm" and found.engine == "torch"
+    assert "; made by vllm, replayed on torch" in str(found)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, Browser
 from page_elements import Page
 
 from genrec.artifacts import read_json
-from genrec.audit.records import ExplainedRun, opened, read_opened
-from genrec.audit.report import MAPPING, read_mapping, render_report
+from genrec.audit.payloads import STORE, erase_payloads
+from genrec.audit.recorded import RecordedRun
+from genrec.audit.records import read_opened
+from genrec.audit.report import MAPPING, read_mapping, read_sample, render_report
 from genrec.page import MAX_TITLE_CHARS, display_text
 
 
@@ -62,15 +63,17 @@ def test_headings_tables_and_landmarks(page):
 def test_what_it_says(page, html, audited_run):
     assert "size unknown" not in html and "sft stage, tiny" in html
     text = " ".join(page.pieces())
-    records = read_opened(audited_run / "audit")
-    assert len(page.all("article")) == 5 and "6 lists on record" in text  # --report_users 5
-    for record in records[:5]:
+    records = list(read_opened(audited_run / "audit"))
+    assert len(page.all("article")) == 5  # --report_users 5
+    assert "14 lists on record, 6 of them explained" in text
+    shown = [r for r in records if r["commitments"]["chains"]][:5]  # explained lists come first
+    for record in shown:
         assert f'id="record-{record["record"]}"' in html and record["sha256"][:12] in text
         assert record["user"]["pseudonym"][:12] in text
         for place in range(len(record["input"]["history"])):
             assert f'id="r{record["record"]}-h{place}"' in html
     assert read_json(audited_run / "audit" / "head.json")["merkle_root"] in text
-    assert "2 shards" in text
+    assert "4 shards" in text
     assert "They are not the model’s reasoning" in text and "origin: template" in text
     assert "Not measured: the evaluate stage has not run" in text
     assert "Not explained: beyond the explained top 5." in text
@@ -89,22 +92,45 @@ def test_the_mapping_is_the_file_that_ships(page):
         assert article in text and article in MAPPING.read_text(encoding="utf-8")
 
 
-def test_an_erased_record_is_a_card_without_content(audited_run):
-    run, head = ExplainedRun.load(audited_run), read_json(audited_run / "audit/head.json")
-    records = read_opened(audited_run / "audit")
-    gone = opened({k: v for k, v in records[1].items() if k not in ("row_id", "user_id")}, None)
-    page = Page(render_report(run, [records[0], gone], head))
+def test_an_erased_record_is_a_card_without_content(copied):
+    first, second = [r for r in read_opened(copied / "audit") if r["commitments"]["chains"]][:2]
+    erase_payloads(copied / "audit", [second["record"]])
+    page = Page(render_report(RecordedRun.load(copied), read_sample(copied / "audit", 2)))
     text = " ".join(page.pieces())
     assert "The user was erased" in text and "1 of these records were erased" in text
-    assert records[0]["row_id"] in text and records[1]["row_id"] not in text
+    assert first["row_id"] in text and second["row_id"] not in text
+
+
+def test_what_the_page_shows_of_a_log(copied):
+    """Failures first, then what else is explained, then the rest; each in the log's order."""
+    records = list(read_opened(copied / "audit"))
+    explained = [r["record"] for r in records if r["commitments"]["chains"]]
+    plain = [r["record"] for r in records if not r["commitments"]["chains"]]
+    failed = explained[3]
+    for path in (copied / "audit").glob("audit-*.jsonl"):
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(
+            line.replace('"verdict":"passed"', '"verdict":"failed"').replace(
+                '"masked":{}', '"masked":{"email":2}')
+            if f'"record":{failed},' in line else line for line in lines
+        ))  # fmt: skip
+    sample = read_sample(copied / "audit", 8)
+    order = [failed, *(n for n in explained if n != failed), *plain]
+    assert [r["record"] for r in sample.records] == order[:8]
+    assert (sample.n_records, sample.explained, sample.erased) == (14, 6, 0)
+    assert sample.masked == {"email": 2}
+    html = render_report(RecordedRun.load(copied), sample)
+    assert html.count("A check of its explanations failed.") == 1
+    assert html.count("it is not in the sample of the explain stage") == 2
+    (copied / "audit" / STORE).unlink()
+    with pytest.raises(ValueError, match="is missing; restore it"):
+        read_sample(copied / "audit", 8)
 
 
 @pytest.fixture(scope="module")
 def hostile(audited_run) -> str:
     """A page that shows every list, and so every hostile title."""
-    run = ExplainedRun.load(audited_run)
-    records, head = read_opened(audited_run / "audit"), read_json(audited_run / "audit/head.json")
-    return render_report(run, records, head, users=100)
+    return render_report(RecordedRun.load(audited_run), read_sample(audited_run / "audit", 100))
 
 
 def test_hostile_titles_stay_text(hostile):
@@ -137,31 +163,94 @@ def test_display_text(text, shown):
     assert display_text(text, 10) == shown
 
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium on PATH: nothing to render the page with"
 )
 
 
-def browse(path: Path, profile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync", *quiet,
-        f"--user-data-dir={profile}", "--enable-logging=stderr", *flags, path.as_uri(),
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A browser that is known to hear what a bad page does."""
+    folder = tmp_path_factory.mktemp("browser")
+    with Browser(folder / "profile") as made:
+        noisy = folder / "noisy.html"
+        noisy.write_text("<script>console.error('seen'); alert(1)</script>")
+        made.open(noisy)
+        heard = [message["method"] for message in made.said]
+        assert "Runtime.consoleAPICalled" in heard and "Page.javascriptDialogOpening" in heard
+        made.said.clear()
+        yield made
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: nothing to render the page with")
-def test_a_browser_renders_it_without_a_word(hostile, tmp_path):
-    noisy, page = tmp_path / "noisy.html", tmp_path / "report.html"
-    noisy.write_text("<script>console.error('seen')</script>")
-    said = browse(noisy, tmp_path / "a", "--dump-dom").stderr
-    assert "CONSOLE" in said and "seen" in said  # silence below means something
+@pytest.fixture
+def shown(browser, hostile, tmp_path):
+    """A browser with the page of hostile titles."""
+    page = tmp_path / "report.html"
     page.write_text(hostile, encoding="utf-8")
-    done = browse(page, tmp_path / "b", "--dump-dom")
-    assert "CONSOLE" not in done.stderr
-    assert done.stdout.count("<article") == 6 and done.stdout.count("<h1") == 1
-    for width in (500, 1400):
-        shot = tmp_path / f"{width}.png"
-        browse(page, tmp_path / "c", f"--screenshot={shot}", f"--window-size={width},1200")
+    browser.do("Emulation.setEmulatedMedia", media="", features=[])
+    browser.open(page)
+    yield browser
+    assert browser.said == []  # nothing said, whatever was done with it
+    assert browser.value("location.href") == page.as_uri() or "#" in browser.value("location.href")
+
+
+@needs_browser
+def test_hostile_titles_do_nothing_in_a_browser(shown):
+    for tag in ("script", "img", "iframe", "object", "form", "b", "i"):
+        assert shown.value(f"document.getElementsByTagName('{tag}').length") == 0, tag
+    assert shown.value("document.querySelectorAll('article').length") == 14
+    assert shown.value("document.querySelectorAll('h1').length") == 1
+    titles = shown.value("[...document.querySelectorAll('bdi')].map(e => e.textContent)")
+    assert "<script>alert(document.domain)</script>" in titles
+    attributes = "[...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames())"
+    assert not [name for name in shown.value(attributes) if name.startswith("on")]
+
+
+@needs_browser
+def test_every_record_opens_by_keyboard_alone(shown):
+    """Tab leads to each record's line; Enter and the space bar open and close it."""
+    active = "document.activeElement.closest('summary')?.closest('article')?.id ?? null"
+    is_open = "document.activeElement.parentElement.open"
+    wanted = shown.value("[...document.querySelectorAll('article')].map(e => e.id)")
+    opened: list[str] = []
+    for _ in range(600):
+        shown.press("Tab")
+        if (record := shown.value(active)) is None:
+            continue
+        assert record not in opened, "the focus went around before all were reached"
+        outline = "getComputedStyle(document.activeElement).outlineStyle"
+        assert shown.value(outline) != "none"  # one sees where one is
+        before = shown.value(is_open)
+        for key, state in (("Enter", not before), ("Space", before)):
+            shown.press(key)
+            assert shown.value(is_open) is state, (record, key)
+        if not before:
+            shown.press("Enter")
+        content = f"document.querySelector('#{record} ol.list').checkVisibility()"
+        assert shown.value(content), record
+        opened.append(record)
+        if len(opened) == len(wanted):
+            break
+    assert opened == wanted and len(opened) == 14
+
+
+@needs_browser
+def test_print_shows_all_records_and_dark_is_dark(shown, tmp_path):
+    lists = "[...document.querySelectorAll('article ol.list')]"
+    visible = f"{lists}.filter(e => e.checkVisibility()).length"
+    colour = "getComputedStyle(document.body).backgroundColor"
+    assert shown.value("document.querySelectorAll('details.record[open]').length") == 1
+    assert shown.value(visible) == 1  # the others are closed on the screen
+    assert shown.value(colour) == "rgb(246, 247, 249)"
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    shown.do("Emulation.setEmulatedMedia", media="screen", features=dark)
+    assert shown.value(colour) == "rgb(18, 22, 28)"
+    for width in (420, 1400):
+        shown.screenshot(shot := tmp_path / f"dark-{width}.png", width, 1600)
         assert shot.stat().st_size > 20_000
+        wide = "document.documentElement.scrollWidth > innerWidth"
+        assert not shown.value(wide)  # nothing has to be scrolled sideways
+    shown.do("Emulation.setEmulatedMedia", media="print", features=[])
+    assert shown.value(visible) == 14 and shown.value(colour) == "rgb(255, 255, 255)"
+    printed = base64.b64decode(shown.do("Page.printToPDF")["data"])
+    assert printed.startswith(b"%PDF") and len(printed) > 30_000

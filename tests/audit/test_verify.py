@@ -30,7 +30,7 @@ def custody(run):
 
 def test_a_sound_log_has_no_findings(audited_run, tmp_path):
     found = verify(audited_run)
-    assert found.findings == [] and found.records == 6 and found.shards == 2
+    assert found.findings == [] and found.records == 14 and found.shards == 4
     assert found.files > 10 and found.erased == 0
     report = found.to_json()
     assert report["verified"] and report["head"]["counter"] == 1
@@ -51,7 +51,7 @@ def test_an_absent_and_a_wrong_key(copied, tmp_path):
     text = findings(copied, tmp_path / "other.key")
     assert "another key, or a forged head" in text and "signature is not valid" in text
     assert "heads.jsonl, line 1: signed by key" in text
-    assert text.count("its pseudonym is not that of its payload's user") == 6
+    assert text.count("its pseudonym is not that of its payload's user") == 14
     shutil.rmtree(custody(copied))
     assert "neither signature nor anchor was checked: there is no public key" in findings(copied)
     assert not custody(copied).exists()
@@ -61,15 +61,23 @@ def test_an_absent_and_a_wrong_key(copied, tmp_path):
 
 
 def test_changed_payloads(copied):
+    chains = [r["record"] for r in read_opened(copied / "audit") if r["commitments"]["chains"]]
+    (explained, second, *_), (plain, other, *_) = chains, sorted(set(range(14)) - set(chains))
     with sqlite3.connect(copied / "audit" / STORE) as connection:
-        connection.execute("UPDATE payload SET content = '[]' WHERE record = 1 AND part = 'chains'")
-        connection.execute("DELETE FROM payload WHERE record = 4")
+        change = "UPDATE payload SET content = '[]' WHERE record = ? AND part = 'chains'"
+        connection.execute(change, (explained,))
+        connection.execute("DELETE FROM payload WHERE record = ?", (plain,))
+        connection.execute("DELETE FROM payload WHERE record = ? AND part = 'chains'", (second,))
         connection.execute("INSERT INTO payload VALUES (99, 'input', '00', '1')")
+        connection.execute("INSERT INTO payload VALUES (?, 'chains', '00', '[]')", (other,))
     connection.close()
     text = findings(copied)
-    assert "audit-00000.jsonl, line 2: the chains in its payload is not what" in text
-    assert "audit-00001.jsonl, line 1: its payload is missing, and no erasure is on record" in text
-    assert "holds payloads of no record: [99]" in text and text.count("\n") == 2
+    for number in (explained, second, other):
+        place = f"audit-{number // 4:05d}.jsonl, line {number % 4 + 1}: "
+        assert f"{place}the chains in its payload is not what" in text
+    place = f"audit-{plain // 4:05d}.jsonl, line {plain % 4 + 1}: "
+    assert f"{place}its payload is missing, and no erasure is on record" in text
+    assert "holds payloads of no record: [99]" in text and text.count("\n") == 4
 
 
 def test_a_changed_file_names_the_file(copied):
@@ -78,7 +86,7 @@ def test_a_changed_file_names_the_file(copied):
     (copied / "sft" / "model" / "tokenizer.json").unlink()
     text = findings(copied)
     assert "data/catalog.parquet doesn't match data/manifest.json" in text
-    assert "line 1: data/catalog.parquet was" in text and "(and 5 more records)" in text
+    assert "line 1: data/catalog.parquet was" in text and "(and 13 more records)" in text
     assert "sft/model/tokenizer.json was" in text and "is absent now" in text
 
 
@@ -110,9 +118,9 @@ def test_names_outside_the_run_are_never_read(copied, name):
 def test_erasing_a_user_leaves_the_rest_verifiable(copied):
     key = AuditKey.load(custody(copied) / "audit.key")
     anchor_file = custody(copied) / "heads.jsonl"
-    before = read_log(copied / "audit")
+    before = list(read_log(copied / "audit"))
     kept = shutil.copy(copied / "audit" / STORE, copied.parent / "kept.sqlite")
-    record = read_opened(copied / "audit")[2]
+    (record,) = read_opened(copied / "audit", [2])
     old = shutil.copytree(copied / "audit", copied / "audit.old-1")
     (copied / "audit.old-2").mkdir()
     (copied / "audit.old-2" / "audit.jsonl").write_text("{}\n")
@@ -121,9 +129,11 @@ def test_erasing_a_user_leaves_the_rest_verifiable(copied):
     assert done.left == [copied / "audit.old-2" / "audit.jsonl"]
     assert not (old / "report.html").exists()
     found = verify(copied)
-    assert found.findings == [] and found.erased == 1 and read_log(copied / "audit") == before
-    opened = read_opened(copied / "audit")
-    assert [r["erased"] for r in opened] == [n == 2 for n in range(6)] and "row_id" not in opened[2]
+    assert found.findings == [] and found.erased == 1 and list(read_log(copied / "audit")) == before
+    opened = list(read_opened(copied / "audit"))
+    assert [r["erased"] for r in opened] == [n == 2 for n in range(14)] and "row_id" not in opened[
+        2
+    ]
     for path in (copied / "audit").iterdir():
         if path.name not in ("report.html", "manifest.json"):
             assert record["input"]["prompt"].encode() not in path.read_bytes()

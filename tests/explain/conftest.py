@@ -33,7 +33,12 @@ HOSTILE = {
 
 
 def make_listed_run(
-    tiny, run: Path, strings: bool = True, seed: int = 0, split: str = "test"
+    tiny,
+    run: Path,
+    strings: bool = True,
+    seed: int = 0,
+    split: str = "test",
+    shard_size: int = 2048,
 ) -> Path:
     """Stages prepare … recommend of a shop with hostile titles and a random model."""
     shop = tiny.shop(n_users=14, n_items=20, strings=strings, seed=seed, max_history=MAX_HISTORY)
@@ -60,7 +65,7 @@ def make_listed_run(
     assert not stage.is_done()
     rows = pl.read_parquet(stage_folder(run, "prepare") / f"{split}.parquet")
     write_parquet(stage.folder / "rows.parquet", rows.select("row_id", "user_id"))
-    job = GenerationJob(SplitRows(rows, True), stage.folder, K, BEAM, stage.fingerprint)
+    job = GenerationJob(SplitRows(rows, True), stage.folder, K, BEAM, stage.fingerprint, shard_size)
     made = generate(Recommender.load(run), job)
     stage.finish(rows=made * K, metrics={"certified_share": 0.5})
     return run

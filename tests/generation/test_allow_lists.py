@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from genrec.generation.allow_lists import allowed_rows, read_item_ids
+from genrec.generation.allow_lists import allowed_rows, read_ids
 
 NUMBERS = pl.Series("item_id", [30, 10, 20])
 NAMES = pl.Series("item_id", ["c", "a", "b b"])
@@ -36,7 +36,7 @@ def test_gzip_other_bytes_and_wide_numbers(tmp_path: Path):
     assert allowed_rows(NUMBERS, None, tmp_path / "deny.csv.gz").tolist() == [0, 1]
     (tmp_path / "bad.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(ValueError, match="bad.txt is not utf-8: byte 0xe9 at offset 0"):
-        read_item_ids(tmp_path / "bad.txt")
+        read_ids(tmp_path / "bad.txt")
     wide = pl.DataFrame({"item_id": pl.Series([20, 1 << 63], dtype=pl.UInt64)})
     wide.write_parquet(tmp_path / "wide.parquet")
     with pytest.raises(ValueError, match="wide.parquet .*holds an id beyond 63 bits"):
@@ -59,9 +59,9 @@ def test_deny_lists_take_away(tmp_path: Path):
 def test_bad_lists(tmp_path: Path):
     for content in ("", "\n \n"):
         with pytest.raises(ValueError, match="names no item"):
-            read_item_ids(text(tmp_path / "empty.txt", content))
+            read_ids(text(tmp_path / "empty.txt", content))
     with pytest.raises(ValueError, match="does not exist"):
-        read_item_ids(tmp_path / "missing.txt")
+        read_ids(tmp_path / "missing.txt")
     with pytest.raises(ValueError, match=r"2 items .* the first is '40' \(ids look like 30\)"):
         allowed_rows(NUMBERS, text(tmp_path / "a", "10\n40\n010"), None)
     with pytest.raises(ValueError, match="1 items are not in the catalogue, the first is 'z'"):
@@ -69,7 +69,7 @@ def test_bad_lists(tmp_path: Path):
     table = tmp_path / "t.parquet"
     pl.DataFrame({"item": [1]}).write_parquet(table)
     with pytest.raises(ValueError, match="no column 'item_id'"):
-        read_item_ids(table)
+        read_ids(table)
     pl.DataFrame({"item_id": [1]}).write_parquet(table)
     with pytest.raises(ValueError, match="holds ids of type Int64, the catalogue String"):
         allowed_rows(NAMES, table, None)

@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 
 from genrec.artifacts import load_manifest, read_shards, write_json
-from genrec.audit.replay import load_recommender
+from genrec.audit.replay import load_replayer
 from genrec.config import parse
 from genrec.normalizers import NORMALIZERS
 from genrec.recommend import Recommender
@@ -74,11 +74,11 @@ def test_lists_explanations_and_replay_follow_the_model(in_process, copied: Path
     assert record["decoding"]["normalizer"] == "trie"
     assert "normalised over the trie" in (copied / "audit" / "report.html").read_text()
     caplog.clear()
-    loaded = load_recommender(copied, record)
-    assert loaded.engine.normalizer == "trie" and not caplog.records
+    loaded = load_replayer(copied, record)
+    assert loaded.scorer.normalizer == "trie" and not caplog.records
     # Replay is of what the record says, whatever the model declares.
     record["decoding"]["normalizer"] = "level"
-    assert load_recommender(copied, record).engine.normalizer == "level"
+    assert load_replayer(copied, record).scorer.normalizer == "level"
 
 
 def test_asking_for_another_one_is_on_record(in_process, copied: Path):

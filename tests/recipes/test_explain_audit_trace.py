@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shutil
+import sqlite3
 import stat
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import polars as pl
 import pytest
 
 from genrec.artifacts import Stage, load_manifest
+from genrec.audit.records import read_opened
+from genrec.audit.replay import load_replayer, replay
+from genrec.audit.verify import hashes_now, named_files
 from genrec.chains import read_chains
 
 _shared = runpy.run_path(str(Path(__file__).resolve().parents[1] / "explain" / "conftest.py"))
@@ -158,10 +162,11 @@ def test_bad_explain_input(capsys, listed, tmp_path):
     assert not (listed / "explanations").exists()
 
 
-def test_audit_without_what_it_needs(capsys, listed):
-    error = refused(capsys, "audit", "--run_dir", str(listed))
-    assert "stage 'explain' has not finished" in error
-    assert not custody(listed).exists() and not (listed / "audit").exists()
+def test_audit_without_what_it_needs(capsys, listed, tmp_path):
+    shutil.copytree(listed / "data", tmp_path / "run" / "data")
+    error = refused(capsys, "audit", "--run_dir", str(tmp_path / "run"))
+    assert "stage 'recommend' has not finished" in error
+    assert not custody(tmp_path / "run").exists() and not (tmp_path / "run" / "audit").exists()
     error = refused(capsys, "audit", "verfy", "--run_dir", str(listed))
     assert "'verfy' is no verb of audit; use keygen, verify, replay" in error
     assert "does not exist" in refused(capsys, "audit", "verify", "--run_dir", str(listed))
@@ -169,7 +174,7 @@ def test_audit_without_what_it_needs(capsys, listed):
 
 def test_verify_and_its_exit_status(capsys, copied, tmp_path):
     call("audit", "verify", "--run_dir", str(copied))
-    assert "OK: 5 records in 1 shards, chains and numbering whole" in capsys.readouterr().out
+    assert "OK: 14 records in 1 shards, chains and numbering whole" in capsys.readouterr().out
     path = copied / "audit" / "audit-00000.jsonl"
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join(lines[:-2]) + b"\n")
@@ -177,9 +182,9 @@ def test_verify_and_its_exit_status(capsys, copied, tmp_path):
     with pytest.raises(SystemExit) as stop:
         call("audit", "verify", "--run_dir", str(copied), "--report", str(report))
     said = capsys.readouterr().out
-    assert stop.value.code == 1 and "record 4 is cut off at its end" in said
+    assert stop.value.code == 1 and "record 13 is cut off at its end" in said
     found = json.loads(report.read_text())
-    assert not found["verified"] and found["findings"][0]["line"] == 5
+    assert not found["verified"] and found["findings"][0]["line"] == 14
     assert found["findings"][0]["kind"] == "truncation" and "NOT verified: " in said
 
 
@@ -188,22 +193,24 @@ def test_prove_check_erase_and_report(capsys, copied, tmp_path):
     call("audit", "prove", *where, "--record", "2", "--reveal", "input", "--output", str(proof))
     shown = ("--proof", str(proof), "--public_key", str(custody(copied) / "audit.pub"))
     call("audit", "check", *shown)
-    assert "OK: record 2 of 5 in log" in capsys.readouterr().out
+    assert "OK: record 2 of 14 in log" in capsys.readouterr().out
     row = pl.read_parquet(copied / "data" / "test.parquet")
     chains = read_chains(copied / "explanations" / "chains.jsonl")
     first = sorted({chain.row_id for chain in chains})[0]
     user = row.filter(pl.col("row_id") == first)["user_id"][0]
     call("audit", "erase", *where, "--user", str(user))
-    assert "erased 1 payloads of 1 records: [0]" in capsys.readouterr().out
+    asked = pl.read_parquet(copied / "recommendations" / "rows.parquet")["row_id"].to_list()
+    number = str(asked.index(first))
+    assert f"erased 1 payloads of 1 records: [{number}]" in capsys.readouterr().out
     page = (copied / "audit" / "report.html").read_text()
     assert first not in page and "The user was erased" in page
     call("audit", "verify", *where)
     assert "(1 erased)" in capsys.readouterr().out
-    call("audit", "replay", *where, "--record", "0")
-    assert "record 0: erased: its payload is gone" in capsys.readouterr().out
+    call("audit", "replay", *where, "--record", number)
+    assert f"record {number}: erased: its payload is gone" in capsys.readouterr().out
     call("audit", "report", *where, "--report_users", "2")
     assert (copied / "audit" / "report.html").read_text().count("<article") == 2
-    proof.write_text(proof.read_text().replace('"passed"', '"failed"'))
+    proof.write_text(proof.read_text().replace('"beam_width": 12', '"beam_width": 13'))
     with pytest.raises(SystemExit) as stop:
         call("audit", "check", *shown)
     assert stop.value.code == 1 and "match its hash" in capsys.readouterr().out
@@ -229,7 +236,7 @@ def test_replay_and_its_exit_status(capsys, copied):
     call("audit", "replay", "--run_dir", str(copied), "--record", "0")
     assert "record 0: reproduced, same" in capsys.readouterr().out
     call("audit", "replay", "--run_dir", str(copied), "--all")
-    assert "5 of 5 records reproduced" in capsys.readouterr().out
+    assert "14 of 14 records reproduced" in capsys.readouterr().out
     path = copied / "audit" / "audit-00000.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     records[1]["items"].reverse()
@@ -238,11 +245,11 @@ def test_replay_and_its_exit_status(capsys, copied):
         call("audit", "replay", "--run_dir", str(copied), "--all")
     said = capsys.readouterr().out
     assert stop.value.code == 1
-    assert "record 1: NOT reproduced, same set" in said and "4 of 5 records reproduced" in said
+    assert "record 1: NOT reproduced, same set" in said and "13 of 14 records reproduced" in said
     for flags in ((), ("--record", "0", "--all")):
         assert "name one record" in refused(capsys, "audit", "replay", *flags)
-    error = refused(capsys, "audit", "replay", "--run_dir", str(copied), "--record", "5")
-    assert "record=5 is not in the log; it has 0..4" in error
+    error = refused(capsys, "audit", "replay", "--run_dir", str(copied), "--record", "14")
+    assert "record=14 is not in the log; it has 0..13" in error
     call("audit", "replay", "--run_dir", str(copied), "--record-id", records[0]["record_id"])
     assert "record 0: reproduced" in capsys.readouterr().out
 
@@ -267,7 +274,7 @@ def test_the_key_stays_outside_the_run(capsys, finished, copied, tmp_path):
 def test_an_older_log_put_back_is_a_rollback(capsys, copied):
     call("audit", "--run_dir", str(copied), "--shard_size", "2", "--overwrite", "true")
     call("audit", "verify", "--run_dir", str(copied))
-    assert "5 records in 3 shards" in capsys.readouterr().out
+    assert "14 records in 7 shards" in capsys.readouterr().out
     shutil.rmtree(copied / "audit")
     shutil.move(copied / "audit.old-1", copied / "audit")
     with pytest.raises(SystemExit):
@@ -283,11 +290,85 @@ def test_a_rebuilt_upstream_stage_is_refused(capsys, copied):
     assert "was built from 'recommend'" in error and "genrec explain" in error
 
 
+def test_users_who_opted_out_of_profiling(capsys, listed, tmp_path):
+    """Their lists use nothing of theirs, each has a record, and a replay is without the model."""
+    run, out = shutil.copytree(listed, tmp_path / "run"), tmp_path / "opted-out.csv"
+    split = pl.read_parquet(run / "data" / "test.parquet")
+    users = split["user_id"].to_list()
+    pl.DataFrame({"user_id": [users[2], users[5], "u999"]}).write_csv(out)
+    again = ("--run_dir", str(run), "--k", "6", "--beam_width", "12", "--overwrite", "true")
+    call("recommend", *again, "--opt_out", str(out))
+    assert "2 lists by popularity for users who opted out" in capsys.readouterr().out
+    folder = run / "recommendations"
+    asked = pl.read_parquet(folder / "rows.parquet")
+    assert asked.height == 12 and not {users[2], users[5]} & set(asked["user_id"])
+    catalog = pl.read_parquet(run / "data" / "catalog.parquet")
+    counts = dict(catalog.select("item_id", "train_count").iter_rows())
+    order = sorted(
+        catalog["item_id"], key=lambda i: (-counts[i], catalog["item_id"].to_list().index(i))
+    )
+    lists = pl.read_parquet(folder / "non-profiling.parquet")
+    for (user,), part in lists.partition_by("user_id", as_dict=True).items():
+        assert user in (users[2], users[5]) and part["rank"].to_list() == [1, 2, 3, 4, 5, 6]
+        assert part["item_id"].to_list() == order[:6]
+        assert part["score"].to_list() == [counts[i] for i in order[:6]]
+    call("explain", "--run_dir", str(run), "--num_rows", "3", "--samples", "20")
+    call("audit", "--run_dir", str(run), "--report_users", "14")
+    *others, one, two = map(json.loads, (run / "audit" / "audit-00000.jsonl").open())
+    assert {r["ordering"]["mode"] for r in others} == {"profiling"} and len(others) == 12
+    for record in (one, two):
+        assert record["ordering"]["mode"] == "non-profiling" and record["decoding"] is None
+        assert record["ordering"]["rule"].startswith("popularity") and record["filters"] == []
+        assert record["commitments"]["input"] is None and record["commitments"]["identity"]
+        assert record["input"]["history_items"] == record["input"]["prompt_tokens"] == 0
+        assert set(record["artefacts"]["files"]) == {
+            "data/catalog.parquet", "audit/environment.txt", "recommendations/non-profiling.parquet"
+        }  # fmt: skip
+    with sqlite3.connect(run / "audit" / "payloads.sqlite") as store:
+        parts = store.execute("SELECT part FROM payload WHERE record >= 12").fetchall()
+    store.close()
+    assert parts == [("identity",), ("identity",)]  # nothing of theirs but who they are
+    page = (run / "audit" / "report.html").read_text()
+    assert page.count("this user opted out of profiling") == 2
+    assert "2 lists of users who opted out of profiling use no history" in page
+    assert page.count("Chosen next:") == 12
+    capsys.readouterr()
+    call("audit", "verify", "--run_dir", str(run))
+    call("audit", "replay", "--run_dir", str(run), "--all")
+    said = capsys.readouterr().out
+    assert "record 13: reproduced, same bytes; by popularity, without a model" in said
+    assert "14 of 14 records reproduced" in said
+    call("audit", "replay", "--run_dir", str(run), "--record", "12")
+    path = run / "data" / "catalog.parquet"
+    catalog.with_columns(pl.col("train_count").reverse()).write_parquet(path)
+    found = replay(
+        next(read_opened(run / "audit", [12])),
+        load_replayer(run, one),
+        hashes_now(run, named_files(one)),
+    )
+    assert not found.passed and not found.prompt_matches
+    assert found.changed_files == ["data/catalog.parquet"] and "; the counts differ" in str(found)
+
+
+def test_opt_outs_that_can_not_be_followed_are_errors(capsys, listed, tmp_path):
+    run, out = shutil.copytree(listed, tmp_path / "run"), tmp_path / "opted-out.txt"
+    again = ("--run_dir", str(run), "--overwrite", "true", "--opt_out", str(out))
+    assert "is not a file; name a list of user ids" in refused(capsys, "recommend", *again)
+    out.write_text("nobody\n")
+    error = refused(capsys, "recommend", *again)
+    assert "names 1 users, and none of them is in this split (ids look like" in error
+    users = pl.read_parquet(run / "data" / "test.parquet")["user_id"].to_list()
+    out.write_text("".join(f"{user}\n" for user in users))
+    assert "nobody is left to list" in refused(capsys, "recommend", *again)
+    table = ("--users", "u.csv", "--output_dir", str(tmp_path / "lists"))
+    assert "opt_out is for a split" in refused(capsys, "recommend", *again, *table)
+
+
 def test_trace_of_the_first_explained_user(capsys, finished):
     call("trace", "--run_dir", str(finished))
     said = capsys.readouterr().out
     first = read_chains(finished / "explanations" / "chains.jsonl")[0]
-    assert first.row_id in said and "record 0 of 5, sha256" in said
+    assert first.row_id in said and re.search(r"record \d+ of 14, sha256", said)
     for part in (
         "1. The user's rows", "Bought so far, oldest first:", "token ids:", "trie: 20 items",
 "EQUAL to the stored list", "prompt hash equal",
