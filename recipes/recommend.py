@@ -72,8 +72,8 @@ from genrec.generation.users import (
     source_sha256,
 )
 from genrec.normalizers import NORMALIZERS, Normalizer, declared_normalizer, mismatch
-from genrec.recommend import Recommender
-from genrec.semantic_ids import SemanticIds
+from genrec.recommend import TITLES_ON_TORCH, Recommender
+from genrec.semantic_ids import TITLES, SemanticIds, map_kind
 
 logger = logging.getLogger("genrec.recommend")
 
@@ -292,8 +292,11 @@ def check_catalogue(args: RecommendArgs, catalog: pl.DataFrame) -> None:
             f"sampler=gumbel needs normalizer=trie: under {args.normalizer} the scores are no "
             "distribution over items; set --normalizer trie, or --sampler levels"
         )
+    folder = stage_folder(args.run_dir, "quantize")
+    if args.engine != "torch" and map_kind(folder) == TITLES:
+        raise ValueError(TITLES_ON_TORCH.format(engine=args.engine))
     if rules.sampler is not None:
-        n_levels = SemanticIds.load(stage_folder(args.run_dir, "quantize")).n_levels
+        n_levels = SemanticIds.load(folder).n_levels
         check_sampler(rules.sampler, cast(Normalizer, args.normalizer), n_levels)
 
 

@@ -279,7 +279,8 @@ class TorchEngine:
                     columns, tensors.codes(level, child), exists, self.normalizer
                 )
                 at = nodes[level] - child[..., 0]
-                out[..., level] = log_probs.gather(-1, at.unsqueeze(-1)).squeeze(-1)
+                own = log_probs.gather(-1, at.unsqueeze(-1)).squeeze(-1)
+                out[..., level] = own.masked_fill(tensors.ended(level, parent), 0.0)
                 if level + 1 < n_levels:
                     ancestors = _descend(ancestors, same)
                     codes = tensors.codes(level, nodes[level])

@@ -29,6 +29,7 @@ from genrec.decoding.beam import NORMALIZERS
 from genrec.decoding.sampling import LevelSampling
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
+from genrec.evaluation.probes import exhaustive_scores
 
 TOLERANCE = 5e-5  # sums of up to four log-probabilities of some −10 each, in fp32
 
@@ -406,3 +407,9 @@ def test_codes_of_unequal_length_count_up_to_their_end_mark(reference: Any, norm
     assert padding.any() and (result.level_log_probs[padding] == 0).all()
     narrow = engine.search(prompts, 3, 4)
     assert (narrow.items[narrow.certified] == result.items[narrow.certified, :3]).all()
+    # Given items are scored alike, and the whole catalogue at once.
+    every = np.tile(np.arange(len(codes)), (len(prompts), 1))
+    np.testing.assert_allclose(engine.score(prompts, every), truth, atol=TOLERANCE)
+    np.testing.assert_allclose(
+        exhaustive_scores(engine, prompts[0]), truth[0].sum(-1), atol=10 * TOLERANCE
+    )
