@@ -411,11 +411,6 @@ class Recommender:
         Raises:
             ValueError: as there.
         """
-        if isinstance(self.semantic_ids, TitleIds):
-            raise ValueError(
-                "items are named by titles (quantize --method title), and chains cite semantic "
-                "ids; use `recommend`, or train on a map of semantic ids"
-            )
         self.require_family(REASONING)
         engine = self.engine
         if not isinstance(engine, TorchEngine):
@@ -476,6 +471,11 @@ class Recommender:
 
     def require_family(self, family: str) -> None:
         """Raise ValueError if the model was not trained on a task family."""
+        if isinstance(self.semantic_ids, TitleIds) and FAMILIES[family].steps:
+            raise ValueError(
+                "items are named by titles (quantize --method title), and chains cite semantic "
+                "ids; use `recommend`, or train on a map of semantic ids"
+            )
         if family not in self.families:
             raise ValueError(
                 f"the model was not trained on {family!r} (but on "

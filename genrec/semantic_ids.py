@@ -283,12 +283,7 @@ class SemanticIds:
         Raises:
             ValueError: it was changed since it was saved, or names its items by titles.
         """
-        if map_kind(folder) == TITLES:
-            raise ValueError(
-                f"{folder} names items by their titles (method: title), and this can't be done "
-                "with titles yet, only with semantic ids; make some with: genrec quantize --method "
-                "residual-kmeans (or another method), then build_dataset and sft anew"
-            )
+        require_codes(folder)
         about = read_json(Path(folder) / MAP_FILE)
         table = pl.read_parquet(Path(folder) / "items.parquet", glob=False).sort(ITEM_INDEX)
         ids = cls(
@@ -321,6 +316,16 @@ def map_kind(folder: Path | str) -> str | None:
     """`TITLES` where a saved map names items by titles, None where by codes."""
     kind: str | None = read_json(Path(folder) / MAP_FILE).get("kind")
     return kind
+
+
+def require_codes(folder: Path | str) -> None:
+    """Raise ValueError where a saved map names items by titles, and codes are needed."""
+    if map_kind(folder) == TITLES:
+        raise ValueError(
+            f"{folder} names items by their titles (method: title), and this can't be done with "
+            "titles yet, only with semantic ids; make some with: genrec quantize --method "
+            "residual-kmeans (or another method), then build_dataset and sft anew"
+        )
 
 
 def _codes_type(n_levels: int) -> pl.Array:

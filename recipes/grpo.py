@@ -57,7 +57,7 @@ from genrec.rewards import (
 )
 from genrec.rollout_groups import ROLLOUTS, Rollouts
 from genrec.rollouts import CREDITS, BeamGRPOTrainer, Credit, Objective
-from genrec.semantic_ids import SemanticIds
+from genrec.semantic_ids import SemanticIds, require_codes
 
 logger = logging.getLogger(__name__)
 
@@ -251,6 +251,7 @@ def main() -> None:
         inputs.append("embed")
     with PartialState().main_process_first():
         stage = Stage(args.run_dir, "grpo", config, inputs)
+        require_codes(stage_folder(args.run_dir, "quantize"))
         if stage.is_done(args.overwrite and PartialState().is_main_process):
             return
     check_rewards(args, training, objective)

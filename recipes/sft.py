@@ -59,7 +59,7 @@ from genrec.normalizers import NORMALIZERS, Normalizer
 from genrec.prompt_format import FORMATS, declare_format
 from genrec.prompts import PromptRenderer
 from genrec.quantizers.code_vectors import code_vectors
-from genrec.semantic_ids import SemanticIds
+from genrec.semantic_ids import TITLES, SemanticIds, map_kind
 from genrec.sft_trainer import EpochTrainer
 from genrec.supervised_head import (
     LOSSES,
@@ -72,7 +72,7 @@ from genrec.tasks.instruction_rows import InstructionRows
 from genrec.tasks.mixing import Plan, named_numbers, named_rows, plan
 from genrec.tasks.refresh import apart, compare, refresh_plan, replay_counts
 from genrec.tasks.rendering import ItemTexts
-from genrec.title_ids import ItemMap, TitleIds, load_map
+from genrec.title_ids import TitleIds, load_map
 from genrec.training_data import EpochRows, estimated_lengths, sample_texts
 from genrec.warm_start import EarlierModel, check_replay_share, check_stage, unseen_codes
 
@@ -195,9 +195,9 @@ def check_families(loss_over: str, rows_per_epoch: list[dict[str, int]]) -> None
         )
 
 
-def check_map(loss_over: str, semantic_ids: ItemMap) -> None:
+def check_map(loss_over: str, quantize: Path) -> None:
     """Refuse a loss over the codes of a level where items have codes of unequal number."""
-    if isinstance(semantic_ids, TitleIds) and loss_over != "vocabulary":
+    if loss_over != "vocabulary" and map_kind(quantize) == TITLES:
         raise ValueError(
             f"loss_over={loss_over} needs semantic ids of a fixed number of levels; items are "
             "named by titles here (quantize --method title): use loss_over=vocabulary"
@@ -382,12 +382,12 @@ def main() -> None:
         earlier = earlier_model(args)
         hashes = earlier.hashes if earlier else None
         stage = Stage(args.run_dir, "sft", config, inputs, ignore=["warm_start"], hashes=hashes)
+        check_map(args.loss_over, stage_folder(args.run_dir, "quantize"))
         if stage.is_done(args.overwrite and PartialState().is_main_process):
             return
     data = stage_folder(args.run_dir, "prepare")
     dataset = stage_folder(args.run_dir, "build_dataset")
     semantic_ids = load_map(stage_folder(args.run_dir, "quantize"))
-    check_map(args.loss_over, semantic_ids)
     texts = ItemTexts.of(pl.read_parquet(data / "catalog.parquet"), semantic_ids)
     titles = texts.titles.to_list()
     built = stage.upstream["build_dataset"].config

@@ -11,7 +11,8 @@ ORDER = [
     "embedding", "quantizers", "semantic_ids", "chains", "prompts", "title_ids", "tasks",
     "chain_reader", "prompt_format", "title_index", "sharding", "modeling", "adapters",
     "averaging", "training_data", "decoding", "supervised_head", "sft_trainer", "reasoning",
-    "grounding", "rewards", "advantages", "rollout_groups", "group_losses", "rollouts", "bundle", "warm_start", "list_shaping",
+    "grounding", "rewards", "advantages", "rollout_groups", "group_losses", "rollouts", "bundle",
+    "warm_start", "list_shaping",
     "recommend", "generation", "planning", "server", "evaluation", "explain", "audit", "config",
     "cli",
 ]  # fmt: skip

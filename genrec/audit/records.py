@@ -53,11 +53,11 @@ from genrec.columns import (
     USER_ID,
 )
 from genrec.data.splits import read_split
-from genrec.decoding.trie import SidTrie
+from genrec.decoding.item_tokens import item_tokens
 from genrec.modeling import encode_prompts
 from genrec.prompts import PromptRenderer
-from genrec.semantic_ids import SemanticIds
 from genrec.tasks.sequential import history_prompt
+from genrec.title_ids import load_map
 
 _DECISIVE = {
     "prepare": ("catalog.parquet",),
@@ -189,7 +189,8 @@ def _base_model(run: ExplainedRun) -> dict[str, Any]:
 
 def _artefacts(run: ExplainedRun) -> dict[str, Any]:
     made, quantize = run.manifests["recommend"], stage_folder(run.run_dir, "quantize")
-    semantic_ids = SemanticIds.load(quantize)
+    semantic_ids = load_map(quantize)
+    tokenizer = AutoTokenizer.from_pretrained(stage_folder(run.run_dir, run.model_stage) / "model")
     model = {n: o["sha256"] for n, o in run.manifests[run.model_stage].outputs.items()}
     packages = environment()
     return {
@@ -206,7 +207,7 @@ def _artefacts(run: ExplainedRun) -> dict[str, Any]:
         "tokenizer_sha256": model.get("model/tokenizer.json"),
         "catalogue_sha256": run.manifests["prepare"].outputs["catalog.parquet"]["sha256"],
         "sid_map_sha256": semantic_ids.sha256,
-        "trie_sha256": SidTrie.of_map(semantic_ids, quantize).sha256,
+        "trie_sha256": item_tokens(tokenizer, semantic_ids, quantize).trie.sha256,
         "dataset_sha256": run.manifests["build_dataset"].content_hash,
         "prompts_sha256": run.prompts().sha256(),
         "files": artifact_hashes(run),
@@ -263,7 +264,7 @@ def filters(run: ExplainedRun, n_seen: int) -> list[dict[str, Any]]:
 
 def inputs(run: ExplainedRun) -> list[dict[str, Any]]:
     """The exact input of each list, in the order of `run.rows`; it belongs into the payload."""
-    semantic_ids = SemanticIds.load(stage_folder(run.run_dir, "quantize"))
+    semantic_ids = load_map(stage_folder(run.run_dir, "quantize"))
     renderer = run.prompts()
     tokenizer = AutoTokenizer.from_pretrained(stage_folder(run.run_dir, run.model_stage) / "model")
     sids, ids = semantic_ids.sids().to_list(), run.catalog[ITEM_ID].to_list()

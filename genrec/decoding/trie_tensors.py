@@ -79,6 +79,12 @@ class TrieTensors:
             return torch.zeros_like(parents, dtype=torch.bool)
         return self.codes(level - 1, parents) == self.trie.end_code
 
+    def first_leaves(self, level: int, nodes: Tensor) -> Tensor:
+        """The first leaf below each node of a level."""
+        for below in range(level + 1, self.trie.n_levels):
+            nodes = self._child_start[below][nodes].long()
+        return nodes
+
     def items(self, leaves: Tensor) -> Tensor:
         """Catalogue rows of leaves, int64."""
         return self._items[leaves].long()

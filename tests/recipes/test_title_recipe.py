@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,11 +27,11 @@ TRAINING = (
 FLAGS = {
     "prepare": "--format synthetic --n_users 60 --n_items 30",
     "embed": "--dim 8",
-    "quantize": "--method title --max_title_bytes 24",
+    "quantize": "--method title --max_title_bytes 16",
     "build_dataset": "--tasks all",
     "sft": f"{TRAINING} --caps *=20 sequential=100",
     "recommend": "--k 5 --beam_width 30 --max_rows 12",
-    "evaluate": "--samples 20 --permutations 50 --baselines popularity",
+    "evaluate": "--samples 20 --permutations 50 --baselines popularity --ks 5",
 }
 
 
@@ -53,7 +54,7 @@ def test_nothing_is_added_and_families_that_say_nothing_are_off(run):
     assert "named by titles" in off["reasoning_recommendation"]
     assert {f["name"] for f in card["families"]} >= {"sequential", "query_search", "denoising"}
     titles = read_json(run / "semantic_ids" / "quality.json")["titles"]
-    assert titles["longest_bytes"] <= 24 and titles["shortened"] > 0 and titles["numbered"] > 0
+    assert titles["longest_bytes"] <= 16 and titles["shortened"] > 0 and titles["numbered"] > 0
     recommender = Recommender.load(run)
     assert "genrec.json" in {p.name for p in (run / "sft" / "model").iterdir()}
     assert not any("<a_" in token for token in recommender.tokenizer.get_vocab())
@@ -113,7 +114,7 @@ def test_doctor_looks_at_titles(run, in_process):
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("sft", f"{TRAINING} --loss_over trie --overwrite true", "use loss_over=vocabulary"),
+        ("sft", "--loss_over level --overwrite true", "use loss_over=vocabulary"),
         ("grpo", "--use_cpu true --bf16 false --report_to none", "can't be done with titles yet"),
         ("recommend", "--engine vllm --overwrite true", "by engine=torch alone"),
         ("reason", "--user {user}", "chains cite semantic ids"),
@@ -129,8 +130,6 @@ def test_what_cannot_work_yet_is_refused(run, in_process, name: str, flags: str,
 
 
 def test_templates_with_brackets_are_refused(run, in_process, tmp_path):
-    import shutil
-
     shutil.copytree(run / "dataset" / "prompts", tmp_path / "prompts")
     (tmp_path / "prompts" / "sequential" / "seen" / "01.jinja").write_text("[log] {{ history }}")
     flags = ("--prompts_dir", str(tmp_path / "prompts"), "--overwrite", "true")
