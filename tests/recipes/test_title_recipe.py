@@ -19,9 +19,9 @@ from genrec.prompt_format import title_end
 from genrec.recommend import Recommender
 
 ROOT = Path(__file__).resolve().parents[2]
+CPU = "--use_cpu true --bf16 false --report_to none"
 TRAINING = (
-    "--use_cpu true --bf16 false --report_to none --disable_tqdm true --gradient_checkpointing "
-    "false --seed 0 --eval_rows 10 --size tiny --vocab_size 600 --max_steps 6 --learning_rate 3e-3 "
+    f"{CPU} --disable_tqdm true --gradient_checkpointing false --seed 0 --eval_rows 10 --size tiny --vocab_size 600 --max_steps 6 --learning_rate 3e-3 "
     "--per_device_train_batch_size 16 --save_strategy no --eval_every_steps 6 --normalizer full"
 )
 FLAGS = {
@@ -32,6 +32,8 @@ FLAGS = {
     "sft": f"{TRAINING} --caps *=20 sequential=100",
     "recommend": "--k 5 --beam_width 30 --max_rows 12",
     "evaluate": "--samples 20 --permutations 50 --baselines popularity --ks 5",
+    "explain": "--num_rows 2 --k 2 --samples 20 --random_draws 1",
+    "audit": "",
 }
 
 
@@ -97,6 +99,15 @@ def test_evaluate_scored_them(run):
     assert set(metrics["systems"]) == {"genrec", "popularity"}
 
 
+def test_trace_and_replay_make_the_stored_lists_again(run, in_process, monkeypatch):
+    rows = pl.read_parquet(run / "recommendations" / "rows.parquet")
+    said = in_process("trace", run, "--user", str(rows["user_id"][0]))
+    assert "EQUAL to the stored list" in said and "prompt hash equal" in said
+    path = str(ROOT / "recipes" / "audit.py")
+    monkeypatch.setattr(sys, "argv", [path, "replay", "--run_dir", str(run), "--all"])
+    runpy.run_path(path, run_name="__main__")  # exits with status 1 if a list isn't reproduced
+
+
 def test_doctor_looks_at_titles(run, in_process):
     flags = ("--rows", "10", "--exhaustive_rows", "3")
     try:
@@ -114,8 +125,8 @@ def test_doctor_looks_at_titles(run, in_process):
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("sft", "--loss_over level --overwrite true", "use loss_over=vocabulary"),
-        ("grpo", "--use_cpu true --bf16 false --report_to none", "can't be done with titles yet"),
+        ("sft", f"{CPU} --loss_over level --overwrite true", "use loss_over=vocabulary"),
+        ("grpo", CPU, "can't be done with titles yet"),
         ("recommend", "--engine vllm --overwrite true", "by engine=torch alone"),
         ("reason", "--user {user}", "chains cite semantic ids"),
         ("quantize", "--method title --max_title_bytes 3", "must be at least 16"),
