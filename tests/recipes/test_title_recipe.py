@@ -21,7 +21,8 @@ from genrec.recommend import Recommender
 ROOT = Path(__file__).resolve().parents[2]
 CPU = "--use_cpu true --bf16 false --report_to none"
 TRAINING = (
-    f"{CPU} --disable_tqdm true --gradient_checkpointing false --seed 0 --eval_rows 10 --size tiny --vocab_size 600 --max_steps 6 --learning_rate 3e-3 "
+    f"{CPU} --disable_tqdm true --gradient_checkpointing false --seed 0 "
+    "--eval_rows 10 --size tiny --vocab_size 600 --max_steps 6 --learning_rate 3e-3 "
     "--per_device_train_batch_size 16 --save_strategy no --eval_every_steps 6 --normalizer full"
 )
 FLAGS = {
