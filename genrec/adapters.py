@@ -45,7 +45,7 @@ def lora_config(
 
     Args:
         model: with the SID tokens, plain or 4-bit.
-        token_ids: of the SID tokens, per level (codebook_size,).
+        token_ids: of the SID tokens, per level (codebook_size,); none for a title index.
         rank: of the adapters.
         alpha: scale; updates are multiplied by alpha / rank.
         dropout: on the adapters' inputs.
@@ -61,6 +61,7 @@ def lora_config(
     names = {id(module): name.split(".")[-1] for name, module in model.named_modules()}
     rows = {names[id(embedding)], names[id(head)]}
     tied = head.weight is embedding.weight
+    trained = flat if tied else {names[id(embedding)]: flat, names[id(head)]: flat}
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -68,9 +69,7 @@ def lora_config(
         use_dora=use_dora,
         use_rslora=use_rslora,
         target_modules=_targets(model, list(target_modules), rows),
-        trainable_token_indices=flat
-        if tied
-        else {names[id(embedding)]: flat, names[id(head)]: flat},
+        trainable_token_indices=trained if flat else None,
         task_type="CAUSAL_LM",
     )
 

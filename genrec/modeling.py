@@ -29,9 +29,11 @@ from transformers import (
 )
 
 from genrec.artifacts import ABOUT, read_json, write_json
-from genrec.prompt_format import chat_frame, encode_chat
+from genrec.prompt_format import chat_frame, encode_chat, encode_text
 from genrec.semantic_ids import SemanticIds
 from genrec.sharding import require_whole
+from genrec.title_ids import ItemMap, TitleIds
+from genrec.title_index import write_title_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +265,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     """
     if frame := chat_frame(tokenizer):
         return encode_chat(tokenizer, prompts, frame)
-    ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    ids = encode_text(tokenizer, prompts)
     start = bos_prefix(tokenizer)
     return [start + row for row in ids] if start else ids
 
@@ -285,17 +287,18 @@ def encode_rows(
     """Training rows: ``input_ids`` and ``labels`` (−100 on the prompt).
 
     Prompt and completion are encoded apart and joined, so the served prompt is a token prefix of
-    the row. A completion that ends in text gets EOS; one of SIDs has a fixed length and needs none.
+    the row. A completion that ends in text gets EOS; one of SIDs has a fixed length and needs none,
+    and titles of a title index have an end mark each.
 
     Args:
         tokenizer: with the SID tokens.
         prompts: rendered prompts.
         completions: what is to be learned.
-        sid_ids: ids of the SID tokens.
+        sid_ids: ids of the SID tokens, or of the end mark behind titles.
         open_ended: rows whose SIDs are a list of any length: they get EOS, too.
     """
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    completion_ids = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+    completion_ids = encode_text(tokenizer, completions)
     ends = open_ended if open_ended is not None else [False] * len(prompts)
     for prompt, completion, has_end in zip(
         encode_prompts(tokenizer, prompts), completion_ids, ends, strict=True
@@ -329,7 +332,7 @@ def _is_json(path: Path) -> bool:
 def save_model(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    semantic_ids: SemanticIds,
+    semantic_ids: ItemMap,
     folder: Path | str,
     about: dict[str, Any],
     weights: dict[str, torch.Tensor] | None = None,
@@ -353,11 +356,13 @@ def save_model(
         model = model.merge_and_unload()
     model.save_pretrained(str(folder), state_dict=weights)
     tokenizer.save_pretrained(folder)
+    if isinstance(semantic_ids, TitleIds):
+        write_title_tokens(folder, semantic_ids.names.to_list(), tokenizer)
     write_json(Path(folder) / ABOUT, {"semantic_ids_sha256": semantic_ids.sha256, **about})
 
 
 def load_tokenizer(
-    folder: Path | str, semantic_ids: SemanticIds
+    folder: Path | str, semantic_ids: ItemMap
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
     """Tokenizer of a model folder; refuses a SID map that isn't the model's or a descendant of it.
 
@@ -381,7 +386,7 @@ def load_tokenizer(
     return AutoTokenizer.from_pretrained(folder), about
 
 
-def base_tokenizer(name_or_path: str, semantic_ids: SemanticIds) -> PreTrainedTokenizerBase:
+def base_tokenizer(name_or_path: str, semantic_ids: ItemMap) -> PreTrainedTokenizerBase:
     """Tokenizer of a model to be fine-tuned, its own or genrec's.
 
     Raises:
@@ -401,7 +406,7 @@ def base_tokenizer(name_or_path: str, semantic_ids: SemanticIds) -> PreTrainedTo
 
 
 def load_model(
-    folder: Path | str, semantic_ids: SemanticIds, dtype: str = "float32", device: str | None = None
+    folder: Path | str, semantic_ids: ItemMap, dtype: str = "float32", device: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
     """Model folder in eval mode, on `device` (default: a GPU where there is one).
 

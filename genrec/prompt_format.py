@@ -7,6 +7,10 @@ does a template get to run again: some write today's date.
 
 In a chat, the run of SIDs that ends a prompt opens the assistant's turn. A history that is trained
 in one pass then continues exactly like the prompt that is served, as it does without a chat.
+
+A model of a title index (`genrec.title_ids`) reads and writes ``[Red wool hat]`` as the tokens of
+the title and an end mark. Its tokenizer declares that, too: titles and the text around them are
+encoded apart, so an item has the same tokens in a prompt, in a completion and in the trie.
 """
 
 from __future__ import annotations
@@ -22,6 +26,11 @@ FRAME = "genrec_chat_frame"  # in tokenizer_config.json: the text before and beh
 _SLOT = "genrec prompt slot"
 _SID = r"<[a-z]+_\d+>"
 _LAST_SIDS = re.compile(rf"(?:{_SID})*$")
+
+TITLE_END = "genrec_title_end"  # in tokenizer_config.json: token id of the end mark behind titles
+_TITLE = r"\[([^\[\]]*)\]"
+_TITLES = re.compile(_TITLE)
+_LAST_TITLES = re.compile(rf"(?:{_TITLE})*$")
 
 
 def declare_format(tokenizer: PreTrainedTokenizerBase, asked: str) -> str:
@@ -96,9 +105,10 @@ def encode_chat(
         ValueError: a prompt holds a control token.
     """
     before, behind = (_encoded(tokenizer, [text])[0] for text in frame)
-    ends = [match.start() if (match := _LAST_SIDS.search(p)) else len(p) for p in prompts]
-    heads = _encoded(tokenizer, [p[:end] for p, end in zip(prompts, ends, strict=True)])
-    tails = _encoded(tokenizer, [p[end:] for p, end in zip(prompts, ends, strict=True)])
+    last = _LAST_SIDS if title_end(tokenizer) is None else _LAST_TITLES
+    ends = [match.start() if (match := last.search(p)) else len(p) for p in prompts]
+    heads = encode_text(tokenizer, [p[:end] for p, end in zip(prompts, ends, strict=True)])
+    tails = encode_text(tokenizer, [p[end:] for p, end in zip(prompts, ends, strict=True)])
     control = _control_ids(tokenizer, {*before, *behind})
     for prompt, ids in zip(prompts, heads, strict=True):
         if forged := control.intersection(ids):
@@ -108,6 +118,60 @@ def encode_chat(
                 "of the catalogue or the template, or train with prompt_format=plain"
             )
     return [[*before, *head, *behind, *tail] for head, tail in zip(heads, tails, strict=True)]
+
+
+def declare_titles(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Have a tokenizer encode ``[title]`` as an item of a title index from now on, saved with it.
+
+    The end mark is the line break where the tokenizer has one token for it, since a list of lines
+    is what a pretrained model knows, and else EOS. A title holds neither.
+
+    Returns:
+        Token id of the end mark.
+
+    Raises:
+        ValueError: the tokenizer has neither, or EOS alone and prompts are a chat's, where it ends
+            a turn.
+    """
+    line_break = _encoded(tokenizer, ["\n"])[0]
+    control = {*tokenizer.all_special_ids}
+    end = tokenizer.eos_token_id
+    if len(line_break) == 1 and line_break[0] not in control:
+        end = line_break[0]
+    elif end is None or chat_frame(tokenizer) is not None:
+        raise ValueError(
+            "items named by titles need a token that ends them: the tokenizer has none for a line "
+            "break, and its EOS is missing or ends the turns of a chat; use prompt_format=plain "
+            "with a tokenizer that has EOS"
+        )
+    tokenizer.init_kwargs[TITLE_END] = int(end)
+    return int(end)
+
+
+def title_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Token id of the end mark behind titles that a tokenizer declares; None without titles."""
+    end: int | None = tokenizer.init_kwargs.get(TITLE_END)
+    return end
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts without special tokens, items of a title index piece by piece."""
+    end = title_end(tokenizer)
+    if end is None:
+        return _encoded(tokenizer, list(texts))
+    # By turns text and title; the same few pieces come again and again.
+    pieces = [_TITLES.split(text) for text in texts]
+    distinct = list(dict.fromkeys(piece for parts in pieces for piece in parts if piece))
+    ids = dict(zip(distinct, _encoded(tokenizer, distinct) if distinct else [], strict=True))
+    made = []
+    for parts in pieces:
+        row: list[int] = []
+        for place, piece in enumerate(parts):
+            row += ids.get(piece, [])
+            if place % 2:
+                row.append(end)
+        made.append(row)
+    return made
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -302,6 +302,10 @@ class PromptRenderer:
         number = (first + np.uint64(epoch)) % np.uint64(len(names))
         return pl.Series(names, dtype=pl.String).gather(number.astype(np.uint32))
 
+    def holding(self, characters: str) -> list[str]:
+        """Names of the templates whose text holds one of these characters."""
+        return [n for n, text in self._sources.items() if not set(characters).isdisjoint(text)]
+
     def sha256(self) -> str:
         """Hash over all template names and texts."""
         digest = hashlib.sha256()

@@ -33,9 +33,10 @@ from genrec.columns import (
 )
 from genrec.decoding.beam import BeamResult, default_beam_width
 from genrec.decoding.free_text import TextSampling
+from genrec.decoding.item_tokens import item_tokens
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import CatalogueView, SidTrie
-from genrec.modeling import ABOUT, encode_prompts, load_model, load_tokenizer, sid_token_ids
+from genrec.modeling import ABOUT, encode_prompts, load_model, load_tokenizer
 from genrec.normalizers import Normalizer, resolve_normalizer
 from genrec.prompts import PromptRenderer, escape_text
 from genrec.reasoning import (
@@ -49,8 +50,13 @@ from genrec.reasoning import (
 from genrec.semantic_ids import SemanticIds
 from genrec.tasks.families import FAMILIES, SEQUENTIAL
 from genrec.tasks.sequential import history_prompt
+from genrec.title_ids import ItemMap, TitleIds, load_map
 
 ENGINES = ("torch", "vllm", "vllm-inworker")
+TITLES_ON_TORCH = (
+    "engine={engine}: items that are named by titles are searched by engine=torch alone yet; use "
+    "it, or a map of semantic ids (genrec quantize --method residual-kmeans)"
+)
 QUERY_SEARCH, JOINT_SEARCH = "query_search", "intention_search"
 BY_PROFILE = "preference_recommendation"
 
@@ -90,7 +96,7 @@ class Recommender:
 
     Args:
         catalog: ``catalog.parquet``.
-        semantic_ids: the SID map, row for row.
+        semantic_ids: the map, row for row.
         renderer: the templates that the run was trained with.
         template: the serving template.
         tokenizer: the model's, with SID tokens.
@@ -110,7 +116,7 @@ class Recommender:
     def __init__(
         self,
         catalog: pl.DataFrame,
-        semantic_ids: SemanticIds,
+        semantic_ids: ItemMap,
         renderer: PromptRenderer,
         template: str,
         tokenizer: Any,
@@ -181,18 +187,20 @@ class Recommender:
             parts = ServedParts.of_bundle(run_dir, stage)
         else:
             parts = ServedParts.of_run(run_dir, stage, model_run)
-        semantic_ids = SemanticIds.load(parts.semantic_ids)
+        semantic_ids = load_map(parts.semantic_ids)
+        if engine != "torch" and isinstance(semantic_ids, TitleIds):
+            raise ValueError(TITLES_ON_TORCH.format(engine=engine))
         catalog = pl.read_parquet(parts.catalog, glob=False)
         if not catalog[ITEM_ID].equals(semantic_ids.item_ids):
             raise ValueError(
                 f"{parts.catalog} and the SID map in {parts.semantic_ids} hold other items; "
                 "restore both, or rerun quantize"
             )
-        trie = SidTrie.of_map(semantic_ids, parts.semantic_ids)
         if model_run is not None:
             _check_descent(run_dir, semantic_ids, model_run, parts.model)
         tokenizer, _ = load_tokenizer(parts.model, semantic_ids)
-        token_ids = sid_token_ids(tokenizer, semantic_ids)
+        written = item_tokens(tokenizer, semantic_ids, parts.semantic_ids, parts.model)
+        trie, token_ids = written.trie, written.token_ids
         scores = resolve_normalizer(normalizer, parts.model)
         built: Engine
         if engine == "vllm":
@@ -496,10 +504,16 @@ class Recommender:
 
     @cached_property
     def _chain_reader(self) -> ChainReader:
+        assert isinstance(self.semantic_ids, SemanticIds), "titles are refused before"
         return ChainReader.of_run(self.semantic_ids, self.catalog, self.renderer.folder)
 
     def require_family(self, family: str) -> None:
         """Raise ValueError if the model was not trained on a task family."""
+        if isinstance(self.semantic_ids, TitleIds) and FAMILIES[family].steps:
+            raise ValueError(
+                "items are named by titles (quantize --method title), and chains cite semantic "
+                "ids; use `recommend`, or train on a map of semantic ids"
+            )
         if family not in self.families:
             raise ValueError(
                 f"the model was not trained on {family!r} (but on "
@@ -540,7 +554,7 @@ def _check_options(engine: type, options: Mapping[str, Any]) -> None:
 
 
 def _check_descent(
-    run_dir: Path | str, semantic_ids: SemanticIds, model_run: Path | str, model: Path
+    run_dir: Path | str, semantic_ids: ItemMap, model_run: Path | str, model: Path
 ) -> None:
     """Raise ValueError unless the run's map extends the one that the other run's model knows."""
     if (model / ABOUT).exists():

@@ -21,6 +21,8 @@ from genrec.columns import ITEM_ID, ITEM_INDEX, SID
 from genrec.quantizers.quality import shared_rows
 
 SID_TOKEN = re.compile(r"<([a-z]+)_(\d+)>")
+MAP_FILE = "semantic_ids.json"
+TITLES = "titles"  # the kind of map that `genrec.title_ids` holds
 
 
 def level_name(level: int) -> str:
@@ -272,12 +274,17 @@ class SemanticIds:
             "quantizer_sha256": self.quantizer_sha256,
             "sha256": self.sha256,
         }
-        write_json(Path(folder) / "semantic_ids.json", about)
+        write_json(Path(folder) / MAP_FILE, about)
 
     @classmethod
     def load(cls, folder: Path | str) -> SemanticIds:
-        """Read a saved map; one that was changed since it was saved raises ValueError."""
-        about = read_json(Path(folder) / "semantic_ids.json")
+        """Read a saved map.
+
+        Raises:
+            ValueError: it was changed since it was saved, or names its items by titles.
+        """
+        require_codes(folder)
+        about = read_json(Path(folder) / MAP_FILE)
         table = pl.read_parquet(Path(folder) / "items.parquet", glob=False).sort(ITEM_INDEX)
         ids = cls(
             table[ITEM_ID],
@@ -303,6 +310,22 @@ class SemanticIds:
         rows = zip(self.item_ids.to_list(), self.codes.tolist(), strict=True)
         index = {str(i): [sid_token(level, c) for level, c in enumerate(row)] for i, row in rows}
         write_json(path, index)
+
+
+def map_kind(folder: Path | str) -> str | None:
+    """`TITLES` where a saved map names items by titles, None where by codes."""
+    kind: str | None = read_json(Path(folder) / MAP_FILE).get("kind")
+    return kind
+
+
+def require_codes(folder: Path | str) -> None:
+    """Raise ValueError where a saved map names items by titles, and codes are needed."""
+    if map_kind(folder) == TITLES:
+        raise ValueError(
+            f"{folder} names items by their titles (method: title), and this can't be done with "
+            "titles yet, only with semantic ids; make some with: genrec quantize --method "
+            "residual-kmeans (or another method), then build_dataset and sft anew"
+        )
 
 
 def _codes_type(n_levels: int) -> pl.Array:

@@ -17,6 +17,7 @@ from genrec.artifacts import ABOUT, Manifest, read_json, require, stage_folder
 from genrec.bundle.files import is_bundle
 from genrec.bundle.parts import MODEL_STAGES, ServedParts
 from genrec.semantic_ids import SemanticIds
+from genrec.title_ids import ItemMap, load_map
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class EarlierModel:
             )
         parts = ServedParts.of_run(previous, stage)
         about = read_json(parts.model / ABOUT)
-        ids = SemanticIds.load(stage_folder(run_dir, "quantize"))
+        ids = load_map(stage_folder(run_dir, "quantize"))
         trained_on = about["semantic_ids_sha256"]
         if not ids.descends_from(trained_on):
             raise ValueError(
@@ -81,9 +82,9 @@ class EarlierModel:
         return stage_folder(self.run_dir, "prepare")
 
     @property
-    def semantic_ids(self) -> SemanticIds:
+    def semantic_ids(self) -> ItemMap:
         """The map of the run."""
-        return SemanticIds.load(stage_folder(self.run_dir, "quantize"))
+        return load_map(stage_folder(self.run_dir, "quantize"))
 
     @property
     def hashes(self) -> dict[str, str]:

@@ -44,10 +44,9 @@ from genrec.columns import (
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import GIVEN, read_split
 from genrec.prompts import PromptRenderer
-from genrec.semantic_ids import SemanticIds
 from genrec.tasks.attributes import AttributeIndex, item_attributes
 from genrec.tasks.card import CardFacts, sampled_texts, write_card
-from genrec.tasks.families import FAMILIES, ITEM, SEQUENTIAL, switched_off
+from genrec.tasks.families import FAMILIES, HAS_TITLES, ITEM, SEQUENTIAL, switched_off
 from genrec.tasks.instruction_rows import RowWriter, gathered
 from genrec.tasks.mixing import named_numbers
 from genrec.tasks.noise import ItemDraw, keep_about
@@ -58,6 +57,7 @@ from genrec.tasks.rows import InteractionLog, Sources, interaction_rows, item_ro
 from genrec.tasks.sequential import explode, sequential_rows
 from genrec.tasks.texts import item_intentions, item_queries, review_aspects, written_renderer
 from genrec.tasks.writers import LocalWriter, OpenAIWriter, Writer, llm_item_texts, llm_preferences
+from genrec.title_ids import BRACKETS, ItemMap, TitleIds, load_map
 
 logger = logging.getLogger("genrec.build_dataset")
 
@@ -129,7 +129,7 @@ class DatasetArgs:
 
 
 def read_sources(
-    args: DatasetArgs, data: Path, semantic_ids: SemanticIds, reserved: pl.DataFrame | None
+    args: DatasetArgs, data: Path, semantic_ids: ItemMap, reserved: pl.DataFrame | None
 ) -> Sources:
     """What rows are made of, beside the split rows; `reserved`: RL rows that sft must not see."""
     seed = args.seed
@@ -196,6 +196,28 @@ def training_reviews(data: Path, reserved: pl.DataFrame | None = None) -> pl.Dat
         .drop("_last")
         .collect()
     )
+
+
+def off_for_titles(names: Sequence[str]) -> dict[str, str]:
+    """Families that say nothing, or can't be read, where items are named by titles."""
+    reasons = {}
+    for name in names:
+        family = FAMILIES[name]
+        if HAS_TITLES in family.needs:
+            reasons[name] = "items are named by their titles already (quantize --method title)"
+        elif family.steps:
+            reasons[name] = "chains cite items by semantic ids, these are named by titles"
+    return reasons
+
+
+def check_brackets(renderer: PromptRenderer, names: Sequence[str]) -> None:
+    """Refuse templates in which brackets would read as items."""
+    for template in renderer.holding(BRACKETS):
+        if template.split("/")[0] in names:
+            raise ValueError(
+                f"template {template!r} holds {' or '.join(BRACKETS)}, which mark items that are "
+                "named by titles (quantize --method title); word it without"
+            )
 
 
 def shares(args: DatasetArgs, names: list[str], n_interactions: int) -> dict[str, float]:
@@ -266,12 +288,14 @@ def write_rows(path: Path, tables: Iterator[pl.DataFrame], writer: RowWriter) ->
 
 
 def token_counter(
-    args: DatasetArgs, path: Path, semantic_ids: SemanticIds
+    args: DatasetArgs, path: Path, semantic_ids: ItemMap
 ) -> tuple[Callable[[Sequence[str]], list[int]], str]:
     """Counts tokens for the dataset card, and what counts them."""
     from transformers import AutoTokenizer  # slow to import
 
-    from genrec.modeling import add_sid_tokens, train_tokenizer
+    from genrec.decoding.item_tokens import prepare_tokenizer
+    from genrec.modeling import train_tokenizer
+    from genrec.prompt_format import encode_text
 
     if args.tokenizer_name_or_path:
         name = args.tokenizer_name_or_path
@@ -279,11 +303,10 @@ def token_counter(
     else:
         tokenizer = train_tokenizer(sampled_texts(path, 500, args.seed), CARD_VOCABULARY)
         name = f"byte-level BPE of {CARD_VOCABULARY:,} tokens, trained on a sample of these rows"
-    add_sid_tokens(tokenizer, semantic_ids)
+    prepare_tokenizer(tokenizer, semantic_ids)
 
     def count(texts: Sequence[str]) -> list[int]:
-        ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return [len(row) for row in ids]
+        return [len(row) for row in encode_text(tokenizer, texts)]
 
     return count, name
 
@@ -307,11 +330,14 @@ def main() -> None:
             "isn't known; use rl_window: 1"
         )
     data = stage_folder(args.run_dir, "prepare")
-    semantic_ids = SemanticIds.load(stage_folder(args.run_dir, "quantize"))
+    semantic_ids = load_map(stage_folder(args.run_dir, "quantize"))
     last = rl_rows(read_split(args.run_dir, "train", "build_dataset"), data, args.rl_window)
     reserved = last if args.reserve_last else None
     sources = read_sources(args, data, semantic_ids, reserved)
     off = switched_off(args.families, sources.has())
+    if isinstance(semantic_ids, TitleIds):
+        off |= off_for_titles(args.families)
+        check_brackets(renderer, args.families)
     names = [name for name in args.families if name not in off]
     for name, reason in off.items():
         logger.info("%s is off: %s", name, reason)

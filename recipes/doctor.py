@@ -56,6 +56,7 @@ from genrec.evaluation.run_checks import (
     stored_lists,
 )
 from genrec.recommend import MODEL_STAGES, Recommender
+from genrec.title_ids import TitleIds
 
 EXHAUSTIVE_STEPS = 10  # a row scored exhaustively takes about as long as ten others
 OF_MODEL = (
@@ -170,12 +171,19 @@ def examine_model(
         items, certified = found["valid"].items, found["valid"].certified
         lengths, n_prompts = (items >= 0).sum(1), len(set(samples["valid"].prompts))
     parameters = sum(p.numel() for p in engine.model.parameters())
+    if isinstance(recommender.semantic_ids, TitleIds):
+        why = "items are named by titles, whose tokens at one place have nothing in common"
+        of_levels = [not_run(name, why) for name in ("legality", "levels")]
+    else:
+        of_levels = [
+            check_legality(scores["valid"]),
+            check_levels(scores["valid"], scores["train"], args.seed),
+        ]
     value = f"{recommender.model_stage}, {parameters:,} parameters, scores over {engine.normalizer}"
     return [
         Check("model", value, "ok", "it loads, with this map and these templates"),
         check_prompts(run_dir, recommender, samples["valid"], samples["train"]),
-        check_legality(scores["valid"]),
-        check_levels(scores["valid"], scores["train"], args.seed),
+        *of_levels,
         check_fit(fits["train"], fits["valid"], args.seed),
         check_search(gap, run_dir),
         check_lists(certified, lengths, k, source),

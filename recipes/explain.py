@@ -177,21 +177,13 @@ def counterfactual_table(
     return pl.DataFrame(columns)
 
 
-def as_searched(made: dict[str, Any], split: pl.DataFrame, catalog: pl.DataFrame) -> Search:
-    """The filters and the width under which the lists were made.
-
-    Raises:
-        ValueError: lists of single users' candidates, or drawn or reordered ones.
-    """
-    from genrec.decoding.trie import SidTrie
+def as_searched(made: dict[str, Any], split: pl.DataFrame, recommender: Recommender) -> Search:
+    """The filters and the width under which the lists were made."""
     from genrec.explain.evidence import Search
-    from genrec.semantic_ids import SemanticIds
 
-    view = None
+    catalog = recommender.catalog
     allowed = allowed_rows(catalog[ITEM_ID], made.get("allow"), made.get("deny"))
-    if allowed is not None:
-        folder = stage_folder(made["run_dir"], "quantize")
-        view = SidTrie.of_map(SemanticIds.load(folder), folder).allow(allowed)
+    view = None if allowed is None else recommender.engine.trie.allow(allowed)
     seen = None
     if made["filter_seen"]:
         seen = [np.unique(np.array(s, dtype=np.int64)) for s in split[SEEN].to_list()]
@@ -273,7 +265,7 @@ def main() -> None:
     histories = shown(recommender, split[HISTORY].to_list())
     lengths = np.array([len(h) for h in histories], dtype=np.int64)
     items = item_matrix(lists)
-    search = as_searched({**made, "run_dir": args.run_dir}, split, recommender.catalog)
+    search = as_searched(made, split, recommender)
     with tqdm(total=prompts_to_score(histories), unit="prompt", desc="leave one out") as bar:
         evidence = leave_one_out(recommender, histories, items, bar.update)
     with tqdm(total=int(lengths.sum()), unit="list", desc="search again") as bar:

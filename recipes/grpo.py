@@ -82,7 +82,7 @@ from genrec.rewards import (
 )
 from genrec.rollout_groups import ROLLOUTS, Rollouts
 from genrec.rollouts import CREDITS, BeamGRPOTrainer, Credit, Objective
-from genrec.semantic_ids import SemanticIds
+from genrec.semantic_ids import SemanticIds, require_codes
 from genrec.tasks.families import FAMILIES, SEQUENTIAL
 from genrec.tasks.rendering import ItemTexts, served_prompts
 
@@ -353,6 +353,7 @@ def main() -> None:
         inputs.append("embed")
     with PartialState().main_process_first():
         stage = Stage(args.run_dir, "grpo", config, inputs)
+        require_codes(stage_folder(args.run_dir, "quantize"))
         if stage.is_done(args.overwrite and PartialState().is_main_process):
             return
     check_rewards(args, training, objective)

@@ -10,6 +10,10 @@ the later catalogue (see embed.py, which comes first, for the whole way).
 Reads ``embeddings/`` and the training rows (for the quality report and the indexes that learn from
 them); writes ``semantic_ids/``: items.parquet, semantic_ids.json, index.json (LC-Rec's form),
 quantizer.safetensors, quality.json and report.html.
+
+With ``method: title`` there are no codes: each item is named by its title, made unique, and the
+model writes the title's own tokens and an end mark (ReRe, BIGRec). Nothing is added to a model's
+vocabulary. The folder then holds items.parquet, semantic_ids.json and quality.json alone.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ from genrec.config import check_choice, dataset_path, parse, run
 from genrec.data.splits import read_split
 from genrec.decoding.trie import FOLDER, SidTrie
 from genrec.item_lists import ItemLists
-from genrec.semantic_ids import SemanticIds
+from genrec.semantic_ids import TITLES, SemanticIds, map_kind
+from genrec.title_ids import LEAST_BYTES, TitleIds
 
 logger = logging.getLogger("genrec.quantize")
 
@@ -37,7 +42,7 @@ KMEANS = ("residual-kmeans", "hierarchical-kmeans", "product")
 QUANTIZERS = (*KMEANS, "rqvae")
 INDEXES = ("random", "sequential", "collaborative", "independent", "semantic", "hybrid")
 COLLISIONS = ("minimal", "sinkhorn", "suffix", "item-token")
-METHODS = (*QUANTIZERS, *INDEXES, "import")
+METHODS = (*QUANTIZERS, *INDEXES, "import", "title")
 QUANTIZER_FILE = "quantizer.safetensors"
 SAME_SPACE = 0.5  # share of old items whose vectors still give their first code, at least
 
@@ -49,7 +54,8 @@ class QuantizeArgs:
     run_dir: str = "runs/default"
     overwrite: bool = False
     # residual-kmeans, hierarchical-kmeans, product, rqvae: from item vectors. random, sequential,
-    # collaborative, independent, semantic, hybrid: P5's indexes. import: an index.json
+    # collaborative, independent, semantic, hybrid: P5's indexes. import: an index.json. title:
+    # the items' own titles, unique; of the settings below only max_title_bytes matters then
     method: str = "residual-kmeans"
     n_levels: int = 3  # tokens per item
     codebook_size: int = 256  # codes per level; at most the number of distinct item vectors
@@ -76,6 +82,7 @@ class QuantizeArgs:
     index: str | None = None  # index.json
     index_offset: int | None = None  # item id = key + offset; 1 if the file counts from 0
     data_dir: str | None = None
+    max_title_bytes: int = 120  # title: longer ones are cut; a byte is a token at most
     # A later catalogue: the run whose SIDs stay; new items are placed by its quantizer
     extend: str | None = None
     report_map: str = "tsne"  # the report's map of items: tsne, or pca (faster)
@@ -98,6 +105,10 @@ class QuantizeArgs:
             raise ValueError(f"extend={self.extend} is this run itself; name an earlier one")
         if self.method == "import" and not self.index:
             raise ValueError("method=import needs `index`, the path of an index.json")
+        if self.max_title_bytes < LEAST_BYTES:
+            raise ValueError(
+                f"max_title_bytes={self.max_title_bytes} must be at least {LEAST_BYTES}"
+            )
         if self.method == "rqvae":
             rqvae_settings(self)
 
@@ -347,13 +358,21 @@ def main() -> None:
         if not files["extended_map"].exists():
             raise ValueError(f"extend={args.extend}: there is no {files['extended_map']}")
     ignore = ["index", "data_dir", "device", "extend"]
+    if args.method != "title":
+        ignore.append("max_title_bytes")
     stage = Stage(args.run_dir, "quantize", asdict(args), ["prepare", "embed"], files, ignore)
     if stage.is_done(args.overwrite):
+        return
+    catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet", glob=False)
+    titled = args.method == "title"
+    if args.extend:
+        titled = map_kind(stage_folder(args.extend, "quantize")) == TITLES
+    if titled:
+        name_by_titles(args, stage, catalog)
         return
     from genrec.embedding.collaborative import training_histories
     from genrec.quantizers.quality_page import write_quality_page
 
-    catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet", glob=False)
     vectors = np.load(stage_folder(args.run_dir, "embed") / "item_embeddings.npy")
     sequences = training_histories(read_split(args.run_dir, "train", "quantize"))
     if args.extend:
@@ -379,6 +398,40 @@ def main() -> None:
     metrics = {"method": made, **{name: quality[name] for name in names}}
     stage.finish(rows=semantic_ids.n_items, seed=args.seed, metrics=metrics)
     print_summary(semantic_ids, quality, stage.folder)
+
+
+def name_by_titles(args: QuantizeArgs, stage: Stage, catalog: pl.DataFrame) -> None:
+    """Write a title index, new or grown, with an account of what was done to the titles."""
+    done: dict[str, Any] = {}
+    if args.extend:
+        if load_manifest(args.extend, "quantize") is None:
+            raise ValueError(f"extend={args.extend}: stage 'quantize' has not finished there")
+        old = TitleIds.load(stage_folder(args.extend, "quantize"))
+        ids, made, kept = old.successor(catalog)
+        reserved = 0 if ids.reserved is None else len(ids.reserved)
+        done = {"new": len(made.names), "kept": kept, "reserved": reserved}
+    else:
+        ids, made = TitleIds.of_catalog(catalog, args.max_title_bytes)
+    sizes = ids.names.str.len_bytes()
+    titles = {
+        **{name: len(getattr(made, name)) for name in ("numbered", "shortened", "untitled")},
+        "mean_bytes": sizes.mean(),
+        "longest_bytes": sizes.max(),
+        **done,
+    }
+    ids.save(stage.folder)
+    write_json(stage.folder / "quality.json", {"items": ids.n_items, "titles": titles})
+    stage.finish(ids.n_items, args.seed, {"method": "title", "titles": titles})
+    print(
+        f"{ids.n_items:,} items named by their titles, e.g. {ids.names[0]!r}; of those named now "
+        f"{titles['numbered']:,} share a title and are numbered, {titles['shortened']:,} are cut, "
+        f"{titles['untitled']:,} have none"
+    )
+    if args.extend:
+        print(
+            f"{done['kept']:,} items kept their titles, {done['new']:,} are new, "
+            f"{done['reserved']:,} titles are reserved for items that left"
+        )
 
 
 def print_summary(semantic_ids: SemanticIds, quality: dict[str, Any], folder: Path) -> None:

@@ -85,8 +85,9 @@ from genrec.generation.users import (
 )
 from genrec.item_lists import IntArray
 from genrec.normalizers import NORMALIZERS, Normalizer, declared_normalizer, mismatch
-from genrec.recommend import Recommender
-from genrec.semantic_ids import SemanticIds
+from genrec.recommend import TITLES_ON_TORCH, Recommender
+from genrec.semantic_ids import TITLES, SemanticIds, map_kind
+from genrec.title_ids import load_map
 
 logger = logging.getLogger("genrec.recommend")
 
@@ -313,8 +314,11 @@ def check_catalogue(args: RecommendArgs, catalog: pl.DataFrame) -> None:
             f"sampler=gumbel needs normalizer=trie: under {args.normalizer} the scores are no "
             "distribution over items; set --normalizer trie, or --sampler levels"
         )
+    folder = stage_folder(args.run_dir, "quantize")
+    if args.engine != "torch" and map_kind(folder) == TITLES:
+        raise ValueError(TITLES_ON_TORCH.format(engine=args.engine))
     if rules.sampler is not None:
-        n_levels = SemanticIds.load(stage_folder(args.run_dir, "quantize")).n_levels
+        n_levels = SemanticIds.load(folder).n_levels
         check_sampler(rules.sampler, cast(Normalizer, args.normalizer), n_levels)
 
 
@@ -330,7 +334,7 @@ def set_opted_out_apart(
     chosen = opted_out(rows[USER_ID], args.opt_out)
     if chosen.all():
         raise ValueError(f"{args.opt_out} names every user of these rows; nobody is left to list")
-    sids = SemanticIds.load(stage_folder(args.run_dir, "quantize")).sids()
+    sids = load_map(stage_folder(args.run_dir, "quantize")).sids()
     items = popular_items(catalog, args.k, allowed)
     table = non_profiling_lists(rows.filter(chosen), catalog, sids, items)
     write_parquet(stage.folder / NON_PROFILING, table)

@@ -45,8 +45,8 @@ from genrec.bundle.training_card import shown_base, training_card, training_sett
 from genrec.columns import PROMPT, TASK
 from genrec.config import check_choice, parse, run, training_fingerprint
 from genrec.data.splits import read_split
+from genrec.decoding.item_tokens import item_tokens, prepare_tokenizer
 from genrec.decoding.torch_engine import TorchEngine
-from genrec.decoding.trie import SidTrie
 from genrec.evaluation.curves import CurvesPicture
 from genrec.evaluation.normalizer_choice import (
     NormalizerChoice,
@@ -59,7 +59,7 @@ from genrec.normalizers import NORMALIZERS, Normalizer
 from genrec.prompt_format import FORMATS, declare_format
 from genrec.prompts import PromptRenderer
 from genrec.quantizers.code_vectors import code_vectors
-from genrec.semantic_ids import SemanticIds
+from genrec.semantic_ids import TITLES, SemanticIds, map_kind
 from genrec.sft_trainer import EpochTrainer
 from genrec.supervised_head import (
     LOSSES,
@@ -72,6 +72,7 @@ from genrec.tasks.instruction_rows import InstructionRows
 from genrec.tasks.mixing import Plan, named_numbers, named_rows, plan
 from genrec.tasks.refresh import apart, compare, refresh_plan, replay_counts
 from genrec.tasks.rendering import ItemTexts
+from genrec.title_ids import TitleIds, load_map
 from genrec.training_data import EpochRows, estimated_lengths, sample_texts
 from genrec.warm_start import EarlierModel, check_replay_share, check_stage, unseen_codes
 
@@ -194,6 +195,15 @@ def check_families(loss_over: str, rows_per_epoch: list[dict[str, int]]) -> None
         )
 
 
+def check_map(loss_over: str, quantize: Path) -> None:
+    """Refuse a loss over the codes of a level where items have codes of unequal number."""
+    if loss_over != "vocabulary" and map_kind(quantize) == TITLES:
+        raise ValueError(
+            f"loss_over={loss_over} needs semantic ids of a fixed number of levels; items are "
+            "named by titles here (quantize --method title): use loss_over=vocabulary"
+        )
+
+
 def named_normalizer(name: str) -> Normalizer | None:
     """The normaliser that the settings name; None for auto."""
     return next((known for known in NORMALIZERS if known == name), None)
@@ -308,7 +318,9 @@ def initialize(
     """Set the SID rows; of an earlier model those alone whose codes no item had before."""
     only = None
     if earlier:
-        only, seed = unseen_codes(semantic_ids, earlier.semantic_ids), earlier.first_seed
+        before = earlier.semantic_ids
+        assert isinstance(before, SemanticIds), "a map of codes grows out of one"
+        only, seed = unseen_codes(semantic_ids, before), earlier.first_seed
         n_text_tokens = min(token for level in token_ids for token in level)
     if args.sid_init == "codebooks":
         vectors = np.load(stage_folder(args.run_dir, "embed") / "item_embeddings.npy")
@@ -370,11 +382,12 @@ def main() -> None:
         earlier = earlier_model(args)
         hashes = earlier.hashes if earlier else None
         stage = Stage(args.run_dir, "sft", config, inputs, ignore=["warm_start"], hashes=hashes)
+        check_map(args.loss_over, stage_folder(args.run_dir, "quantize"))
         if stage.is_done(args.overwrite and PartialState().is_main_process):
             return
     data = stage_folder(args.run_dir, "prepare")
     dataset = stage_folder(args.run_dir, "build_dataset")
-    semantic_ids = SemanticIds.load(stage_folder(args.run_dir, "quantize"))
+    semantic_ids = load_map(stage_folder(args.run_dir, "quantize"))
     texts = ItemTexts.of(pl.read_parquet(data / "catalog.parquet"), semantic_ids)
     titles = texts.titles.to_list()
     built = stage.upstream["build_dataset"].config
@@ -385,7 +398,7 @@ def main() -> None:
     valid = read_split(args.run_dir, "valid", "sft")
     valid_prompts = pl.read_parquet(dataset / "valid.parquet")[PROMPT]
 
-    # Which rows each epoch sees; the tokenizer with SID tokens.
+    # Which rows each epoch sees; the tokenizer with SID tokens, or with an end mark of titles.
     rows, lengths, mixture, refresh = draw(args, training, rows, dataset, earlier)
     check_families(args.loss_over, mixture.counts(rows.table[TASK]))
     base = earlier.model if earlier else args.model_name_or_path
@@ -398,21 +411,24 @@ def main() -> None:
         tokenizer.pad_token = tokenizer.eos_token
     declare_format(tokenizer, args.prompt_format)
     n_text_tokens = len(tokenizer)
-    token_ids = modeling.add_sid_tokens(tokenizer, semantic_ids)
-    sid_set = {token for level in token_ids for token in level}
-    train_rows = EpochRows(rows, mixture, lengths, tokenizer, sid_set)
+    prepare_tokenizer(tokenizer, semantic_ids)
+    written = item_tokens(tokenizer, semantic_ids)
+    trie, token_ids = written.trie, written.token_ids
+    train_rows = EpochRows(rows, mixture, lengths, tokenizer, written.last)
     longest = train_rows.longest()
     # What is served later may be longer than any training row.
     served = modeling.encode_prompts(tokenizer, valid_prompts.to_list())
-    longest = max(longest, *(len(ids) + semantic_ids.n_levels for ids in served), 0)
+    longest = max(longest, *(len(ids) + trie.n_levels for ids in served), 0)
 
     # Model, SID rows, adapters.
     sharding.load_whole(training)
     # Rotary positions cost nothing: hold a full history also where no training row has one.
-    full = (stage.upstream["prepare"].config["max_history"] + 1) * semantic_ids.n_levels
+    full = (stage.upstream["prepare"].config["max_history"] + 1) * trie.n_levels
     model = base_model(args, base, training, len(tokenizer), longest, full)
     modeling.resize_embeddings(model, tokenizer)
-    if earlier or len(tokenizer) > n_text_tokens:
+    if isinstance(semantic_ids, TitleIds):
+        print("items are named by titles: no tokens are added, all rows are kept")
+    elif earlier or len(tokenizer) > n_text_tokens:
         initialize(
             args, model, tokenizer, token_ids, semantic_ids, titles, n_text_tokens, training.seed,
             earlier,
@@ -429,12 +445,11 @@ def main() -> None:
         model=model,
         args=training,
         processing_class=tokenizer,
-        peft_config=adapter_config(args, model, token_ids),
+        peft_config=adapter_config(args, model, written.own),
     )
     assert trainer.model is not None
     adapters.expose_head_bias(trainer.model)
     adapters.keep_token_rows_in_fp32(trainer.model)
-    trie = SidTrie.build(semantic_ids.codes)
     use_supervised_head(model, token_ids, cast(LossOver, args.loss_over), trie)  # below any adapter
     engine = partial(
         TorchEngine, trie=trie, sid_token_ids=token_ids, pad_token_id=tokenizer.pad_token_id

@@ -190,7 +190,8 @@ def show_item(view: View) -> None:
         view.say(f"vector  ({len(vector)})  {head}, …  norm {np.linalg.norm(vector):.3f}")
     if "quantize" in view.manifests:
         found = view.data("quantize", "items.parquet").row(last, named=True)
-        view.say(f"codes   {list(found['codes'])}   semantic id {found[SID]}")
+        codes = f"codes   {list(found['codes'])}   semantic id" if "codes" in found else "name   "
+        view.say(f"{codes} {found[SID]}")
 
 
 def show_prompt(view: View, recommender: Recommender) -> list[int]:
@@ -206,15 +207,14 @@ def show_prompt(view: View, recommender: Recommender) -> list[int]:
     return ids
 
 
-def show_search(view: View, recommender: Recommender, ids: list[int], top: int) -> None:
+def show_search(view: View, recommender: Recommender, prompt: list[int], top: int) -> None:
     """Trie facts, surviving prefixes per level, and the list beside the stored one."""
-    from genrec.decoding.trie import SidTrie
     from genrec.explain.evidence import torch_engine
     from genrec.explain.prefixes import surviving_prefixes
-    from genrec.semantic_ids import sid_token
+    from genrec.semantic_ids import SemanticIds, sid_token
 
-    engine, codes = torch_engine(recommender), recommender.semantic_ids.codes
-    trie = SidTrie.build(codes)
+    engine, ids = torch_engine(recommender), recommender.semantic_ids
+    trie = engine.trie
     view.heading("4. The search (recommend)")
     nodes = " → ".join(f"{len(t):,}" for t in trie.tokens)
     widest = ", ".join(str(trie.max_children(level)) for level in range(trie.n_levels))
@@ -226,7 +226,10 @@ def show_search(view: View, recommender: Recommender, ids: list[int], top: int) 
     k, width = made.get("k", 10), made.get("beam_width", 50)
     seen = np.array(view.row[SEEN] if made.get("filter_seen", True) else [], dtype=np.int64)
     view.say(f"beam width {width}, scores over: {engine.normalizer}, {len(seen)} items left out")
-    for level, beam in enumerate(surviving_prefixes(engine, ids, codes, seen, width)):
+    prefixes = []
+    if isinstance(ids, SemanticIds):  # the pieces of a title say little
+        prefixes = surviving_prefixes(engine, prompt, ids.codes, seen, width)
+    for level, beam in enumerate(prefixes):
         view.say(
             f"level {level + 1}: {len(beam.codes)} of {beam.n_prefixes} prefixes survive "
             f"({beam.n_excluded} excluded)"
@@ -234,7 +237,7 @@ def show_search(view: View, recommender: Recommender, ids: list[int], top: int) 
         for prefix, log_prob in zip(beam.codes[:top], beam.log_probs[:top], strict=True):
             sid = "".join(sid_token(i, int(code)) for i, code in enumerate(prefix))
             view.say(f"    {sid:<30} {log_prob:8.4f}   p {math.exp(log_prob):.2e}")
-    result = engine.search([ids], k, width, [seen])
+    result = engine.search([prompt], k, width, [seen])
     show_list(view, result.items[0], result.scores[0], result.level_log_probs[0])
     compare_stored(view, recommender, result.items[0], result.scores[0])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, SFTConfig, SFTTrainer
 
@@ -338,3 +338,10 @@ def test_four_bit_settings_that_cannot_work(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "genrec\[quant\]"'):
         check_four_bit(True, "some/model")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_title_index_has_no_rows_of_its_own_to_train(tiny, tied: bool):
+    model = get_peft_model(tiny.lm(90, tied), lora_config(tiny.lm(90, tied), [], 4, 8))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)

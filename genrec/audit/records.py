@@ -53,6 +53,7 @@ from genrec.columns import (
     USER_ID,
 )
 from genrec.decoding.beam import BeamResult
+from genrec.decoding.item_tokens import item_tokens
 from genrec.decoding.trie import SidTrie
 from genrec.explain.thresholds import VERDICTS
 from genrec.generation.history_prompts import PromptEncoder, newest, prompts_of
@@ -61,7 +62,7 @@ from genrec.item_lists import ItemLists
 from genrec.modeling import load_tokenizer
 from genrec.prompts import PromptRenderer
 from genrec.recommend import Recommender
-from genrec.semantic_ids import SemanticIds
+from genrec.title_ids import load_map
 
 _DECISIVE = {
     "prepare": ("catalog.parquet",),
@@ -138,7 +139,9 @@ def _base_model(run: RecordedRun) -> dict[str, Any]:
 
 def _artefacts(run: RecordedRun) -> dict[str, Any]:
     made, quantize = run.manifests["recommend"], stage_folder(run.run_dir, "quantize")
-    semantic_ids = SemanticIds.load(quantize)
+    semantic_ids = load_map(quantize)
+    folder = stage_folder(run.run_dir, run.model_stage) / "model"
+    tokenizer, _ = load_tokenizer(folder, semantic_ids)
     model = {n: o["sha256"] for n, o in run.manifests[run.model_stage].outputs.items()}
     packages = environment()
     return {
@@ -155,7 +158,7 @@ def _artefacts(run: RecordedRun) -> dict[str, Any]:
         "tokenizer_sha256": model.get("model/tokenizer.json"),
         "catalogue_sha256": run.manifests["prepare"].outputs["catalog.parquet"]["sha256"],
         "sid_map_sha256": semantic_ids.sha256,
-        "trie_sha256": SidTrie.of_map(semantic_ids, quantize).sha256,
+        "trie_sha256": item_tokens(tokenizer, semantic_ids, quantize).trie.sha256,
         "dataset_sha256": run.manifests["build_dataset"].content_hash,
         "prompts_sha256": run.prompts().sha256(),
         "files": artifact_hashes(run),
@@ -233,14 +236,15 @@ class InputMaker:
 
     def __init__(self, run: RecordedRun) -> None:
         parts = ServedParts.of_run(run.run_dir, run.model_stage)
-        semantic_ids = SemanticIds.load(parts.semantic_ids)
+        semantic_ids = load_map(parts.semantic_ids)
+        tokenizer, _ = load_tokenizer(parts.model, semantic_ids)
         self._recommender = Recommender(
             run.catalog,
             semantic_ids,
             PromptRenderer(parts.prompts),
             parts.template,
-            load_tokenizer(parts.model, semantic_ids)[0],
-            _NoEngine(SidTrie.of_map(semantic_ids, parts.semantic_ids)),
+            tokenizer,
+            _NoEngine(item_tokens(tokenizer, semantic_ids, parts.semantic_ids).trie),
             parts.max_history,
             parts.model_stage,
         )

@@ -14,7 +14,7 @@ from typing import Any
 from genrec.artifacts import MANIFEST, read_json, sha256_file
 from genrec.bundle.decoding import DECODING as DECODING
 from genrec.bundle.decoding import read_decoding
-from genrec.semantic_ids import SemanticIds
+from genrec.title_ids import load_map
 
 KIND = "genrec-bundle"
 SCHEMA_VERSION = 1
@@ -101,7 +101,7 @@ def verify_bundle(folder: Path | str) -> list[str]:
     if not problems:
         try:
             read_decoding(folder)
-            loaded = SemanticIds.load(folder / "semantic_ids").sha256
+            loaded = load_map(folder / "semantic_ids").sha256
         except ValueError as error:
             return [str(error)]
         problems = _map_problems(manifest, loaded)

@@ -20,6 +20,7 @@ from genrec.artifacts import ABOUT, Manifest, Stage, read_json
 from genrec.page import number
 from genrec.semantic_ids import SemanticIds
 from genrec.tasks.card_readme import escaped
+from genrec.title_ids import ItemMap
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _STAGES = {
@@ -79,7 +80,7 @@ def training_settings(training: Any, steps: int, lora: tuple[int, int] | None) -
 
 def training_card(
     stage: Stage,
-    semantic_ids: SemanticIds,
+    semantic_ids: ItemMap,
     settings: Mapping[str, str],
     metrics: Mapping[str, Any],
     filter_seen: bool,
@@ -142,12 +143,15 @@ def _times(count: int) -> str:
 
 def _model(
     upstream: Mapping[str, Manifest],
-    semantic_ids: SemanticIds,
+    semantic_ids: ItemMap,
     about: Mapping[str, Any],
     metrics: Mapping[str, Any],
     trained: Mapping[str, Any],
 ) -> list[tuple[str, str]]:
-    sizes = " x ".join(str(size) for size in semantic_ids.codebook_sizes)
+    shape = "titles of items, written out"
+    if isinstance(semantic_ids, SemanticIds):
+        sizes = " x ".join(str(size) for size in semantic_ids.codebook_sizes)
+        shape = f"{semantic_ids.n_levels} levels of {sizes} codes"
     dataset = upstream["build_dataset"].metrics
     families = {name for epoch in trained.get("rows_per_epoch", []) for name in epoch}
     base = str(about["base"])
@@ -157,7 +161,7 @@ def _model(
         ("Parameters", f"{metrics['parameters']:,}"),
         (
             "SID map",
-            f"{semantic_ids.n_levels} levels of {sizes} codes, version {semantic_ids.version}, "
+            f"{shape}, version {semantic_ids.version}, "
             f"made by {upstream['quantize'].metrics['method']}",
         ),
         ("Serving prompt", str(dataset["serving_template"])),
@@ -190,7 +194,7 @@ def _data(prepare: Manifest) -> list[tuple[str, str]]:
     return facts
 
 
-def _hashes(upstream: Mapping[str, Manifest], semantic_ids: SemanticIds) -> list[tuple[str, str]]:
+def _hashes(upstream: Mapping[str, Manifest], semantic_ids: ItemMap) -> list[tuple[str, str]]:
     prepare = upstream["prepare"]
     found = [
         ("Split rows", prepare.metrics.get("split_sha256")),

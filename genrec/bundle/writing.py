@@ -39,7 +39,7 @@ from genrec.decoding.beam import default_beam_width
 from genrec.modeling import load_base, load_tokenizer
 from genrec.normalizers import declared_normalizer
 from genrec.prompts import PromptRenderer
-from genrec.semantic_ids import SemanticIds
+from genrec.title_ids import load_map
 
 # Of the catalogue: what lists show, filters ask for and reasons cite.
 SERVING_COLUMNS = (ITEM_INDEX, ITEM_ID, TITLE, BRAND, CATEGORIES, PRICE, TRAIN_COUNT)
@@ -81,7 +81,7 @@ def write_bundle(run_dir: Path | str, target: Path | str, settings: ExportSettin
     for run in {str(run_dir), str(settings.model_run or run_dir)}:
         _refuse_inside(target, Path(run))
     parts = ServedParts.of_run(run_dir, settings.model_stage, settings.model_run)
-    semantic_ids = SemanticIds.load(parts.semantic_ids)
+    semantic_ids = load_map(parts.semantic_ids)
     load_tokenizer(parts.model, semantic_ids)  # refuses a map that isn't the model's
     decoding = _decoding(run_dir, parts, settings)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -10,12 +10,13 @@ Shapes: U users, B beams, M children per beam, L levels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from genrec.decoding.sampling import Draws, Sample, gather_samples
 from genrec.decoding.trie import SidTrie
@@ -289,6 +290,30 @@ def advance(
         torch.cat([history, own.unsqueeze(-1)], dim=-1),
         pruned,
         draws,
+    )
+
+
+def without_padding(tensors: TrieTensors, level: int, beams: Beams) -> Beams | None:
+    """The beams of the last level, where every live one has its end mark; None where one goes on.
+
+    The padding that is left is forced and costs nothing, so one long title in the catalogue doesn't
+    make every search as deep. (A sampler goes all the way: its noise is drawn level by level.)
+
+    Args:
+        tensors: the trie.
+        level: of the beams.
+        beams: prefixes.
+    """
+    end_code = tensors.trie.end_code
+    if end_code is None or beams.draws is not None:
+        return None
+    if bool((torch.isfinite(beams.scores) & (beams.codes != end_code)).any()):
+        return None
+    left = tensors.trie.n_levels - beams.level_log_probs.shape[-1]
+    return replace(
+        beams,
+        nodes=tensors.first_leaves(level, beams.nodes),
+        level_log_probs=F.pad(beams.level_log_probs, (0, left)),
     )
 
 

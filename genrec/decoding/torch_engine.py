@@ -34,6 +34,7 @@ from genrec.decoding.beam import (
     normalize,
     search_in_batches,
     step,
+    without_padding,
 )
 from genrec.decoding.lm_head import SidHead
 from genrec.decoding.sampling import Draws, Sampler, check_sampler
@@ -252,6 +253,9 @@ class TorchEngine:
                 users = None if filters is None else filters[level]
                 beams = step(tensors, level, beams, columns, self.normalizer, users, width)
                 if level + 1 < n_levels:
+                    if (ended := without_padding(tensors, level, beams)) is not None:
+                        beams = ended
+                        break
                     ancestors = _descend(ancestors, beams.parents)
                     forward.append(self.sid_ids[level][beams.codes], ancestors)
         return finish(tensors, beams, k, rows)
@@ -279,7 +283,8 @@ class TorchEngine:
                     columns, tensors.codes(level, child), exists, self.normalizer
                 )
                 at = nodes[level] - child[..., 0]
-                out[..., level] = log_probs.gather(-1, at.unsqueeze(-1)).squeeze(-1)
+                own = log_probs.gather(-1, at.unsqueeze(-1)).squeeze(-1)
+                out[..., level] = own.masked_fill(tensors.ended(level, parent), 0.0)
                 if level + 1 < n_levels:
                     ancestors = _descend(ancestors, same)
                     codes = tensors.codes(level, nodes[level])

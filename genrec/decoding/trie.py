@@ -238,6 +238,13 @@ class SidTrie:
             out[self.items, level] = np.repeat(tokens, np.diff(self.leaves[level]))
         return out
 
+    def path_lengths(self) -> np.ndarray:
+        """Codes of each item without padding, its end mark included, (n_items,) int64."""
+        lengths = np.full(self.n_items, self.n_levels, dtype=np.int64)
+        if self.end_code is not None:
+            lengths -= (self.codes() == self.end_code).sum(axis=1) - 1
+        return lengths
+
     def check_items(self, items: np.ndarray) -> None:
         """Raise ValueError if a catalogue row doesn't exist (NumPy would wrap a negative one)."""
         if items.size and (items.min() < 0 or items.max() >= self.n_items):

@@ -68,6 +68,23 @@ class TrieTensors:
         """Codes of nodes of a level, int64."""
         return self._tokens[level][nodes].long()
 
+    def ended(self, level: int, parents: Tensor) -> Tensor:
+        """Where an item's end mark is behind, so that the code of `level` is forced padding.
+
+        Args:
+            level: of the padding.
+            parents: nodes of the level above; any value at level 0.
+        """
+        if level == 0 or self.trie.end_code is None:
+            return torch.zeros_like(parents, dtype=torch.bool)
+        return self.codes(level - 1, parents) == self.trie.end_code
+
+    def first_leaves(self, level: int, nodes: Tensor) -> Tensor:
+        """The first leaf below each node of a level."""
+        for below in range(level + 1, self.trie.n_levels):
+            nodes = self._child_start[below][nodes].long()
+        return nodes
+
     def items(self, leaves: Tensor) -> Tensor:
         """Catalogue rows of leaves, int64."""
         return self._items[leaves].long()

@@ -317,6 +317,8 @@ def _children(
     own = columns[parent, trie.tokens[level][ends[0] : ends[-1]]]
     if engine.normalizer == "trie":
         own -= np.repeat(np.logaddexp.reduceat(own, ends[:-1] - ends[0]), counts)
+    if level and trie.end_code is not None:  # padding behind an end mark costs nothing
+        own[np.repeat(trie.tokens[level - 1][first:last] == trie.end_code, counts)] = 0
     return own
 
 

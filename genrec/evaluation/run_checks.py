@@ -32,15 +32,17 @@ from genrec.columns import (
     TASK,
     TEMPLATE,
 )
+from genrec.decoding.item_tokens import item_tokens
 from genrec.evaluation.doctor import Check, Verdict, not_run
 from genrec.evaluation.probes import K, Sample
-from genrec.modeling import ABOUT, encode_prompts, encode_rows, sid_token_ids
+from genrec.modeling import ABOUT, encode_prompts, encode_rows
 from genrec.prompts import PromptRenderer
 from genrec.quantizers.quality import collision_rate, level_usage
 from genrec.recommend import MODEL_STAGES, Recommender
-from genrec.semantic_ids import SemanticIds
+from genrec.semantic_ids import TITLES, SemanticIds, map_kind
 from genrec.tasks.families import SEQUENTIAL
 from genrec.tasks.sequential import history_prompt
+from genrec.title_ids import ItemMap, TitleIds
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -55,6 +57,7 @@ USED_LOOK = 0.5  # of the first level's codes
 LARGEST_LOOK, LARGEST_BAD = 0.05, 0.3
 LARGEST_RATIO = 5.0  # … and so many times the uniform share
 
+_TITLES_FIT: Verdict = ("ok", "every item has a title of its own", "")
 _FITTING: Verdict = ("ok", "every file is the one its stage wrote, from what lies there", "")
 
 
@@ -113,6 +116,8 @@ def check_semantic_ids(run_dir: Path | str) -> Check:
     if not (folder / "items.parquet").exists():
         return not_run(name, "quantize has not finished", f"genrec quantize --run_dir {run_dir}")
     again = rerun_command(run_dir, "quantize")
+    if map_kind(folder) == TITLES:
+        return _check_titles(run_dir, folder, again)
     codes = pl.read_parquet(folder / "items.parquet").sort(ITEM_INDEX)["codes"].to_numpy()
     sizes = np.array(read_json(folder / "semantic_ids.json")["codebook_sizes"])
     # Read without SemanticIds, which refuses what is to be measured here.
@@ -140,7 +145,23 @@ def check_semantic_ids(run_dir: Path | str) -> Check:
     return Check(name, value, *verdict, details)
 
 
-def _strangers(run_dir: Path | str, semantic_ids: SemanticIds) -> list[str]:
+def _check_titles(run_dir: Path | str, folder: Path, again: str) -> Check:
+    """Whether the titles of a title index are one for each item, and models know this map."""
+    name, verdict = "semantic ids", _TITLES_FIT
+    facts = read_json(folder / "quality.json")["titles"]
+    value = f"titles as names: {facts['numbered']:,} numbered, {facts['shortened']:,} cut, "
+    value += f"{facts['untitled']:,} missing; the longest has {facts['longest_bytes']} bytes"
+    try:
+        if strangers := _strangers(run_dir, TitleIds.load(folder)):
+            value += f"; not the map of {', '.join(strangers)}"
+            advice = f"restore the model's map, or {rerun_command(run_dir, strangers[0])}"
+            verdict = ("bad", "the model knows items by other titles than the map says", advice)
+    except ValueError as error:
+        verdict = ("bad", str(error), f"restore the map, or {again}")
+    return Check(name, value, *verdict, {"titles": facts})
+
+
+def _strangers(run_dir: Path | str, semantic_ids: ItemMap) -> list[str]:
     """Model stages that were trained on another map."""
     about = {s: stage_folder(run_dir, s) / "model" / ABOUT for s in MODEL_STAGES}
     return [
@@ -276,23 +297,24 @@ def _not_prefix(recommender: Recommender, sample: Sample, rows: pl.DataFrame) ->
     The prompt is rendered with the row's own template: templates may be several.
     """
     tokenizer = recommender.tokenizer
-    level_ids = sid_token_ids(tokenizer, recommender.semantic_ids)
-    sid_set = {token for ids in level_ids for token in ids}
-    codes = recommender.semantic_ids.codes[sample.targets].tolist()
+    written = item_tokens(tokenizer, recommender.semantic_ids)
+    codes = written.trie.codes()[sample.targets].tolist()
+    lengths = written.trie.path_lengths()[sample.targets]
     # With a training row per item, its id carries the target's place in the history.
     ids = zip(sample.row_ids, sample.histories, strict=True)
     names = [(row_id, f"{row_id}#{len(history)}") for row_id, history in ids]
     wanted = rows.filter(pl.col(ROW_ID).is_in([name for pair in names for name in pair]))
     made = {row[ROW_ID]: row for row in wanted.iter_rows(named=True)}
     compared = wrong = 0
-    for pair, history, target in zip(names, sample.histories, codes, strict=True):
+    for pair, history, target, length in zip(names, sample.histories, codes, lengths, strict=True):
         if (row := made.get(pair[0]) or made.get(pair[1])) is None:
             continue  # a dataset may hold a part of the rows
         sids = recommender.sids[history].tolist()
         prompt = history_prompt(recommender.renderer, row[TEMPLATE], sids)
         served = encode_prompts(tokenizer, [prompt])[0]
-        served += [level_ids[level][code] for level, code in enumerate(target)]
-        row_ids = encode_rows(tokenizer, [row[PROMPT]], [row[COMPLETION]], sid_set)["input_ids"][0]
+        served += [written.token_ids[level][code] for level, code in enumerate(target[:length])]
+        text = ([row[PROMPT]], [row[COMPLETION]])
+        row_ids = encode_rows(tokenizer, *text, written.last)["input_ids"][0]
         compared, wrong = compared + 1, wrong + (row_ids != served)
     return compared, wrong
 

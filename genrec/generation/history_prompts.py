@@ -11,6 +11,7 @@ import polars as pl
 from genrec.item_lists import ItemLists, list_series
 from genrec.modeling import encode_prompts, sid_token_ids
 from genrec.recommend import Recommender
+from genrec.title_ids import TitleIds
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +60,12 @@ class PromptEncoder:
 
     def __init__(self, recommender: Recommender) -> None:
         self._recommender = recommender
-        codes = recommender.semantic_ids.codes
-        levels = sid_token_ids(recommender.tokenizer, recommender.semantic_ids)
+        ids = recommender.semantic_ids
+        self._plain = False
+        if isinstance(ids, TitleIds):  # each of its titles is encoded once in a batch anyway
+            return
+        codes = ids.codes
+        levels = sid_token_ids(recommender.tokenizer, ids)
         each = [np.asarray(ids)[codes[:, level]] for level, ids in enumerate(levels)]
         self._tokens = np.stack(each, axis=1)  # (n_items, n_levels)
         (self._start,) = encode_prompts(recommender.tokenizer, recommender.prompts([[]]))

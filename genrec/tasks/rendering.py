@@ -26,7 +26,6 @@ from genrec.columns import (
 )
 from genrec.item_lists import ItemLists, list_series
 from genrec.prompts import PromptRenderer, escape_series
-from genrec.semantic_ids import SemanticIds
 from genrec.tasks.families import (
     FAMILIES,
     ITEM_DESCRIPTION,
@@ -43,6 +42,7 @@ from genrec.tasks.families import (
     Fields,
 )
 from genrec.tasks.sequential import check_template
+from genrec.title_ids import ItemMap
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ItemTexts:
     """What a prompt can show of the items, in catalogue order.
 
     Attributes:
-        sids: SID strings.
+        sids: SID strings, or bracketed titles of a title index.
         titles: escaped titles; "Item <id>" where the data have none.
         descriptions: escaped descriptions, null where there is none.
         has_title: whether the title is the item's own, and says something.
@@ -62,8 +62,8 @@ class ItemTexts:
     has_title: pl.Series
 
     @classmethod
-    def of(cls, catalog: pl.DataFrame, semantic_ids: SemanticIds) -> ItemTexts:
-        """From ``catalog.parquet`` and the SID map, row for row."""
+    def of(cls, catalog: pl.DataFrame, semantic_ids: ItemMap) -> ItemTexts:
+        """From ``catalog.parquet`` and the map, row for row."""
         titles = escape_series(catalog[TITLE])
         made_up = catalog.select(pl.col(TITLE) == pl.format("Item {}", ITEM_ID)).to_series()
         descriptions = escape_series(catalog[DESCRIPTION])

@@ -27,8 +27,9 @@ from transformers import (
 from genrec.decoding import beam
 from genrec.decoding.beam import NORMALIZERS
 from genrec.decoding.sampling import LevelSampling
-from genrec.decoding.torch_engine import TorchEngine
+from genrec.decoding.torch_engine import Forward, TorchEngine
 from genrec.decoding.trie import SidTrie
+from genrec.evaluation.probes import exhaustive_scores
 
 TOLERANCE = 5e-5  # sums of up to four log-probabilities of some −10 each, in fp32
 
@@ -406,3 +407,34 @@ def test_codes_of_unequal_length_count_up_to_their_end_mark(reference: Any, norm
     assert padding.any() and (result.level_log_probs[padding] == 0).all()
     narrow = engine.search(prompts, 3, 4)
     assert (narrow.items[narrow.certified] == result.items[narrow.certified, :3]).all()
+    # Given items are scored alike, and the whole catalogue at once.
+    every = np.tile(np.arange(len(codes)), (len(prompts), 1))
+    np.testing.assert_allclose(engine.score(prompts, every), truth, atol=TOLERANCE)
+    np.testing.assert_allclose(
+        exhaustive_scores(engine, prompts[0]), truth[0].sum(-1), atol=10 * TOLERANCE
+    )
+
+
+def test_one_long_title_does_not_make_every_search_as_deep(reference, monkeypatch):
+    end, vocab = 7, reference.tiny_model().config.vocab_size
+    titles = [[8], [9, 8], [9, 10], [11] * 12]
+    codes = np.array([[*t, *[end] * (13 - len(t))] for t in titles])
+    trie = SidTrie.build(codes, end)
+    engine = TorchEngine(reference.tiny_model(), trie, [list(range(vocab))] * 13, 0)
+    prompts = reference.random_prompts(0, 2)
+    whole = engine.search(prompts, 4, 4)
+    steps = []
+    plain = Forward.append
+    monkeypatch.setattr(
+        Forward, "append", lambda self, *args: (steps.append(1), plain(self, *args))[1]
+    )
+    few = engine.search(prompts, 3, 4, view=trie.deny(np.array([3])))
+    assert len(steps) == 2  # two tokens are put in, the end mark after them is read off
+    for row in range(2):
+        kept = whole.items[row] != 3
+        assert few.items[row].tolist() == whole.items[row][kept].tolist()
+        np.testing.assert_allclose(few.scores[row], whole.scores[row][kept], atol=TOLERANCE)
+        np.testing.assert_allclose(
+            few.level_log_probs[row], whole.level_log_probs[row][kept], atol=TOLERANCE
+        )
+    assert few.certified.all() and few.level_log_probs.shape == (2, 3, 13)

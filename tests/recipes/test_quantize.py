@@ -68,6 +68,7 @@ def test_every_method_gives_a_complete_map(quantize, shop: Path, method: str, fl
     ids = SemanticIds.load(folder)
     assert ids.n_items == 90 and len(np.unique(ids.codes, axis=0)) == 90
     manifest = require(shop, "quantize")
+    assert "max_title_bytes" not in manifest.config  # a setting of method=title alone
     assert manifest.metrics["method"] == method and f"{ids.sids()[0]}" in said
     report = quality(shop)
     assert report["collision_rate"] == 0 and len(report["levels"]) == ids.n_levels
