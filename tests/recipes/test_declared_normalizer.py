@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from genrec.artifacts import load_manifest, read_shards, write_json
+from genrec.artifacts import Stage, load_manifest, read_shards, write_json
 from genrec.audit.replay import load_replayer
 from genrec.config import parse
 from genrec.normalizers import NORMALIZERS
@@ -30,6 +30,11 @@ def make_run(tiny, run: Path, **about: object) -> Path:
     for parameter in model.parameters():
         parameter.data *= 4 if parameter.ndim > 1 else 1
     tiny.save_run(run, shop, model, tokenizer, **about)
+    embed = Stage(run, "embed", {}, ["prepare"])  # explain puts similar items in others' places
+    assert not embed.is_done()
+    vectors = np.random.default_rng(0).normal(size=(len(shop.catalog), 8)).astype(np.float32)
+    np.save(embed.folder / "item_embeddings.npy", vectors)
+    embed.finish(rows=len(vectors))
     write_json(run / "data" / "split.json", {"protocol": "leave-one-out", "users": 14, "items": 20})
     return run
 
