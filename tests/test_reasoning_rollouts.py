@@ -437,6 +437,7 @@ def test_a_reward_that_only_chains_can_earn_rises(world: World):
     assert json.dumps(log)  # finite
 
 
+@pytest.mark.slow
 def test_the_form_of_chains_improves(tiny, tmp_path: Path):
     """From a model that half knows how to begin: the first step and the marker earn .1."""
     world = World(tiny, tmp_path, steps=40, said=("evidence",))
