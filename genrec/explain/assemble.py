@@ -245,7 +245,8 @@ def set_aside_step(
 ) -> Step | None:
     """History items that speak against the item: without them it would be likelier.
 
-    An item that was taken twice can speak for and against; where it is cited it isn't set aside.
+    An item that was taken twice can speak for and against; where one copy of it supports, or is
+    cited, it isn't set aside.
 
     Args:
         attributes: of the catalogue.
@@ -253,7 +254,8 @@ def set_aside_step(
         deltas: Δ of every position for one item, (n,).
         cited: positions that the evidence cites.
     """
-    against = np.flatnonzero((deltas < -MIN_DELTA) & ~np.isin(history, history[cited]))
+    spared = np.concatenate([history[cited], history[deltas > MIN_DELTA]])
+    against = np.flatnonzero((deltas < -MIN_DELTA) & ~np.isin(history, spared))
     against = against[np.argsort(deltas[against], kind="stable")][:_MOST_ASIDE]
     if len(against) == 0:
         return None

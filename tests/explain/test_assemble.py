@@ -112,13 +112,14 @@ def test_preference_is_what_most_support_comes_from(shop):
 
 
 def test_set_aside_names_what_speaks_against(shop):
-    history, deltas = np.array([0, 1, 2, 0]), np.array([-0.5, -1.25, 0.3, 0.2])
+    history, deltas = np.array([0, 1, 2, 3]), np.array([-0.5, -1.25, 0.3, 0.2])
     step = set_aside_step(shop, history, deltas, np.array([2]))
     assert step.cited_item_ids == (11, 10) and step.measured["deltas"] == [-1.25, -0.5]
     assert "without “Mat ‹a_1›” the log-probability would rise by 1.25" in step.text
-    # The tent is cited for its other copy: it can't be set aside as well.
-    step = set_aside_step(shop, history, deltas, np.array([2, 3]))
-    assert step.cited_item_ids == (11,)
+    # The tent is cited beside others, or its other copy supports: it can't be set aside as well.
+    assert set_aside_step(shop, history, deltas, np.array([2, 0])).cited_item_ids == (11,)
+    again = np.array([0, 1, 2, 0])
+    assert set_aside_step(shop, again, deltas, np.array([2])).cited_item_ids == (11,)
     assert set_aside_step(shop, history, np.abs(deltas), np.array([2])) is None
 
 
