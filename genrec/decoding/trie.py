@@ -245,6 +245,17 @@ class SidTrie:
             lengths -= (self.codes() == self.end_code).sum(axis=1) - 1
         return lengths
 
+    def clear_padding(self, items: np.ndarray, level_log_probs: np.ndarray) -> None:
+        """Set to 0 what lies behind the items' end marks: padding is forced and costs nothing.
+
+        Args:
+            items: catalogue rows, any shape.
+            level_log_probs: of these items, (…, n_levels); changed in place.
+        """
+        if self.end_code is not None:
+            behind = np.arange(self.n_levels) >= self.path_lengths()[items][..., None]
+            level_log_probs[behind] = 0
+
     def check_items(self, items: np.ndarray) -> None:
         """Raise ValueError if a catalogue row doesn't exist (NumPy would wrap a negative one)."""
         if items.size and (items.min() < 0 or items.max() >= self.n_items):

@@ -390,6 +390,7 @@ class VllmEngine:
                     raise RuntimeError("vLLM scored other items than it was asked to")
                 prefixes = torch.cat([prefixes, self._tokens(level, nodes)], dim=-1)
                 parents = nodes
+        self.trie.clear_padding(items, out)
         return out
 
     def _batches(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:

@@ -176,6 +176,7 @@ class InWorkerEngine:
                 job = self._job([prompts[row] for row in rows], tensors)
                 found = self._call("genrec_score", job, leaf[rows])
                 out[rows, first : first + at_once] = found
+        self.trie.clear_padding(items, out)
         return out
 
     def _job(self, prompts: list[Sequence[int]], tensors: TrieTensors) -> Job:
