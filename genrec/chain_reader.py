@@ -23,7 +23,7 @@ from genrec.prompts import PromptRenderer
 from genrec.semantic_ids import SemanticIds
 from genrec.tasks.attributes import CATEGORY, KIND, KINDS, MAX_ITEMS, VALUE, item_attributes
 from genrec.tasks.reasoning import CLAIM_NAMES, STEPS
-from genrec.tasks.texts import written_renderer
+from genrec.tasks.texts import run_wording, written_renderer
 
 CHECKS = ("steps_read", "citations_exist", "citations_in_history", "claims_true", "counts_true")
 _SID = r"(?:<[a-z]+_\d+>)+"
@@ -126,12 +126,9 @@ class ChainReader:
         Args:
             semantic_ids: the SID map.
             catalog: ``catalog.parquet``.
-            prompts: the run's copy of the templates. Its wording is read back, where it has one:
-                genrec's own may be another by now.
+            prompts: the run's copy of the templates, whose wording is read back.
         """
-        own = prompts / "written"
-        wording = written_renderer(str(own)) if own.is_dir() else None
-        return cls(semantic_ids, item_attributes(catalog), wording)
+        return cls(semantic_ids, item_attributes(catalog), run_wording(prompts))
 
     def read(self, text: str, history: Sequence[int]) -> ReadChain:
         """Read one chain.

@@ -294,6 +294,14 @@ class Recommender:
         result = self.engine.search(encode_prompts(self.tokenizer, prompt), k, width, seen)
         return self.recommendations(result, 0)
 
+    def check_length(self, k: int) -> None:
+        """Raise ValueError if a list of k items is longer than the catalogue."""
+        if k > len(self.catalog):
+            raise ValueError(
+                f"k={k:,} exceeds the {len(self.catalog):,} items of the catalogue; use at most "
+                "that"
+            )
+
     def width_of(self, k: int) -> int:
         """Search width of a list of k items: the bundle's, else `default_beam_width`."""
         return (self.beam_width if k <= self.k else None) or default_beam_width(k)

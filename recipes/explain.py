@@ -198,6 +198,26 @@ def other_wording(recommender: Recommender, args: ExplainArgs, source: str) -> s
     return next((name for name in learned if name != recommender.template), None)
 
 
+def cited_when_worded(
+    template: str,
+    recommender: Recommender,
+    histories: list[IntArray],
+    items: IntArray,
+    n_cited: int,
+    joint: bool,
+) -> IntArray:
+    """What chains would cite if the prompt were worded by another template, (R, K, n)."""
+    from genrec.explain.evidence import choose_citations, leave_one_out, prompts_to_score
+
+    own, recommender.template = recommender.template, template
+    total = prompts_to_score(histories)
+    with tqdm(total=total, unit="prompt", desc=f"worded as {template}") as bar:
+        evidence = leave_one_out(recommender, histories, items, bar.update)
+    cited, _ = choose_citations(recommender, histories, items, evidence, n_cited, joint)
+    recommender.template = own
+    return cited
+
+
 def main() -> None:
     """Run the stage."""
     args = parse(ExplainArgs)
@@ -241,9 +261,8 @@ def main() -> None:
     from genrec.explain import checks
     from genrec.explain.assemble import Attributes, assemble
     from genrec.explain.counterfactuals import counterfactuals
-    from genrec.explain.erasure import CHAIN, control_sets, erase, replacements
     from genrec.explain.evidence import (
-        joint_evidence,
+        choose_citations,
         leave_one_out,
         prompts_to_score,
         ranks_left_out,
@@ -265,30 +284,22 @@ def main() -> None:
     histories = shown(recommender, split[HISTORY].to_list())
     lengths = np.array([len(h) for h in histories], dtype=np.int64)
     items = item_matrix(lists)
-    search = as_searched(made, split, recommender)
+    search, joint = as_searched(made, split, recommender), args.selection == "joint"
     with tqdm(total=prompts_to_score(histories), unit="prompt", desc="leave one out") as bar:
         evidence = leave_one_out(recommender, histories, items, bar.update)
     with tqdm(total=int(lengths.sum()), unit="list", desc="search again") as bar:
         ranks = ranks_left_out(recommender, histories, items, search, bar.update)
-    cited, added = evidence.cited(args.n_cited), None
-    if args.selection == "joint":
-        with tqdm(unit="prompt", desc="leave out more") as bar:
-            joint = joint_evidence(
-                recommender, histories, items, evidence, args.n_cited, bar.update
-            )
-        cited, added = joint.positions, joint.added
+    with tqdm(unit="prompt", desc="choose citations") as bar:
+        cited, added = choose_citations(
+            recommender, histories, items, evidence, args.n_cited, joint, bar.update
+        )
     train = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "train.parquet")
     counts = item_counts(train, len(recommender.catalog))
-    sets = {
-        CHAIN: cited,
-        **control_sets(cited, lengths, [counts[h] for h in histories], args.seed),
-    }
     vectors = np.load(stage_folder(args.run_dir, "embed") / VECTORS, mmap_mode="r")
-    similar = replacements(vectors, histories, items, args.replacement_draws, args.seed)
     with tqdm(unit="prompt", desc="erase sets") as bar:
-        erased = erase(
-            recommender, histories, items, evidence.log_probs, sets, similar,
-            bar.update, bar.reset,
+        tested = checks.try_citations(
+            recommender, histories, items, evidence, cited, counts, vectors,
+            args.replacement_draws, args.seed, progress=bar.update, start=bar.reset,
         )  # fmt: skip
     with tqdm(unit="item", desc="counterfactuals") as bar:
         found = counterfactuals(
@@ -296,37 +307,24 @@ def main() -> None:
             args.counterfactual_items, args.counterfactual_size, bar.update,
         )  # fmt: skip
     wording = other_wording(recommender, args, model_run or args.run_dir)
-    again = np.full_like(cited, -1)
     some = min(args.stability_lists, len(histories)) if wording else 0
-    if some:
-        own, recommender.template = recommender.template, str(wording)
-        total = prompts_to_score(histories[:some])
-        with tqdm(total=total, unit="prompt", desc=f"worded as {wording}") as bar:
-            other = leave_one_out(recommender, histories[:some], items[:some], bar.update)
-        again[:some] = (
-            other.cited(args.n_cited)
-            if added is None
-            else joint_evidence(
-                recommender, histories[:some], items[:some], other, args.n_cited
-            ).positions
+    again = np.full_like(cited, -1)
+    if wording and some:
+        again[:some] = cited_when_worded(
+            wording, recommender, histories[:some], items[:some], args.n_cited, joint
         )
-        recommender.template = own
-    measured = checks.Measured(
-        evidence.log_probs,
-        erased,
-        {name: checks.agreement(chosen, evidence.deltas) for name, chosen in sets.items()},
-        {
-            name: np.where(np.arange(len(items))[:, None] < some, checks.overlap(s, again), np.nan)
-            for name, s in sets.items()
-        },
-    )
+    measured = np.arange(len(items))[:, None] < some
+    stability = {
+        name: np.where(measured, checks.overlap(own, again), np.nan)
+        for name, own in tested.sets.items()
+    }
     by_place = {(c.row, c.place): c for c in found}
     shorter = min(args.k, made["k"])
     chains = assemble(attributes, lists, histories, evidence, cited, by_place, shorter, added)
-    targets = split[TARGET].to_list()
     chains = checks.check_all(
-        chains, attributes, histories, targets, measured, lists[SCORE].to_list()
-    )
+        chains, attributes, histories, split[TARGET].to_list(), evidence.log_probs, tested,
+        stability, lists[SCORE].to_list(),
+    )  # fmt: skip
     write_chains(stage.folder / "chains.jsonl", chains)
     write_parquet(
         stage.folder / "evidence.parquet",

@@ -44,7 +44,7 @@ from genrec.columns import (
     USER_ID,
 )
 from genrec.config import check_choice, parse, run
-from genrec.data.splits import read_split
+from genrec.data.splits import read_split, rows_of_user
 from genrec.embedding.vectors import VECTORS
 from genrec.explain.thresholds import (
     ALL_CONTROLS,
@@ -114,12 +114,7 @@ def user_row(args: ReasonArgs, least: int) -> dict[str, Any]:
         if found.is_empty():
             raise ValueError(f"no row of the {args.split} split has {least} history items")
         return found.row(0, named=True)
-    mine = rows.filter(pl.col(USER_ID).cast(pl.String) == args.user)
-    if mine.is_empty():
-        raise ValueError(
-            f"user {args.user!r} has no row in the {args.split} split; users look like "
-            f"{', '.join(rows[USER_ID].cast(pl.String).head(3))}"
-        )
+    mine = rows_of_user(rows, args.user, args.split)
     return mine.sort(length, descending=True, maintain_order=True).row(0, named=True)
 
 
@@ -266,11 +261,7 @@ def main() -> None:
     sampling = TextSampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     recommender = Recommender.load(args.run_dir, args.model_stage)
     recommender.require_family(REASONING)  # before a reading of test rows is noted
-    if args.k > len(recommender.catalog):
-        raise ValueError(
-            f"k={args.k:,} exceeds the {len(recommender.catalog):,} items of the catalogue; use at "
-            "most that"
-        )
+    recommender.check_length(args.k)
     if args.rows is not None:
         measure(args, recommender, sampling, FAMILIES[REASONING].least_history)
         return

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from genrec.columns import HISTORY, ITEM_ID, ROW_ID, TITLE, USER_ID
 from genrec.config import check_choice, parse, run
-from genrec.data.splits import read_split
+from genrec.data.splits import read_split, rows_of_user
 from genrec.prompts import escape_text
 
 if TYPE_CHECKING:
@@ -59,10 +59,9 @@ class SteerArgs:
 def profiles(recommender: Recommender, rows: pl.DataFrame) -> pl.Series:
     """What recurs in each row's history, in the words of training rows; null where nothing does."""
     from genrec.tasks.attributes import AttributeIndex, item_attributes
-    from genrec.tasks.texts import history_preferences, written_renderer
+    from genrec.tasks.texts import history_preferences, run_wording
 
-    own = recommender.renderer.folder / "written"
-    wording = written_renderer(str(own)) if own.is_dir() else written_renderer()
+    wording = run_wording(recommender.renderer.folder)
     catalog = recommender.catalog
     index = AttributeIndex.build(item_attributes(catalog), len(catalog))
     shown = rows[HISTORY].list.tail(recommender.max_history)
@@ -73,12 +72,7 @@ def chosen_row(args: SteerArgs, recommender: Recommender) -> tuple[dict[str, Any
     """The row, and the profile that its history gives."""
     rows = read_split(args.run_dir, args.split, "steer")
     if args.user is not None:
-        mine = rows.filter(pl.col(USER_ID).cast(pl.String) == args.user)
-        if mine.is_empty():
-            raise ValueError(
-                f"user {args.user!r} has no row in the {args.split} split; users look like "
-                f"{', '.join(rows[USER_ID].cast(pl.String).head(3))}"
-            )
+        mine = rows_of_user(rows, args.user, args.split)
         rows = mine.sort(pl.col(HISTORY).list.len(), descending=True, maintain_order=True).head(1)
     found = profiles(recommender, rows)
     if args.user is None:
@@ -114,11 +108,7 @@ def main() -> None:
 
     recommender = Recommender.load(args.run_dir, args.model_stage)
     recommender.require_family(BY_PROFILE)  # before a reading of test rows is noted
-    if args.k > len(recommender.catalog):
-        raise ValueError(
-            f"k={args.k:,} exceeds the {len(recommender.catalog):,} items of the catalogue; use at "
-            "most that"
-        )
+    recommender.check_length(args.k)
     row, own = chosen_row(args, recommender)
     if own is None and args.profile is None:
         raise ValueError("nothing recurs in this user's history; give a --profile")

@@ -44,7 +44,7 @@ from genrec.columns import (
     USER_ID,
 )
 from genrec.config import parse, run
-from genrec.data.splits import GIVEN, read_split
+from genrec.data.splits import GIVEN, read_split, rows_of_user
 from genrec.metrics import RelevantRanks, gains, hits
 from genrec.prompts import escape_text
 
@@ -110,14 +110,8 @@ def load_view(args: TraceArgs) -> tuple[View, list[str]]:
     chains = []
     if "explain" in done:
         chains = read_chains(stage_folder(args.run_dir, "explain") / "chains.jsonl")
-    users = rows[USER_ID].cast(pl.String)
     if args.user is not None:
-        mine = rows.filter(users == args.user)
-        if mine.is_empty():
-            raise ValueError(
-                f"user {args.user!r} has no row in the {split} split; users look like "
-                f"{', '.join(users.head(3))}"
-            )
+        mine = rows_of_user(rows, args.user, split)
     else:
         first = chains[0].row_id if chains else rows[ROW_ID][0]
         mine = rows.filter(pl.col(ROW_ID) == first)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import polars as pl
 
 from genrec.artifacts import require, stage_folder
+from genrec.columns import USER_ID
 from genrec.data.split_rows import (
     UserSequences,
     check_history,
@@ -213,6 +214,22 @@ def read_split(run_dir: Path | str, split: str, stage: str, **details: Any) -> p
         }
         _append(Path(run_dir) / TEST_READS, json.dumps(line, default=str) + "\n")
     return rows
+
+
+def rows_of_user(rows: pl.DataFrame, user: str, split: str) -> pl.DataFrame:
+    """The rows of one user, by the user's id as text.
+
+    Raises:
+        ValueError: there is none.
+    """
+    users = rows[USER_ID].cast(pl.String)
+    mine = rows.filter(users == user)
+    if mine.is_empty():
+        raise ValueError(
+            f"user {user!r} has no row in the {split} split; users look like "
+            f"{', '.join(users.head(3))}"
+        )
+    return mine
 
 
 def _append(path: Path, line: str) -> None:

@@ -4,7 +4,8 @@ An engine only says how likely each child of each live beam is; selection, ties,
 account of what was pruned and the final list are made here, so that engines can differ in speed
 alone. A sampler (`genrec.decoding.sampling`) takes the place of selection and of nothing else.
 
-Shapes: U users, B beams, M children per beam, L levels.
+Shapes: U users, B beams, M children per beam, L levels. Longer than other modules: a step, its ties
+and what it cuts off are one account, which is kept in one place.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ import numpy as np
 
 from genrec.chains import Chain, Check, ItemId
 from genrec.explain.assemble import Attributes
-from genrec.explain.erasure import CHAIN, Erased
-from genrec.explain.evidence import FloatArray, IntArray
+from genrec.explain.erasure import CHAIN, Erased, control_sets, erase, replacements
+from genrec.explain.evidence import Evidence, FloatArray, IntArray
+from genrec.recommend import Recommender
 
 MAX_SCORE_DIFFERENCE = 1e-3  # |stored score − score measured again|, in float32
 _SINGLE_VALUED = ("brand", "price_band")
@@ -156,21 +157,62 @@ def overlap(first: IntArray, second: IntArray) -> FloatArray:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was measured of lists, beside the chains themselves.
+class TriedCitations:
+    """Ways to cite, the chain's (`CHAIN`) and the controls', and what each is worth.
 
     Attributes:
-        log_probs: log p(item | shown history), (R, K).
-        erased: of the chain (`CHAIN`) and of the controls.
-        agreement: with leave-one-out, of the same ways to cite, (R, K) each.
-        stability: Jaccard with what another wording of the prompt makes one cite, of the same ways,
-            (R, K) each; NaN where it was not measured.
+        sets: positions of each way, (R, K, n).
+        erased: erasure by replacement.
+        agreement: with leave-one-out, (R, K).
     """
 
-    log_probs: FloatArray
+    sets: Mapping[str, IntArray]
     erased: Mapping[str, Erased]
     agreement: Mapping[str, FloatArray]
-    stability: Mapping[str, FloatArray]
+
+
+def try_citations(
+    recommender: Recommender,
+    histories: Sequence[IntArray],
+    items: IntArray,
+    evidence: Evidence,
+    cited: IntArray,
+    counts: IntArray,
+    vectors: np.ndarray,
+    draws: int,
+    seed: int,
+    users: IntArray | None = None,
+    behind: Sequence[Sequence[int]] | None = None,
+    progress: Callable[[int], object] | None = None,
+    start: Callable[[int], object] | None = None,
+) -> TriedCitations:
+    """Test citations beside the controls.
+
+    Args:
+        recommender: the run.
+        histories: shown histories.
+        items: recommended catalogue rows, (R, K); −1 pads.
+        evidence: of these lists.
+        cited: positions, (R, K, n); −1 pads.
+        counts: interactions per catalogue row, for the popular ones, (n_items,).
+        vectors: of the catalogue, for similar items, (n_items, dim).
+        draws: similar items that are tried in place of each erased one.
+        seed: of the controls and the draws.
+        users: see `genrec.explain.erasure.control_sets`.
+        behind: token ids of each list's chain, which stays as it is.
+        progress: called with the number of prompts of each finished block.
+        start: called with the number of prompts before the first.
+    """
+    lengths = np.array([len(h) for h in histories], dtype=np.int64)
+    popularity = [counts[h] for h in histories]
+    sets = {CHAIN: cited, **control_sets(cited, lengths, popularity, seed, users)}
+    similar = replacements(vectors, histories, items, draws, seed)
+    erased = erase(
+        recommender, histories, items, evidence.log_probs, sets, similar, progress, start, behind
+    )
+    return TriedCitations(
+        sets, erased, {name: agreement(own, evidence.deltas) for name, own in sets.items()}
+    )
 
 
 def check_all(
@@ -178,7 +220,9 @@ def check_all(
     attributes: Attributes,
     histories: Sequence[IntArray],
     targets: Sequence[int | None],
-    measured: Measured,
+    log_probs: FloatArray,
+    tested: TriedCitations,
+    stability: Mapping[str, FloatArray],
     scores: Sequence[float],
 ) -> list[Chain]:
     """Chains with the outcomes of all checks.
@@ -188,7 +232,10 @@ def check_all(
         attributes: of the catalogue.
         histories: shown histories, one per list.
         targets: catalogue row of each list's held-out item, None where there is none.
-        measured: of the same lists.
+        log_probs: log p(item | shown history), (R, K).
+        tested: citations of the same lists.
+        stability: Jaccard of what each way cites with what another wording of the prompt makes one
+            cite, (R, K) each; NaN where it was not measured.
         scores: stored score of each chain's item.
     """
     ids = attributes.item_ids
@@ -200,16 +247,16 @@ def check_all(
         other = chains[at.get(((row + 1) % len(histories), place), number)]
         values: dict[str, FloatArray] = {}
         for figure, ways in (
-            ("evidence_agreement", measured.agreement),
-            ("comprehensiveness", {n: e.comprehensiveness for n, e in measured.erased.items()}),
-            ("sufficiency", {n: e.sufficiency for n, e in measured.erased.items()}),
-            ("stability", measured.stability),
+            ("evidence_agreement", tested.agreement),
+            ("comprehensiveness", {n: e.comprehensiveness for n, e in tested.erased.items()}),
+            ("sufficiency", {n: e.sufficiency for n, e in tested.erased.items()}),
+            ("stability", stability),
         ):
             values |= {figure if n == CHAIN else f"{figure}_{n}": v for n, v in ways.items()}
         checks = (
             citations_in_history(chain, own[row]),
             attributes_match(chain, attributes),
-            score_reproduced(score, float(measured.log_probs[row, place])),
+            score_reproduced(score, float(log_probs[row, place])),
             target_leak(chain, attributes.has_value, histories[row], targets[row]),
             contradictions(chain),
             *_of_another(chain, other, own[row], attributes),

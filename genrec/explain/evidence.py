@@ -233,6 +233,32 @@ def joint_evidence(
     return JointEvidence(positions, falls)
 
 
+def choose_citations(
+    recommender: Recommender,
+    histories: Sequence[IntArray],
+    items: IntArray,
+    evidence: Evidence,
+    n: int,
+    joint: bool,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[IntArray, FloatArray | None]:
+    """What each chain cites: positions (R, K, n), and what each adds where they are chosen jointly.
+
+    Args:
+        recommender: the run.
+        histories: shown histories.
+        items: recommended catalogue rows, (R, K); −1 pads.
+        evidence: of these lists.
+        n: positions at most.
+        joint: each beside those before it (`joint_evidence`), or by its own Δ (`Evidence.cited`).
+        progress: called with the number of prompts of each finished block.
+    """
+    if not joint:
+        return evidence.cited(n), None
+    found = joint_evidence(recommender, histories, items, evidence, n, progress)
+    return found.positions, found.added
+
+
 @dataclass(frozen=True)
 class Search:
     """How the lists that are explained were searched, so that a changed history is searched alike.

@@ -13,7 +13,7 @@ Near 0, or no better than another user's, the chain is decoration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -22,7 +22,7 @@ import polars as pl
 
 from genrec.chains import Chain, Check
 from genrec.explain import checks
-from genrec.explain.erasure import CHAIN, Erased, control_sets, erase, others, replacements
+from genrec.explain.erasure import CHAIN, Erased, others
 from genrec.explain.evidence import FloatArray, IntArray, item_log_probs, leave_one_out
 from genrec.explain.thresholds import TRUNCATED
 from genrec.reasoning import ReasonedList, decision_marker, marker_ids
@@ -111,18 +111,12 @@ def check_written(
     if not made:
         return []
     parts = _Parts.split(made, histories)
-    lengths = np.array([len(h) for h in parts.histories], dtype=np.int64)
     evidence = leave_one_out(recommender, parts.histories, parts.items, progress, parts.behind)
-    cited = _cited(recommender, parts, made)
-    popularity = [counts[h] for h in parts.histories]
-    sets = {CHAIN: cited, **control_sets(cited, lengths, popularity, seed, parts.row)}
-    similar = replacements(vectors, parts.histories, parts.items, draws, seed)
-    erased = erase(
-        recommender, parts.histories, parts.items, evidence.log_probs, sets, similar, progress,
-        behind=parts.behind,
+    tested = checks.try_citations(
+        recommender, parts.histories, parts.items, evidence, _cited(recommender, parts, made),
+        counts, vectors, draws, seed, parts.row, parts.behind, progress,
     )  # fmt: skip
     support = _support(recommender, parts, made, evidence.log_probs, seed, progress)
-    agreement = {name: checks.agreement(own, evidence.deltas) for name, own in sets.items()}
     has, stability = _catalogue(recommender.catalog), _stability(made, histories, recommender, seed)
     ids = recommender.catalog["item_id"].to_list()
     records = [own.records(row_id) for own, row_id in zip(made, row_ids, strict=True)]
@@ -136,8 +130,8 @@ def check_written(
             foreign = theirs[min(place, len(theirs) - 1)] if other[number] != number else None
             share = None if foreign is None else checks.share_in(foreign, shown)[0]
             measured = {
-                **_named("evidence_agreement", agreement, at),
-                **_erased(erased, at),
+                **_named("evidence_agreement", tested.agreement, at),
+                **_erased(tested.erased, at),
                 **_named("chain_support", support, at),
             }
             more = (
@@ -235,11 +229,11 @@ def _stability(
     return {name: np.array(column) for name, column in values.items()}
 
 
-def _named(figure: str, ways: dict[str, FloatArray], at: tuple[int, int]) -> dict[str, float]:
+def _named(figure: str, ways: Mapping[str, FloatArray], at: tuple[int, int]) -> dict[str, float]:
     return {figure if n == CHAIN else f"{figure}_{n}": v[at] for n, v in ways.items()}
 
 
-def _erased(erased: dict[str, Erased], at: tuple[int, int]) -> dict[str, float]:
+def _erased(erased: Mapping[str, Erased], at: tuple[int, int]) -> dict[str, float]:
     comprehensiveness = {name: own.comprehensiveness for name, own in erased.items()}
     sufficiency = {name: own.sufficiency for name, own in erased.items()}
     return {

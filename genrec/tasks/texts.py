@@ -8,6 +8,8 @@ moment, and nothing else goes in.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 
@@ -71,6 +73,15 @@ LIKED, DISLIKED = 4.0, 2.0  # stars from which a review counts as praise, up to 
 def written_renderer(folder: str | None = None) -> PromptRenderer:
     """The templates of ``prompts/written``; `folder` names another such folder."""
     return PromptRenderer(folder or default_folder() / "written")
+
+
+def run_wording(prompts: Path) -> PromptRenderer:
+    """The wording of a run, whose copy of the templates lies in `prompts`.
+
+    It is the run's own where it has one: genrec's may be another by now.
+    """
+    own = prompts / "written"
+    return written_renderer(str(own) if own.is_dir() else None)
 
 
 def fill(

@@ -118,15 +118,15 @@ def test_check_all_puts_every_figure_in_its_chain(recommender, lists, histories,
     made = assemble(attributes, lists, histories, evidence, cited)
     numbers = np.arange(items.size, dtype=float).reshape(items.shape)
     holes = np.where(numbers == 3, NAN, numbers)
-    measured = checks.Measured(
-        evidence.log_probs,
+    tested = checks.TriedCitations(
+        {CHAIN: cited},
         {CHAIN: Erased(holes, numbers + 0.5), "random": Erased(numbers + 1000, numbers + 2000)},
         {CHAIN: checks.agreement(cited, evidence.deltas)},
-        {CHAIN: np.full(items.shape, NAN)},
     )
+    measured = (evidence.log_probs, tested, {CHAIN: np.full(items.shape, NAN)})
     targets = split_rows["target_item_index"].to_list()
     scores = lists["score"].to_list()
-    found = checks.check_all(made, attributes, histories, targets, measured, scores)
+    found = checks.check_all(made, attributes, histories, targets, *measured, scores)
     for number, own in enumerate(found):
         value = own.check("comprehensiveness").value
         assert value is None if number == 3 else value == number
@@ -143,8 +143,10 @@ def test_check_all_puts_every_figure_in_its_chain(recommender, lists, histories,
     theirs = [c.check("citations_in_history_other_chain").value for c in found]
     assert min(v for v in theirs if v is not None) < 1
     shifted = [s + 1 for s in scores]
-    wrong = checks.check_all(made, attributes, histories, targets, measured, shifted)
+    wrong = checks.check_all(made, attributes, histories, targets, *measured, shifted)
     assert not any(c.check("score_difference").passed for c in wrong)
-    alone = checks.check_all(made[:6], attributes, histories[:1], targets[:1], measured, scores[:6])
+    alone = checks.check_all(
+        made[:6], attributes, histories[:1], targets[:1], *measured, scores[:6]
+    )
     assert alone[0].check("citations_in_history_other_chain").value is None
     assert replace(alone[0], checks=()) == made[0]
