@@ -4,7 +4,7 @@
     genrec pipeline --configs my/configs --run_dir runs/mine --accelerate_args "--num_processes 4"
     genrec pipeline --configs beauty --run_dir runs/beauty --seeds 0 1 2
 
-Each stage is the recipe of its name in a process of its own. Killed and started again, the line
+Each stage that is left to do is the recipe of its name in a process of its own. Killed and started again, the line
 goes on where it stopped. Ends with one user's list and reasons, the metrics table and the report
 page. With `--seeds` the models are trained once per seed in `<run_dir>/seed-<n>`, on the same data
 and semantic ids, and compared as one system in `<run_dir>/comparison`.
@@ -149,27 +149,49 @@ def check_config(stage: str, config: Path) -> None:
 
 def run_stage(args: PipelineArgs, stage: str, config: Path, seed: int | None = None) -> None:
     """Run one recipe; its failure ends the pipeline with its own message."""
-    command = [sys.executable, "-P"]  # recipes must not shadow modules of the same name
-    if stage in TRAINING and args.accelerate_args:
-        command += ["-m", "accelerate.commands.launch", *shlex.split(args.accelerate_args)]
-    command += [str(RECIPES / f"{stage}.py"), "--config", str(config), "--run_dir", args.run_dir]
+    recipe = str(RECIPES / f"{stage}.py")
+    flags = ["--config", str(config), "--run_dir", args.run_dir]
     if stage in TRAINING and seed is not None:
-        command += ["--seed", str(seed)]
+        flags += ["--seed", str(seed)]
     if stage == "recommend" and args.engine:
-        command += ["--engine", args.engine]
+        flags += ["--engine", args.engine]
     order = list(FOLDERS)
-    if args.overwrite_from and order.index(stage) >= order.index(args.overwrite_from):
-        command += ["--overwrite", "true"]
+    overwrite = args.overwrite_from and order.index(stage) >= order.index(args.overwrite_from)
+    if overwrite:
+        flags += ["--overwrite", "true"]
     if stage in ("prepare", "embed") and args.data_dir:
-        command += ["--data_dir", args.data_dir]
+        flags += ["--data_dir", args.data_dir]
     started = time.perf_counter()
-    # The other output is the progress bars and tables of the stage itself.
-    code = subprocess.run(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}).returncode
+    if (stage_folder(args.run_dir, stage) / MANIFEST).exists() and not overwrite:
+        code = skip(recipe, flags)
+    else:
+        command = [sys.executable, "-P"]  # recipes must not shadow modules of the same name
+        if stage in TRAINING and args.accelerate_args:
+            command += ["-m", "accelerate.commands.launch", *shlex.split(args.accelerate_args)]
+        # The other output is the progress bars and tables of the stage itself.
+        unbuffered = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        code = subprocess.run([*command, recipe, *flags], env=unbuffered).returncode
     if code:
         sys.stderr.write(f"error: stage {stage} failed; mend it and run the same command again\n")
         raise SystemExit(code)
     sys.stdout.write(f"[{stage}: {time.perf_counter() - started:.0f} s]\n")
     sys.stdout.flush()
+
+
+def skip(recipe: str, flags: list[str]) -> int:
+    """Exit status of a complete stage, which says so or refuses other settings, here.
+
+    It does no work, and in a process of its own it would import for seconds to say it.
+    """
+    own = sys.argv
+    sys.argv = [recipe, *flags]
+    try:
+        runpy.run_path(recipe, run_name="__main__")
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    finally:
+        sys.argv = own
+    return 0
 
 
 def show(run_dir: Path, console: Console) -> None:

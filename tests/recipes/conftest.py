@@ -73,6 +73,15 @@ def recipe() -> Recipe:
     return run_recipe
 
 
+def run_here(name: str, run_dir: Path | None, *flags: str) -> None:
+    """Run a recipe in this process; it exits as it would in one of its own."""
+    path = ROOT / "recipes" / f"{name}.py"
+    at = [] if run_dir is None else ["--run_dir", str(run_dir)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *at, *flags])
+        runpy.run_path(str(path), run_name="__main__")
+
+
 @pytest.fixture
 def in_process(monkeypatch, capsys, caplog) -> Callable[..., str]:
     """Runs a recipe in this process, so that heavy imports are made once; gives all that it said.
@@ -81,17 +90,14 @@ def in_process(monkeypatch, capsys, caplog) -> Callable[..., str]:
     """
 
     def call(name: str, run_dir: Path | None, *flags: str, fails: bool = False) -> str:
-        path = ROOT / "recipes" / f"{name}.py"
-        at = [] if run_dir is None else ["--run_dir", str(run_dir)]
-        monkeypatch.setattr(sys, "argv", [str(path), *at, *flags])
         monkeypatch.delenv("GENREC_DEBUG", raising=False)
         caplog.clear()
         if fails:
             with pytest.raises(SystemExit) as stopped:
-                runpy.run_path(str(path), run_name="__main__")
+                run_here(name, run_dir, *flags)
             assert stopped.value.code == 2
         else:
-            runpy.run_path(str(path), run_name="__main__")
+            run_here(name, run_dir, *flags)
         said = capsys.readouterr()
         return said.out + said.err + caplog.text
 
@@ -115,7 +121,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a whole run, from prepare to evaluate, on a shop of 120 users; read only."""
     folder = tmp_path_factory.mktemp("tiny_run") / "run"
     for name, flags in TINY.items():
-        run_recipe(name, folder, *flags)
+        run_here(name, folder, *flags)
     return folder
 
 

@@ -155,7 +155,7 @@ def compare(before, after, user: str, cut: int, untouched: set[str]) -> int:
 
 
 # A counterexample is not made smaller: that takes minutes.
-@settings(max_examples=16, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(st.data())
 def test_what_comes_later_changes_nothing(worlds, data):
     seed = data.draw(st.integers(0, 50))
