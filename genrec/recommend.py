@@ -74,6 +74,7 @@ class Engine(Protocol):
         seen: Sequence[np.ndarray] | None = None,
         view: CatalogueView | None = None,
         progress: Callable[[int], object] | None = None,
+        candidates: Sequence[np.ndarray | None] | None = None,
     ) -> BeamResult:
         """The k best items for each prompt."""
         ...

@@ -8,11 +8,15 @@
     genrec audit prove --run_dir runs/quickstart --record 0 --output proof.json
     genrec audit check --proof proof.json --public_key runs/quickstart.custody/audit.pub
     genrec audit erase --run_dir runs/quickstart --user U
+    genrec audit --run_dir lists/today --source_run runs/mine    # lists of `recommend --users`
 
 The first form writes into ``audit/``: shards of records (``audit-00000.jsonl`` …, each a hash
 chain), ``head.json`` (the signed Merkle root over them), ``payloads.sqlite`` (user ids, histories,
 prompts, chains; records hold salted commitments to them), ``environment.txt`` and ``report.html``.
 There is a record for every list that recommend made; those of explained lists hold their chains.
+Lists for a table of users lie apart from the run that made them: the verbs then take that run as
+`source_run`, and the table must still be what it was. Shaped or drawn lists and those under allow
+or deny have records, too, but can't be replayed from them.
 
 Key and anchor lie outside the run folder: `<run_dir>.custody/audit.key`, made if absent, and
 ``heads.jsonl`` beside it, unless --key_file and --anchor_file name other places. The anchor lists
@@ -56,6 +60,7 @@ class AuditArgs:
 
     run_dir: str = "runs/default"
     overwrite: bool = False
+    source_run: str | None = None  # run that lists for a table of users were made from
     key_file: str | None = None  # default: <run_dir>.custody/audit.key, made if absent
     anchor_file: str | None = None  # default: heads.jsonl beside the key
     shard_size: int = 10_000  # records per file
@@ -86,6 +91,7 @@ class VerifySettings:
     public_key: str | None = None  # its public half, enough for all but the pseudonyms
     anchor_file: str | None = None  # default: heads.jsonl beside the key
     log_only: bool = False  # neither payloads nor artefact files
+    source_run: str | None = None  # run that lists for a table of users were made from
     report: str | None = None  # JSON file to write the findings to
 
 
@@ -97,6 +103,7 @@ class ReplaySettings:
     record: int | None = None  # number of the record
     record_id: str | None = None  # or its id
     all: bool = False  # every record
+    source_run: str | None = None  # run that lists for a table of users were made from
     engine: str = "torch"  # that searches again: torch, vllm or vllm-inworker
     gpu_memory_utilization: float | None = None  # of vllm: share of a GPU, or on CPU of the memory
 
@@ -117,6 +124,7 @@ class ReportSettings:
     """Settings of `genrec audit report`."""
 
     run_dir: str = "runs/default"
+    source_run: str | None = None  # run that lists for a table of users were made from
     report_users: int = 20
 
 
@@ -144,6 +152,7 @@ class EraseSettings:
 
     run_dir: str = "runs/default"
     user: str | None = None  # user id
+    source_run: str | None = None  # run that lists for a table of users were made from
     key_file: str | None = None  # default: <run_dir>.custody/audit.key
     anchor_file: str | None = None  # default: heads.jsonl beside the key
     report_users: int = 20
@@ -201,32 +210,33 @@ def keygen() -> None:
 def write() -> None:
     """Run the stage."""
     args = parse(AuditArgs)
-    made = require(args.run_dir, "recommend").config
-    if made.get("model_run"):
-        raise ValueError(
-            f"the lists of {args.run_dir} were made by the model of {made['model_run']}; records "
-            "name files of one run folder, by hash, and replay needs them there: audit lists of "
-            "the model's own run, or train a model in this one"
-        )
-    inputs = ["prepare", "quantize", "build_dataset", made["model_stage"], "recommend"]
-    if load_manifest(args.run_dir, "explain") is not None:
-        inputs.append("explain")
+    recommend = require(args.run_dir, "recommend")
     from genrec.audit.custody import next_state, write_log
-    from genrec.audit.recorded import RecordedRun
+    from genrec.audit.recorded import RecordedRun, check_source, source_of
     from genrec.audit.records import ENVIRONMENT, UNLISTED, build_records, environment
     from genrec.audit.schema import SCHEMA
 
+    source = source_of(args.run_dir, recommend, args.source_run)
+    check_source(args.run_dir, recommend, source)
+    inputs, hashes = ["recommend"], {}
+    of_source = ["prepare", "quantize", "build_dataset", recommend.config["model_stage"]]
+    if args.source_run is None:
+        inputs = [*of_source, *inputs]
+        if load_manifest(args.run_dir, "explain") is not None:
+            inputs.append("explain")
+    else:
+        hashes = {f"source_run/{s}": require(source, s).content_hash for s in of_source}
     key_path, anchor_path = custody(args.run_dir, args.key_file, args.anchor_file)
     key = the_key(args, key_path)
     config = {**asdict(args), "key_id": key.key_id, "schema": SCHEMA}
-    ignore = ["key_file", "anchor_file", "report_users"]
-    stage = Stage(args.run_dir, "audit", config, inputs, ignore=ignore)
+    ignore = ["key_file", "anchor_file", "report_users", "source_run"]
+    stage = Stage(args.run_dir, "audit", config, inputs, ignore=ignore, hashes=hashes)
     state = next_state(stage.folder, anchor_path, key.public)
     if stage.is_done(args.overwrite):
         return
-    time, recorded = now(), RecordedRun.load(args.run_dir)
+    time, recorded = now(), RecordedRun.load(args.run_dir, args.source_run)
     write_text(stage.folder / ENVIRONMENT, environment())
-    lists = tqdm(build_records(recorded, key, time), unit="record", total=len(recorded.rows))
+    lists = tqdm(build_records(recorded, key, time), unit="record", total=recorded.n_rows)
     head = write_log(stage.folder, lists, key, anchor_path, state, time, args.shard_size)
     render(recorded, args.report_users)
     root, records = head["merkle_root"], head["records"]
@@ -253,7 +263,7 @@ def report() -> None:
     require(args.run_dir, "audit")
     from genrec.audit.recorded import RecordedRun
 
-    print(f"open {render(RecordedRun.load(args.run_dir), args.report_users)}")
+    print(f"open {render(RecordedRun.load(args.run_dir, args.source_run), args.report_users)}")
 
 
 def verify() -> None:
@@ -262,8 +272,9 @@ def verify() -> None:
     from genrec.audit.verify import verify as verify_log
 
     found = verify_log(
-        args.run_dir, args.key_file, args.public_key, args.anchor_file, args.log_only
-    )
+        args.run_dir, args.key_file, args.public_key, args.anchor_file, args.log_only,
+        args.source_run,
+    )  # fmt: skip
     if args.report:
         write_json(args.report, found.to_json())
     for finding in found.findings:
@@ -287,12 +298,14 @@ def replay() -> None:
     """Replay one record or all; exit status 1 if a list isn't reproduced."""
     args = parse(ReplaySettings, args=sys.argv[2:])
     from genrec.audit.custody import HEAD
+    from genrec.audit.recorded import source_of
     from genrec.audit.records import read_opened
     from genrec.audit.replay import ERASED, Replayer, load_replayer
     from genrec.audit.replay import replay as replay_record
     from genrec.audit.verify import hashes_now, named_files
 
     folder = stage_folder(args.run_dir, "audit")
+    source = source_of(args.run_dir, require(args.run_dir, "recommend"), args.source_run)
     replayer: Replayer | None = None
     current: dict[str, str | None] = {}
     results, total, found = [], int(read_json(folder / HEAD)["records"]), 0
@@ -306,8 +319,8 @@ def replay() -> None:
         if record["erased"]:
             print(f"record {record['record']}: {ERASED}")
             continue
-        replayer = replayer or load_replayer(args.run_dir, record, args.engine, options)
-        current |= hashes_now(args.run_dir, named_files(record) - current.keys())
+        replayer = replayer or load_replayer(source, record, args.engine, options)
+        current |= hashes_now(args.run_dir, named_files(record) - current.keys(), source)
         results.append(replay_record(record, replayer, current))
     if not found:
         asked = f"record={args.record}" if args.record_id is None else args.record_id
@@ -373,7 +386,7 @@ def erase() -> None:
     for path in done.left:
         print(f"{path} is of an older schema and holds the history in the log itself: delete it")
     try:
-        render(RecordedRun.load(args.run_dir), args.report_users)
+        render(RecordedRun.load(args.run_dir, args.source_run), args.report_users)
     except ValueError as error:
         print(f"{page} is removed; it can't be made again: {error}")
     print(

@@ -4,10 +4,10 @@
     genrec pipeline --configs my/configs --run_dir runs/mine --accelerate_args "--num_processes 4"
     genrec pipeline --configs beauty --run_dir runs/beauty --seeds 0 1 2
 
-Each stage that is left to do is the recipe of its name in a process of its own. Killed and started again, the line
-goes on where it stopped. Ends with one user's list and reasons, the metrics table and the report
-page. With `--seeds` the models are trained once per seed in `<run_dir>/seed-<n>`, on the same data
-and semantic ids, and compared as one system in `<run_dir>/comparison`.
+Each stage that is left to do is the recipe of its name in a process of its own. Killed and started
+again, the line goes on where it stopped. Ends with one user's list and reasons, the metrics table
+and the report page. With `--seeds` the models are trained once per seed in `<run_dir>/seed-<n>`, on
+the same data and semantic ids, and compared as one system in `<run_dir>/comparison`.
 """
 
 import os

@@ -10,7 +10,7 @@ import polars as pl
 from genrec.artifacts import sha256_bytes
 from genrec.audit.recorded import RecordedRun
 from genrec.bundle.parts import ServedParts
-from genrec.columns import HISTORY, ITEM_ID, SEEN, SID
+from genrec.columns import CANDIDATES, HISTORY, ITEM_ID, SEEN, SID
 from genrec.decoding.beam import BeamResult
 from genrec.decoding.item_tokens import item_tokens
 from genrec.decoding.trie import SidTrie
@@ -40,7 +40,7 @@ class InputMaker:
     """
 
     def __init__(self, run: RecordedRun) -> None:
-        parts = ServedParts.of_run(run.run_dir, run.model_stage)
+        parts = ServedParts.of_run(run.source, run.model_stage)
         semantic_ids = load_map(parts.semantic_ids)
         tokenizer, _ = load_tokenizer(parts.model, semantic_ids)
         self._recommender = Recommender(
@@ -93,4 +93,9 @@ class InputMaker:
             }
             for i, (prompt, token_ids) in enumerate(zip(prompts, tokens, strict=True))
         ]
+        if CANDIDATES in rows.columns:
+            allowed = ItemLists.from_column(rows[CANDIDATES])
+            for i, given in enumerate(made):
+                own = np.unique(allowed.values[allowed.offsets[i] : allowed.offsets[i + 1]])
+                given["candidate_item_ids"] = self._ids.gather(own).to_list()
         return made, before

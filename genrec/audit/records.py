@@ -66,14 +66,15 @@ _ITEM = (RANK, ITEM_ID, SID, SCORE, LEVEL_LOG_PROBS)
 
 
 def artifact_hashes(run: RecordedRun) -> dict[str, str]:
-    """Path below the run folder -> SHA-256 of each file that decided or explains the lists.
+    """Path below the run -> SHA-256 of each file that decided or explains the lists.
 
     Of the lists themselves each record names its own file alone: naming all of them in all records
     would make a log's size grow with the square of its lists.
     """
+    splits = () if run.rows is None else (f"{run.split}.parquet",)
     chosen = {
         **_DECISIVE,
-        "prepare": (*_DECISIVE["prepare"], f"{run.split}.parquet"),
+        "prepare": (*_DECISIVE["prepare"], *splits),
         "build_dataset": (f"prompts/{run.template}.jinja",),
     }
     hashes = {}
@@ -111,7 +112,7 @@ def environment() -> str:
 
 def base_name(run: RecordedRun) -> str:
     """What the weights began as; `grpo` hands on what `sft` noted in ``genrec.json``."""
-    about = read_json(stage_folder(run.run_dir, run.model_stage) / "model" / ABOUT)
+    about = read_json(stage_folder(run.source, run.model_stage) / "model" / ABOUT)
     base = str(about["base"])
     if base.startswith("scratch-"):
         return f"from scratch, size {base.removeprefix('scratch-')}"
@@ -120,7 +121,7 @@ def base_name(run: RecordedRun) -> str:
 
 def _base_model(run: RecordedRun) -> dict[str, Any]:
     """Name of what was fine-tuned, and the hash of its files where they are at hand."""
-    trained = load_manifest(run.run_dir, "sft")
+    trained = load_manifest(run.source, "sft")
     path = trained.config.get("model_name_or_path") if trained else None
     files = sorted(Path(path).glob("*")) if path else []
     weights = [p for p in files if p.suffix in (".safetensors", ".json")]
@@ -129,9 +130,9 @@ def _base_model(run: RecordedRun) -> dict[str, Any]:
 
 
 def _artefacts(run: RecordedRun) -> dict[str, Any]:
-    made, quantize = run.manifests["recommend"], stage_folder(run.run_dir, "quantize")
+    made, quantize = run.manifests["recommend"], stage_folder(run.source, "quantize")
     semantic_ids = load_map(quantize)
-    folder = stage_folder(run.run_dir, run.model_stage) / "model"
+    folder = stage_folder(run.source, run.model_stage) / "model"
     tokenizer, _ = load_tokenizer(folder, semantic_ids)
     model = {n: o["sha256"] for n, o in run.manifests[run.model_stage].outputs.items()}
     packages = environment()
@@ -178,34 +179,58 @@ def run_facts(run: RecordedRun) -> dict[str, Any]:
             "engine": engine,
             "engine_version": made.versions.get(engine),  # None: the stage didn't note it
             "hardware": made.machine,
-            "mode": "constrained beam search",
+            "mode": "constrained beam search" if not config.get("sampler") else "drawn",
             "dtype": config["dtype"],
             "k": config["k"],
             "beam_width": config["beam_width"],
             "normalizer": config["normalizer"],
-            "seed": config["seed"],
+            "seed": config.get("seed"),  # nothing was drawn where there is none
             "filter_seen": config["filter_seen"],
         },
     }
 
 
 def filters(run: RecordedRun) -> list[dict[str, Any]]:
-    """Every rule that kept items out of the lists; how many, the filter of seen items says later.
+    """Every rule that kept items out of the lists; how many, where it differs by user, later.
 
     Args:
         run: the finished stages.
     """
     made = run.manifests["recommend"]
     found: list[dict[str, Any]] = []
+
+    def add(name: str, rule: str, sha256: str | None = None) -> None:
+        found.append({"name": name, "rule": rule, "removed_items": None, "sha256": sha256})
+
     if made.config["filter_seen"]:
+        also = made.config.get("exclude_column")
         rule = "items that the user had before are left out"
-        found.append({"name": "seen", "rule": rule, "removed_items": None, "sha256": None})
+        add("seen", rule + (f", and those of the table's column {also!r}" if also else ""))
+    elif also := made.config.get("exclude_column"):
+        add("exclude", f"items of the table's column {also!r} are left out")
+    if only := made.config.get("candidates_column"):
+        add("candidates", f"only the items of the table's column {only!r}")
     rules = {"allow": "only the items of a file", "deny": "not the items of a file"}
     for name, rule in rules.items():
         if made.config.get(name) is not None:
-            sha256 = made.inputs.get(name)
-            found.append({"name": name, "rule": rule, "removed_items": None, "sha256": sha256})
+            add(name, rule, made.inputs.get(name))
+    if shaping := _shaping(made.config):
+        add("shaping", shaping)
     return found
+
+
+def _shaping(config: Mapping[str, Any]) -> str:
+    """How lists were drawn or shaped, in words; empty for those of the plain search."""
+    names = ["one_per_title", "title_variant", "max_per_category", "boosts"]
+    if config.get("sampler") == "levels":
+        names = ["sampler", "temperature", "top_p"]
+    elif config.get("sampler"):
+        names = ["sampler"]
+    elif config.get("max_per_category") is not None:
+        names.append("category_depth")
+    unset = ("None", "False", "[]")  # not by value: a depth of 0 is set
+    stated = {name: config[name] for name in names if str(config.get(name)) not in unset}
+    return ", ".join(f"{name}={value}" for name, value in stated.items())
 
 
 def build_records(run: RecordedRun, key: AuditKey, time: str) -> Iterator[Made]:
@@ -276,6 +301,9 @@ def _records(
             "identity": Sealed.new({USER_ID: user, ROW_ID: row_id}),
             "input": Sealed.new(given),
         }
+        removed = {"seen": n_before}
+        if "candidate_item_ids" in given:
+            removed["candidates"] = len(run.catalog) - len(given["candidate_item_ids"])
         checks, verdict, masked = no_checks, "not checked", none_masked
         if explained := run.chains.get(row_id):
             chains = _chains(own, explained)
@@ -288,7 +316,9 @@ def _records(
             **shared,
             "user": {"pseudonym": key.pseudonym(user), "key_id": key_id},
             "filters": [
-                {**rule, "removed_items": n_before} if rule["name"] == "seen" else rule
+                {**rule, "removed_items": removed[rule["name"]]}
+                if rule["name"] in removed
+                else rule
                 for rule in rules
             ],
             "input": {

@@ -170,11 +170,11 @@ def replay(
 
 
 def _check_filters(record: Mapping[str, Any]) -> None:
-    others = [f["name"] for f in record["filters"] if f["name"] != "seen"]
+    others = [f["name"] for f in record["filters"] if f["name"] not in ("seen", "candidates")]
     if others:
         raise ValueError(
-            f"record {record['record']}: its list was made under the filters {others}, whose items "
-            "the run doesn't keep; replay knows the filter of seen items alone"
+            f"record {record['record']}: its list was made under the rules {others}, which no "
+            "record holds all of; replay knows the filter of seen items and a user's candidates"
         )
 
 
@@ -220,7 +220,12 @@ def _replay(
     if made["filter_seen"]:
         aside = recommender.rows_of(given["set_aside_item_ids"])
         seen = [np.unique(np.array([*history, *aside], dtype=np.int64))]
-    result = recommender.engine.search(ids, made["k"], made["beam_width"], seen)
+    candidates = None
+    if "candidate_item_ids" in given:
+        only = recommender.rows_of(given["candidate_item_ids"])
+        candidates = [np.array(only, dtype=np.int64)]
+    k, width = made["k"], made["beam_width"]
+    result = recommender.engine.search(ids, k, width, seen, candidates=candidates)
     listed = result.items[0] >= 0
     found = result.items[0][listed]
     levels = result.level_log_probs[0][listed]

@@ -155,7 +155,7 @@ def _inline(text: str) -> Markup:
 
 def _facts(run: RecordedRun) -> dict[str, str]:
     """What the run is, label by label."""
-    split = read_json(stage_folder(run.run_dir, "prepare") / "split.json")
+    split = read_json(stage_folder(run.source, "prepare") / "split.json")
     prepare, quantize = run.manifests["prepare"], run.manifests["quantize"]
     made, model = run.manifests["recommend"], run.manifests[run.model_stage]
     decoding = made.config
@@ -165,7 +165,11 @@ def _facts(run: RecordedRun) -> dict[str, str]:
     facts = {
         "Data": f"{prepare.config.get('format', 'unknown format')}: {', '.join(sizes)}",
         "Split": f"{split.get('protocol', 'unknown')}; ties: {split.get('tie_rule', 'unknown')}; "
-        f"the lists answer the {run.split} rows",
+        + (
+            "the lists are for a table of users"
+            if run.rows is None
+            else f"the lists answer the {run.split} rows"
+        ),
         "History": f"a prompt shows at most the newest {prepare.config['max_history']} items",
         "Seen items": "left out of the lists" if decoding["filter_seen"] else "may be recommended",
         "Model": f"{run.model_stage} stage, {base_name(run)}"
@@ -194,10 +198,13 @@ def _hashes(run: RecordedRun) -> dict[str, str]:
     model = run.manifests[run.model_stage].outputs
     hashes = {
         "catalogue": prepare["catalog.parquet"]["sha256"],
-        f"{run.split} rows": prepare[f"{run.split}.parquet"]["sha256"],
         "semantic ids": quantize["items.parquet"]["sha256"],
         "prompts": run.prompts().sha256(),
     }
+    if run.rows is None:
+        hashes["table of users"] = run.manifests["recommend"].inputs["users"]
+    else:
+        hashes[f"{run.split} rows"] = prepare[f"{run.split}.parquet"]["sha256"]
     weights = {n: o["sha256"] for n, o in model.items() if n.endswith(".safetensors")}
     hashes |= {n: sha256 for n, sha256 in weights.items() if n.startswith("model/")}
     commit = run.manifests["recommend"].git_commit
@@ -264,8 +271,11 @@ def _cards(run: RecordedRun, records: Sequence[Mapping[str, Any]]) -> list[dict[
     """What is shown of each record."""
     titles = {i: display_text(t) for i, t in run.catalog.select(ITEM_ID, TITLE).iter_rows()}
     ids = run.catalog[ITEM_ID]
-    shown = run.rows.filter(pl.col(ROW_ID).is_in([r[ROW_ID] for r in records if not r["erased"]]))
-    targets = {row: ids[target] for row, target in shown.select(ROW_ID, TARGET).iter_rows()}
+    targets = {}
+    if run.rows is not None:
+        wanted = [r[ROW_ID] for r in records if not r["erased"]]
+        shown = run.rows.filter(pl.col(ROW_ID).is_in(wanted)).select(ROW_ID, TARGET)
+        targets = {row: ids[target] for row, target in shown.iter_rows()}
     cards = []
     for record in records:
         if record["erased"]:
@@ -274,7 +284,7 @@ def _cards(run: RecordedRun, records: Sequence[Mapping[str, Any]]) -> list[dict[
         history = [
             {"id": e[ITEM_ID], "title": titles[e[ITEM_ID]]} for e in record["input"]["history"]
         ]
-        target = targets.get(record["row_id"])  # of who opted out, no history and no next item
+        target = targets.get(record["row_id"])  # none of who opted out, nor in a table of users
         listed = [item[ITEM_ID] for item in record["items"]]
         cards.append(
             {

@@ -15,14 +15,16 @@ from typing import Any
 
 import polars as pl
 
-from genrec.artifacts import FOLDERS, load_manifest, sha256_file, stage_folder
+from genrec.artifacts import FOLDERS, Manifest, load_manifest, sha256_file, stage_folder
 from genrec.audit.anchor import ANCHOR
 from genrec.audit.erasure import read_erasures
 from genrec.audit.integrity import Finding, Line, LogState, check_log
 from genrec.audit.keys import KEY, AuditKey, PublicKey, custody_folder, public_path
 from genrec.audit.payloads import PARTS, STORE, Sealed, Store, StoreError, open_store
+from genrec.audit.recorded import source_of
 from genrec.columns import ROW_ID, USER_ID
 
+SPLITS = ("valid", "test")
 _STAGES = {folder: stage for stage, folder in FOLDERS.items()}
 
 
@@ -69,6 +71,7 @@ def verify(
     public_key: Path | str | None = None,
     anchor_file: Path | str | None = None,
     log_only: bool = False,
+    source_run: Path | str | None = None,
 ) -> Verification:
     """Verify the log of a run.
 
@@ -80,9 +83,10 @@ def verify(
         anchor_file: default ``heads.jsonl`` beside the key.
         log_only: look at the log alone, without payloads and artefact files: for whoever was
             handed no more than that.
+        source_run: the run that the lists were made from; for lists of a table of users.
 
     Raises:
-        ValueError: there is no log, or one of another schema.
+        ValueError: there is no log, or one of another schema, or `source_run` is missing.
     """
     folder = stage_folder(run_dir, "audit")
     if not folder.is_dir():
@@ -97,18 +101,28 @@ def verify(
         state = check_log(folder, public, anchor_path)
         state.findings += trouble
         return _verification(state, public)
-    around = _Around(Path(run_dir), folder, public, secret)
+    source = source_of(run_dir, _lists_manifest(run_dir), source_run)
+    splits = stage_folder(source, "prepare") if source_run is None else None
+    around = _Around(splits, folder, public, secret)
     try:
         with open_store(folder) as store:
             state = check_log(folder, public, anchor_path, partial(around.visit, store))
             around.check_strays(state, store)
     except StoreError as error:  # the log is looked at all the same
-        around = _Around(Path(run_dir), folder, public, secret)
+        around = _Around(splits, folder, public, secret)
         state = check_log(folder, public, anchor_path, partial(around.visit, None))
         state.find("payload", str(error), STORE)
-    files = _check_files(Path(run_dir), state, around.stated)
+    files = _check_files(Path(run_dir), source, state, around.stated)
     state.findings += trouble
     return _verification(state, public, around.erased, files)
+
+
+def _lists_manifest(run_dir: Path | str) -> Manifest | None:
+    """Manifest of the lists; None where it is lost or damaged, as the files' check will say."""
+    try:
+        return load_manifest(run_dir, "recommend")
+    except (ValueError, TypeError):
+        return None
 
 
 def _secret(path: Path, public_key: Path | str | None, trouble: list[Finding]) -> AuditKey | None:
@@ -144,8 +158,9 @@ def _verification(
 class _Around:
     """Holds records against what lies around the log, one by one.
 
-    Each payload must give its record's commitments, or be erased on record. Of the splits only ids
-    are read and no targets, so this is no reading of the test rows that is to be noted.
+    Each payload must give its record's commitments, or be erased on record. Of the splits (None:
+    the lists are for a table of users) only ids are read and no targets, so this is no reading of
+    the test rows that is to be noted.
 
     Attributes:
         stated: (file, hash) -> the first line that names it so, and how many do.
@@ -153,7 +168,7 @@ class _Around:
     """
 
     def __init__(
-        self, run_dir: Path, folder: Path, public: PublicKey | None, secret: AuditKey | None
+        self, splits: Path | None, folder: Path, public: PublicKey | None, secret: AuditKey | None
     ) -> None:
         self.stated: dict[tuple[str, str], tuple[Line, int]] = {}
         self.erased = 0
@@ -161,8 +176,8 @@ class _Around:
         self._gone: set[int] | None = None  # numbers that an erasure names
         self._numbers: set[int] = set()
         self._users: dict[str, object] = {}
-        for split in ("valid", "test") if secret else ():
-            path = stage_folder(run_dir, "prepare") / f"{split}.parquet"
+        named = [] if splits is None or not secret else [splits / f"{s}.parquet" for s in SPLITS]
+        for path in named:
             if path.exists():
                 self._users |= dict(pl.read_parquet(path, columns=[ROW_ID, USER_ID]).iter_rows())
 
@@ -235,12 +250,15 @@ def _check_payload(
 
 
 def _check_files(
-    run_dir: Path, state: LogState, stated: Mapping[tuple[str, str], tuple[Line, int]]
+    run_dir: Path,
+    source: Path,
+    state: LogState,
+    stated: Mapping[tuple[str, str], tuple[Line, int]],
 ) -> int:
     """Hash each named file once and compare with manifest and records; returns their number."""
-    current = hashes_now(run_dir, {name for name, _ in stated})
+    current = hashes_now(run_dir, {name for name, _ in stated}, source)
     for name in sorted(current):
-        if wrong := _against_manifest(run_dir, name, current[name]):
+        if wrong := _against_manifest(_root(run_dir, source, name), name, current[name]):
             state.find("file", wrong)
     for (name, sha256), (line, count) in sorted(stated.items(), key=lambda kv: kv[0]):
         if sha256 != current[name]:
@@ -251,10 +269,26 @@ def _check_files(
     return len(current)
 
 
-def hashes_now(run_dir: Path | str, names: Iterable[str]) -> dict[str, str | None]:
-    """SHA-256 now of each named file; None if it is absent or lies outside the run."""
-    root = Path(run_dir).resolve()
-    return {name: _current_hash(root, name) for name in sorted(names)}
+def hashes_now(
+    run_dir: Path | str, names: Iterable[str], source_run: Path | str | None = None
+) -> dict[str, str | None]:
+    """SHA-256 now of each named file; None if it is absent or lies outside the run.
+
+    Args:
+        run_dir: where lists and log lie.
+        names: of the files, as records hold them.
+        source_run: the run that the lists were made from; None: `run_dir`.
+    """
+    here, source = Path(run_dir), Path(run_dir if source_run is None else source_run)
+    return {
+        name: _current_hash(_root(here, source, name).resolve(), name) for name in sorted(names)
+    }
+
+
+def _root(run_dir: Path, source: Path, name: str) -> Path:
+    """Folder that a file's name starts from: lists and log lie beside each other."""
+    own = FOLDERS["recommend"], FOLDERS["audit"], FOLDERS["explain"]
+    return run_dir if name.partition("/")[0] in own else source
 
 
 def named_files(record: Mapping[str, Any]) -> set[str]:

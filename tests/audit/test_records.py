@@ -221,7 +221,7 @@ def test_a_list_from_another_prompt_is_refused(audited_run):
 
 def test_lists_that_are_not_those_that_were_made_are_refused(copied):
     run = RecordedRun.load(copied)
-    with pytest.raises(ValueError, match="holds lists of other rows than rows.parquet names"):
+    with pytest.raises(ValueError, match="holds lists of other rows than were asked for"):
         drawn(replace(run, rows=run.rows.reverse()))
     (path,) = (copied / "recommendations").glob("recommendations-*.parquet")
     data = bytearray(path.read_bytes())

@@ -116,7 +116,7 @@ def test_what_can_not_be_replayed_is_refused(world, record):
     with pytest.raises(ValueError, match="record 2: erased: its payload is gone"):
         replay(opened(record, None), world[1], world[2])
     filtered = {**record, "filters": [{"name": "deny"}]}
-    with pytest.raises(ValueError, match=r"under the filters \['deny'\]"):
+    with pytest.raises(ValueError, match=r"under the rules \['deny'\]"):
         replay(filtered, world[1], world[2])
     record["items"][0]["item_id"] = "no such item"
     with pytest.raises(ValueError, match="not in the catalogue"):

@@ -364,6 +364,75 @@ def test_opt_outs_that_can_not_be_followed_are_errors(capsys, listed, tmp_path):
     assert "opt_out is for a split" in refused(capsys, "recommend", *again, *table)
 
 
+def user_lists(listed, folder, *flags, rows=3):
+    """Lists of the run `listed` for a CSV of users, below `folder`."""
+    catalog = pl.read_parquet(listed / "data" / "catalog.parquet")
+    ids = catalog["item_id"].cast(pl.String).to_list()
+    table = pl.DataFrame({
+        "user_id": ["ann", "bob", "cy"],
+        "history": [" ".join(ids[:3]), "", ids[5]],
+        "never": [ids[7], ids[8], ""],
+        "only": [" ".join(ids[3:15])] * 3,
+    })[:rows]  # fmt: skip
+    table.write_csv(folder / "users.csv")
+    out = folder / "today"
+    call("recommend", "--run_dir", str(listed), "--users", str(folder / "users.csv"),
+        "--output_dir", str(out), "--k", "4", "--beam_width", "20", "--shard_size", "2",
+        *flags)  # fmt: skip
+    return out
+
+
+def test_lists_for_a_table_of_users_have_records_that_replay(capsys, listed, tmp_path):
+    wishes = ("--exclude_column", "never", "--candidates_column", "only")
+    out = user_lists(listed, tmp_path, *wishes)
+    made = ("--run_dir", str(out), "--source_run", str(listed))
+    assert "--source_run RUN" in refused(capsys, "audit", "--run_dir", str(out))
+    call("audit", *made)
+    records = list(read_opened(out / "audit"))
+    assert [r["user_id"] for r in records] == ["ann", "bob", "cy"]
+    names = [[f["name"] for f in r["filters"]] for r in records]
+    assert names == [["seen", "candidates"]] * 3
+    assert "the table's column 'never'" in records[0]["filters"][0]["rule"]
+    # Three items of a history and one that is named; twelve of twenty items are allowed.
+    removed = [[f["removed_items"] for f in r["filters"]] for r in records]
+    assert removed == [[4, 8], [1, 8], [1, 8]]
+    assert [r["input"]["history_items"] for r in records] == [3, 0, 1]
+    assert {r["input"]["split"] for r in records} == {"users"}
+    assert "data/test.parquet" not in records[0]["artefacts"]["files"]
+    assert not list(out.rglob(".users.parquet"))
+    page = (out / "audit" / "report.html").read_text()
+    assert "the lists are for a table of users" in page and "Chosen next" not in page
+    call("audit", "verify", *made)
+    call("audit", "replay", *made, "--all")
+    assert "3 of 3 records reproduced" in capsys.readouterr().out
+    call("audit", "erase", *made, "--user", "ann")
+    call("audit", "verify", *made)
+    assert "(1 erased)" in capsys.readouterr().out
+    # What the lists were made from is another, or the table is.
+    other = shutil.copytree(listed, tmp_path / "other")
+    manifest = other / "data" / "manifest.json"
+    value = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**value, "content_hash": "0" * 64}))
+    again = ("--run_dir", str(out), "--overwrite", "true")
+    error = refused(capsys, "audit", *again, "--source_run", str(other))
+    assert "were not made from" in error and "stage prepare is another" in error
+    (tmp_path / "users.csv").write_text("user_id,history\n")
+    assert "users.csv was changed" in refused(capsys, "audit", *again, "--source_run", str(listed))
+
+
+def test_shaped_lists_have_records_that_say_why_they_can_not_be_replayed(capsys, listed, tmp_path):
+    out = user_lists(listed, tmp_path, "--max_per_category", "1", "--category_depth", "0", rows=1)
+    made = ("--run_dir", str(out), "--source_run", str(listed))
+    call("audit", *made)
+    (record,) = read_opened(out / "audit")
+    assert record["filters"][1]["rule"] == "max_per_category=1, category_depth=0"
+    call("audit", "verify", *made)
+    error = refused(capsys, "audit", "replay", *made, "--record", "0")
+    assert "made under the rules ['shaping']" in error
+    error = refused(capsys, "audit", "--run_dir", str(listed), "--source_run", str(out))
+    assert "drop --source_run" in error
+
+
 def test_trace_of_the_first_explained_user(capsys, finished):
     call("trace", "--run_dir", str(finished))
     said = capsys.readouterr().out
