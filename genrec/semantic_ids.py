@@ -112,6 +112,16 @@ class SemanticIds:
             digest.update(self.reserved["codes"].to_numpy().astype("<i4").tobytes())
         return digest.hexdigest()
 
+    @property
+    def lineage_sha256(self) -> str:
+        """Hash of the map and of where it comes from: version, ancestors, quantizer.
+
+        A model accepts a map by its ancestors, so a slip of the pen there must show. Whoever
+        forges a map can compute this hash as well.
+        """
+        about = [self.sha256, self.version, list(self.ancestors), self.quantizer_sha256]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
     def descends_from(self, sha256: str) -> bool:
         """Whether this map is the one with that hash, or an extension of it."""
         return sha256 == self.sha256 or sha256 in self.ancestors
@@ -273,6 +283,7 @@ class SemanticIds:
             "reserved": 0 if self.reserved is None else len(self.reserved),
             "quantizer_sha256": self.quantizer_sha256,
             "sha256": self.sha256,
+            "lineage_sha256": self.lineage_sha256,
         }
         write_json(Path(folder) / MAP_FILE, about)
 
@@ -302,6 +313,12 @@ class SemanticIds:
                 f"{folder}/items.parquet doesn't match semantic_ids.json (hash {ids.sha256[:12]}, "
                 "recorded "
                 f"{about['sha256'][:12]}); restore both or rerun quantize"
+            )
+        # Maps of before this hash was kept have none.
+        if about.get("lineage_sha256", ids.lineage_sha256) != ids.lineage_sha256:
+            raise ValueError(
+                f"version, ancestors or quantizer_sha256 of {folder}/{MAP_FILE} were changed since "
+                "it was saved; restore it or rerun quantize"
             )
         return ids
 

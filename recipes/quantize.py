@@ -20,14 +20,15 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import polars as pl
+import yaml
 
-from genrec.artifacts import Stage, load_manifest, sha256_file, stage_folder, write_json
+from genrec.artifacts import Stage, load_manifest, require, sha256_file, stage_folder, write_json
 from genrec.columns import CATEGORIES, HISTORY, ITEM_ID, TARGET
 from genrec.config import check_choice, dataset_path, parse, run
 from genrec.data.splits import read_split
@@ -44,6 +45,15 @@ INDEXES = ("random", "sequential", "collaborative", "independent", "semantic", "
 COLLISIONS = ("minimal", "sinkhorn", "suffix", "item-token")
 METHODS = (*QUANTIZERS, *INDEXES, "import", "title")
 QUANTIZER_FILE = "quantizer.safetensors"
+# Settings that only some methods read; of all others a value would be overlooked.
+READ_BY = {
+    "codebook_sizes": QUANTIZERS, "collisions": QUANTIZERS,
+    "standardize": KMEANS, "pca_dim": KMEANS, "n_init": KMEANS, "max_fill": KMEANS,
+    "normalize_residuals": ("residual-kmeans",), "rotate": ("product",),
+    "preset": ("rqvae",), "epochs": ("rqvae",), "rqvae_options": ("rqvae",),
+    "branching": ("collaborative", "hybrid"), "leaf_size": ("collaborative", "hybrid"),
+    "index": ("import",), "index_offset": ("import",),
+}  # fmt: skip
 SAME_SPACE = 0.5  # share of old items whose vectors still give their first code, at least
 
 
@@ -66,6 +76,9 @@ class QuantizeArgs:
     # How items get distinct SIDs: minimal, sinkhorn, suffix (a level that numbers the items of a
     # SID), item-token (a level on which every item has a token of its own)
     collisions: str = "minimal"
+    # Room for later items where each needs a number of its own (item-token and all indexes but
+    # random), as a share of the items; beyond it a later catalogue needs a new map and model
+    spare: float = 0.1
     # k-means methods
     n_init: int = 1  # restarts per level
     max_fill: float | None = None  # balanced: cap on a code's items, in even shares; null: none
@@ -74,6 +87,8 @@ class QuantizeArgs:
     # rqvae
     preset: str = "default"  # default, tiger, lc-rec, letter, grid-rvq or mender
     epochs: int | None = None  # null: the preset's; published ones are thousands
+    # Further fields of RQVAESettings as name=value: gradient=ema, dead_code_reset=true, patience=5
+    rqvae_options: list[str] = field(default_factory=list)
     device: str | None = None
     # collaborative, hybrid: children of a cluster, and items of a cluster that is cut no further
     branching: int = 20
@@ -111,6 +126,19 @@ class QuantizeArgs:
             )
         if self.method == "rqvae":
             rqvae_settings(self)
+        if not self.extend:
+            self._check_read()
+
+    def _check_read(self) -> None:
+        """Refuse settings that the method would overlook."""
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, methods in READ_BY.items():
+            value = getattr(self, name)
+            if value and value != defaults[name] and self.method not in methods:
+                raise ValueError(
+                    f"{name} is no setting of method={self.method}, but of {', '.join(methods)}; "
+                    "leave it out"
+                )
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -122,10 +150,18 @@ def rqvae_settings(args: QuantizeArgs) -> Any:
     """The preset with what the settings say otherwise.
 
     A published preset keeps its levels and codes unless `codebook_sizes` gives others.
+
+    Raises:
+        ValueError: an option is no field of `RQVAESettings`, or out of range.
     """
     from genrec.quantizers.presets import preset
 
     changes: dict[str, Any] = {} if args.epochs is None else {"epochs": args.epochs}
+    for option in args.rqvae_options:
+        name, given, value = option.partition("=")
+        if not given:
+            raise ValueError(f"rqvae_options: {option!r} must read name=value, as patience=5")
+        changes[name] = yaml.safe_load(value)
     if args.preset == "default" or args.codebook_sizes:
         changes |= {"n_levels": len(args.sizes), "codebook_size": args.sizes}
     return preset(args.preset, **changes)
@@ -181,18 +217,23 @@ def index_codes(
         found = item_indexes.random_index(n_items, args.n_levels, args.codebook_size, seed)
     elif args.method == "sequential":
         found = item_indexes.sequential_index(
-            sequences, n_items, args.n_levels, args.codebook_size, seed
+            sequences,
+            n_items,
+            codebook_size=args.codebook_size,
+            n_levels=args.n_levels,
+            seed=seed,
+            spare=args.spare,
         )
     elif args.method == "independent":
-        found = item_indexes.independent_index(n_items)
+        found = item_indexes.independent_index(n_items, args.spare)
     elif args.method == "semantic":
-        found = item_indexes.semantic_index(category_paths(catalog), n_items)
+        found = item_indexes.semantic_index(category_paths(catalog), n_items, args.spare, seed=seed)
     else:
         found = item_indexes.collaborative_index(
-            sequences, n_items, args.branching, args.leaf_size, seed=seed
+            sequences, n_items, args.branching, args.leaf_size, seed=seed, spare=args.spare
         )
         if args.method == "hybrid":
-            found = item_indexes.hybrid_index(found)
+            found = item_indexes.hybrid_index(found, args.spare)
     return found.codes, found.codebook_sizes
 
 
@@ -242,14 +283,16 @@ def extended_map(
     from genrec.quantizers.loading import load_quantizer
 
     folder = stage_folder(old_run, "quantize")
-    manifest = load_manifest(old_run, "quantize")
-    if manifest is None:
-        raise ValueError(f"extend={old_run}: stage 'quantize' has not finished there")
-    old = SemanticIds.load(folder)
+    manifest, old = require(old_run, "quantize"), SemanticIds.load(folder)
     codes, known = old.known_codes(catalog[ITEM_ID])
     taken, n_new = old.taken_codes(), int((~known).sum())
     quantizer, method = None, manifest.metrics["method"]
     if (folder / QUANTIZER_FILE).exists():
+        if sha256_file(folder / QUANTIZER_FILE) != old.quantizer_sha256:
+            raise ValueError(
+                f"{folder / QUANTIZER_FILE} is not the quantizer that gave this map its codes; "
+                "restore it: with another one new items would get codes that don't fit"
+            )
         quantizer = load_quantizer(folder / QUANTIZER_FILE)
         if known.any():
             check_same_space(quantizer, vectors[known], codes[known], old_run)
@@ -300,13 +343,16 @@ def make_map(
 
     quantizer = None
     if args.method in QUANTIZERS:
-        quantizer = fit_quantizer(args, vectors, stage_folder(args.run_dir, "embed"))
+        sizes = rqvae_settings(args).codebook_sizes if args.method == "rqvae" else args.sizes
         appended = args.collisions in ("suffix", "item-token")
-        if not appended and (advice := check_capacity(len(catalog), quantizer.codebook_sizes)):
+        # Before the fit, which may take hours.
+        if not appended and (advice := check_capacity(len(catalog), sizes)):
             logger.warning(advice)
+        quantizer = fit_quantizer(args, vectors, stage_folder(args.run_dir, "embed"))
         codes, sizes, found = resolve_collisions(
-            quantizer, vectors, quantizer.encode(vectors), cast(Any, args.collisions)
-        )
+            quantizer, vectors, quantizer.encode(vectors), cast(Any, args.collisions), args.seed,
+            args.spare,
+        )  # fmt: skip
         report = asdict(found)
     elif args.method == "import":
         codes, sizes, report = imported_codes(args, index, catalog, vectors)

@@ -140,6 +140,22 @@ def test_a_tampered_map_is_refused(tmp_path: Path, tiny, change: str):
         SemanticIds.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change", [{"ancestors": ["0" * 64]}, {"version": 7}, {"quantizer_sha256": "0" * 64}]
+)
+def test_a_tampered_lineage_is_refused(tmp_path: Path, tiny, change: dict):
+    """Models accept a map by its ancestors, so a stranger's hash there must not pass."""
+    tiny.sids(10).save(tmp_path)
+    about = tmp_path / "semantic_ids.json"
+    value = json.loads(about.read_text())
+    about.write_text(json.dumps(value | change))
+    with pytest.raises(ValueError, match="version, ancestors or quantizer_sha256 of"):
+        SemanticIds.load(tmp_path)
+    value.pop("lineage_sha256")  # of before it was kept
+    about.write_text(json.dumps(value))
+    assert SemanticIds.load(tmp_path).sha256 == value["sha256"]
+
+
 def test_shuffled_rows_are_the_same_map(tmp_path: Path, tiny):
     ids = tiny.sids(10)
     ids.save(tmp_path)

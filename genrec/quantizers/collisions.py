@@ -82,6 +82,8 @@ def resolve_collisions(
     vectors: npt.NDArray[np.floating],
     codes: npt.NDArray[np.integer],
     method: Method = "minimal",
+    seed: int = 0,
+    spare: float = 0.1,
 ) -> tuple[CodeArray, tuple[int, ...], CollisionReport]:
     """Codes in which no two items are alike.
 
@@ -90,6 +92,9 @@ def resolve_collisions(
         vectors: its input, (n_items, dim); may be a memory map.
         codes: (n_items, n_levels).
         method: see the module.
+        seed: of the order in which "suffix" numbers items: that of the rows would often tell who
+            was bought after whom.
+        spare: of "item-token": tokens kept for later items, as a share of the items.
 
     Returns:
         The new codes (n_items, n_levels; one level more for "suffix" and "item-token"), their
@@ -107,11 +112,13 @@ def resolve_collisions(
         raise ValueError(f"{len(codes)} rows of codes for {len(vectors)} vectors")
     old = np.ascontiguousarray(codes, dtype=np.int32)
     if method == "suffix":
-        new = np.column_stack([old, _rank_in_group(row_ids(old)).astype(np.int32)])
+        shuffled, suffix = np.random.default_rng(seed).permutation(len(old)), np.empty(len(old))
+        suffix[shuffled] = _rank_in_group(row_ids(old)[shuffled])
+        new = np.column_stack([old, suffix.astype(np.int32)])
         # Twice the room that is needed today, for the items of tomorrow.
         new_sizes = (*sizes, 2 * (int(new[:, -1].max()) + 1))
     elif method == "item-token":
-        tokens = independent_index(len(old))
+        tokens = independent_index(len(old), spare)
         new = np.column_stack([old, tokens.codes])
         new_sizes = (*sizes, *tokens.codebook_sizes)
     else:

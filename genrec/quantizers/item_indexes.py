@@ -144,7 +144,7 @@ def collaborative_index(
         leaf_size: items that the last level numbers. The recursion stops at `max_levels`, and
             the last codebook is then as large as the largest leaf.
         max_levels: tokens of a SID at most, two at least; fewer where the leaves are reached early.
-        seed: of the clustering and of the numbers of unlinked items.
+        seed: of the clustering and of the numbers inside the leaves.
         spare: room kept for later items in the branch 0, as a share of the items.
 
     Raises:
@@ -166,7 +166,7 @@ def collaborative_index(
         )
     paths = _spectral_paths(graph, np.flatnonzero(linked), branching, leaf_size, max_levels, seed)
     paths = paths[:, : int(np.flatnonzero(paths.any(axis=0))[-1]) + 1]
-    numbers = _numbers_in_groups(paths)
+    numbers = _numbers_in_groups(paths, seed)
     largest = int(numbers[linked].max()) + 1
     if largest > leaf_size:
         logger.warning(
@@ -183,7 +183,11 @@ def collaborative_index(
 
 
 def semantic_index(
-    categories: Paths, n_items: int, spare: float = 0.1, max_depth: int | None = None
+    categories: Paths,
+    n_items: int,
+    spare: float = 0.1,
+    max_depth: int | None = None,
+    seed: int = 0,
 ) -> ItemCodes:
     """One token per step of an item's category path, and one that numbers it there.
 
@@ -198,6 +202,7 @@ def semantic_index(
         spare: numbers kept in the largest category for later items, as a share of its items; every
             smaller category has that many and more.
         max_depth: steps of a path that count; default: all of the longest.
+        seed: of the numbers inside the categories.
 
     Raises:
         ValueError: no item has a category, or there isn't one path per item.
@@ -218,7 +223,7 @@ def semantic_index(
         code_of = {name: code for code, name in enumerate(names, start=1)}
         prefix[:, level] = [code_of[p[level]] if len(p) > level else 0 for p in paths]
         sizes.append(len(names) + 1)
-    numbers = _numbers_in_groups(prefix)
+    numbers = _numbers_in_groups(prefix, seed)
     sizes.append(with_spare(int(numbers.max()) + 1, spare))
     return ItemCodes(np.column_stack([prefix, numbers]).astype(np.int32), tuple(sizes))
 
@@ -383,11 +388,16 @@ def _numbers(codes: CodeArray, sizes: tuple[int, ...]) -> IntArray:
     return numbers
 
 
-def _numbers_in_groups(prefix: CodeArray) -> IntArray:
-    """0, 1, … inside each distinct prefix, in the order of the rows."""
+def _numbers_in_groups(prefix: CodeArray, seed: int) -> IntArray:
+    """0, 1, … inside each distinct prefix, in a seeded random order.
+
+    Not in the order of the rows: catalogues are often numbered by an item's first interaction, held
+    out ones among them, and neighbouring codes would tell the model who was bought after whom.
+    """
     _, group = np.unique(prefix, axis=0, return_inverse=True)
     group = group.ravel()
-    order = np.argsort(group, kind="stable")
+    shuffled = np.random.default_rng(seed).permutation(len(group))
+    order = shuffled[np.argsort(group[shuffled], kind="stable")]
     counts = np.bincount(group)
     numbers = np.empty(len(group), dtype=np.int64)
     numbers[order] = np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -141,6 +141,7 @@ def _scale(latents: FloatArray, kind: Kind) -> FloatArray:
     if kind == "none":
         return np.ones(dim, dtype=np.float32)
     deviation = latents.std(axis=0)
-    # What is constant but for rounding would be blown up to noise of unit size.
-    constant = deviation <= 1e-6 * max(float(deviation.max(initial=0.0)), 1e-12)
+    # What is constant but for rounding would be blown up to noise of unit size. Rounding of float32
+    # vectors leaves some 1e-6 of the largest deviation along axes that hold nothing.
+    constant = deviation <= 1e-4 * max(float(deviation.max(initial=0.0)), 1e-12)
     return np.where(constant, 1.0, deviation).astype(np.float32)

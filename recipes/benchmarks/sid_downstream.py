@@ -11,7 +11,8 @@ over users and seeds, differences are paired by user.
 
 `--run_dir` is a prepared run with text vectors (prepare and embed done). `letter` is LETTER's
 published index (`--letter_index`, an index.json; left out if not given). What is finished in
-`--work_dir` is not run again. The last line is one JSON object.
+`--work_dir` is not run again, and a folder of other settings is refused. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from genrec.artifacts import stage_folder, write_json, write_parquet
+from genrec.artifacts import (
+    read_json,
+    require,
+    sha256_file,
+    stage_folder,
+    write_json,
+    write_parquet,
+)
 from genrec.columns import RANK
 from genrec.evaluation.rank_tables import compare_ranks, target_ranks
 from genrec.metrics import gains, hits
@@ -41,6 +49,7 @@ INDEXES: dict[str, tuple[str, list[str]]] = {
     "letter": ("fused", ["--method", "import", "--index_offset", "1"]),
     "residual-kmeans text": ("text", []),
     "residual-kmeans": ("fused", []),
+    "residual-kmeans normalised": ("fused", ["--normalize_residuals", "true"]),
     "residual-kmeans whitened": ("fused", WHITE),
     "residual-kmeans whitened 4 levels": ("fused", [*WHITE, "--n_levels", "4"]),
     "hierarchical-kmeans balanced": (
@@ -73,8 +82,8 @@ def prepared(args: argparse.Namespace, vectors: str, folder: Path) -> Path:
     """A run folder with the tables of `--run_dir` and text or fused vectors."""
     run = folder / vectors
     if not (run / "embeddings" / "manifest.json").exists():
-        run.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(stage_folder(args.run_dir, "prepare"), stage_folder(run, "prepare"))
+        source = stage_folder(args.run_dir, "prepare")
+        shutil.copytree(source, stage_folder(run, "prepare"), dirs_exist_ok=True)
         npy = stage_folder(args.run_dir, "embed") / "item_embeddings.npy"
         more = FUSED if vectors == "fused" else []
         genrec("embed", "--run_dir", str(run), "--method", "npy", "--vectors", str(npy), *more)
@@ -144,6 +153,23 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_settings(args: argparse.Namespace) -> None:
+    """Refuse a work folder whose finished parts were made with other settings than these."""
+    source = require(args.run_dir, "prepare").content_hash, require(args.run_dir, "embed")
+    letter = None if args.letter_index is None else sha256_file(args.letter_index)
+    now = {
+        "epochs": args.epochs, "rows": args.rows, "data": source[0],
+        "vectors": source[1].content_hash, "letter_index": letter,
+    }  # fmt: skip
+    path = args.work_dir / "settings.json"
+    then = read_json(path) if path.exists() else now
+    if other := [name for name in now if now[name] != then.get(name)]:
+        raise SystemExit(
+            f"{args.work_dir} holds results of other {', '.join(other)}; name another --work_dir"
+        )
+    write_json(path, now)
+
+
 def main() -> None:
     """Run what is missing, then summarise."""
     args = arguments()
@@ -160,6 +186,7 @@ def main() -> None:
         raise SystemExit("--run_dir is needed: a run with prepare and embed done (or --quick)")
     if args.letter_index is None:
         args.indexes = [name for name in args.indexes if name != "letter"]
+    check_settings(args)
     found: dict[str, list[np.ndarray]] = {name: [] for name in args.indexes}
     for seed in range(args.seeds):  # every index once before any twice
         for name in args.indexes:

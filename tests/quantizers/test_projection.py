@@ -149,3 +149,12 @@ def test_a_bad_row_is_named_even_if_it_is_not_in_the_sample(
     for seed in range(5):
         with pytest.raises(ValueError, match="1 vectors hold NaN or inf, the first is row 77"):
             sample_rows(bad, 3, seed)
+
+
+def test_whitening_blows_up_no_direction_that_holds_rounding_alone():
+    """Of rank 60 in 100 float32 dimensions: 40 principal axes hold nothing but rounding."""
+    rng = np.random.default_rng(0)
+    low_rank = (rng.normal(size=(5000, 60)) @ rng.normal(size=(60, 100))).astype(np.float32)
+    deviation = Projection.fit(low_rank, "whiten").apply(low_rank).std(axis=0)
+    assert np.allclose(deviation[:60], 1, atol=1e-3)
+    assert deviation[60:].max() < 1e-3

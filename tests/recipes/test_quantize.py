@@ -75,7 +75,14 @@ def test_every_method_gives_a_complete_map(quantize, shop: Path, method: str, fl
     assert 0 <= report["vector_neighbours"] <= 1 and 0 <= report["copurchase_neighbours"] <= 1
     assert report["neighbours"]["held_out"]["pairs"] > 0
     page = (folder / "report.html").read_text()
-    assert "<script" not in page and ids.n_levels > 0
+    assert "<script" not in page
+    shapes = {  # what the flags say, and for the others what the shop gives
+        "collaborative": lambda s: s[:-1] == (5,) * (len(s) - 1) and s[-1] >= 16,
+        "independent": lambda s: s == (99,),  # 90 items and a tenth to spare
+        "semantic": lambda s: len(s) >= 2 and s[0] < 90,
+        "hybrid": lambda s: s[:-1] == (5,) * (len(s) - 1) and s[-1] == 99,
+    }
+    assert shapes.get(method, lambda s: s == (8, 8, 8))(ids.codebook_sizes), ids.codebook_sizes
     quantizer = folder / "quantizer.safetensors"
     assert quantizer.exists() == (method in ("residual-kmeans", "hierarchical-kmeans", "product",
         "rqvae"))  # fmt: skip
@@ -86,6 +93,50 @@ def test_every_method_gives_a_complete_map(quantize, shop: Path, method: str, fl
         )
         kept = (codes == ids.codes).all(axis=1)
         assert kept.sum() == 90 - report["collisions"]["moved"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "rqvae", "--max_fill", "1.5"], "max_fill is no setting of method=rqvae"),
+        (["--method", "random", "--collisions", "suffix"], "collisions is no setting of method="),
+        (["--preset", "tiger"], "preset is no setting of method=residual-kmeans, but of rqvae"),
+        (["--method", "rqvae", "--rqvae_options", "patience"], "must read name=value"),
+        (["--method", "rqvae", "--rqvae_options", "speed=3"], "speed: no such setting"),
+    ],
+)
+def test_what_a_method_would_overlook_is_refused(quantize, shop: Path, flags, message: str):
+    assert message in quantize(shop, *flags, fails=True)
+
+
+def test_options_of_an_rqvae_reach_it(quantize, shop: Path):
+    options = ["--rqvae_options", "gradient=ema", "dead_code_reset=true", "latent_dim=4"]
+    quantize(shop, "--method", "rqvae", *SMALL, "--epochs", "2", *options)
+    found = load_quantizer(shop / "semantic_ids" / "quantizer.safetensors").settings
+    assert (found.gradient, found.dead_code_reset, found.latent_dim) == ("ema", True, 4)
+
+
+def test_room_for_later_items_is_a_setting(quantize, shop: Path):
+    flags = ["--n_levels", "1", "--codebook_size", "8", "--collisions", "item-token", *MAP]
+    quantize(shop, *flags, "--spare", "1")
+    assert SemanticIds.load(shop / "semantic_ids").codebook_sizes == (8, 180)
+
+
+def test_another_quantizer_places_no_new_items(
+    quantize, embedded: Path, shop: Path, tmp_path: Path
+):
+    quantize(shop, *SMALL)
+    later = shutil.copytree(embedded, tmp_path / "later")
+    path = shop / "semantic_ids" / "quantizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + bytes(4))
+    said = quantize(later, "--extend", str(shop), fails=True)
+    assert "is not the quantizer that gave this map its codes" in said
+
+
+def test_too_many_items_are_found_before_the_fit(quantize, shop: Path, monkeypatch):
+    monkeypatch.setattr("genrec.quantizers.residual_kmeans.ResidualKMeans.fit", None)
+    said = quantize(shop, "--n_levels", "2", "--codebook_size", "4", fails=True)
+    assert "90 items exceed the 16 SIDs of 4 x 4 codes" in said
 
 
 def test_a_preset_keeps_its_own_shape(quantize, shop: Path):
