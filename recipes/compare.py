@@ -53,7 +53,7 @@ logger = logging.getLogger("genrec.compare")
 # What the evaluations say of data and rules, the same in all that may be compared.
 HELD_EQUAL = (
     "dataset", "split", "split_sha256", "protocol", "tie_rule", "rating_rule", "rows", "users",
-    "items", "filter_seen", "fit_on", "ks", "targets_seen_before",
+    "items", "filter_seen", "ks", "targets_seen_before",
 )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def main() -> None:
         raise ValueError(f"--output_dir {output} is not an empty folder; name a new one")
     runs = [load_evaluated(name, folder) for name, folder in args.named()]
     check_comparable(runs)
-    ranks = gather_ranks(runs)
+    ranks, notes = gather_ranks(runs)
     reference = args.reference or runs[0].system
     first = runs[0].metrics
     groups = runs[0].rows[USER_ID].rank("dense").to_numpy().astype(np.int64) - 1
@@ -137,15 +137,19 @@ def main() -> None:
     )
 
     settings = differing_settings(runs)
-    notes = notes_on_seeds(runs, settings)
+    notes += notes_on_seeds(runs, settings)
     for note in notes:
         logger.warning("%s", note)
     k = max(first["ks"])
     depth = min(one.metrics.get("depth", k) for one in runs)
     results = {
         **{key: first[key] for key in HELD_EQUAL if key in first},
+        "fit_on": " / ".join(sorted({str(run.metrics.get("fit_on")) for run in runs})),
         "baselines": {
-            n: how for run in reversed(runs) for n, how in run.metrics["baselines"].items()
+            name: how
+            for run in reversed(runs)
+            for name, how in run.metrics["baselines"].items()
+            if name in ranks
         },
         "depth": depth,
         "interval": "95% percentile bootstrap over users and, where there are several, seeds",

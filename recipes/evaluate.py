@@ -285,13 +285,14 @@ def main() -> None:
         "permutations": args.permutations,
         "seed": args.seed,
         "inputs": inputs,
+        "data_run": str(args.run_dir),  # which notes the reads of its test split
         "baselines": settings,
         "not_run": not_run,
         "gaps": gaps(slicings, comparison.ranks, groups, k, samples=args.samples, seed=args.seed),
     }
     slices = score_slices(slicings, comparison.ranks, groups, k, args.samples, args.seed)
     write_results(folder, results, comparison, slices, lists, rows, catalog)
-    page = render_run_page(folder, Path(args.run_dir) if stage else None)
+    page = render_run_page(folder, Path(args.run_dir) if stage else None, Path(args.run_dir))
     write_text(folder / "report.html", page)
     if stage is not None:
         flat = {metric: value.value for metric, value in comparison.metrics[args.system].items()}
@@ -342,6 +343,7 @@ def counts(rows: pl.DataFrame, found: Sequence[RecommendedLists]) -> dict[str, i
         "rows_without_list": sum(one.rows_without_list for one in found),
         "unknown_items": sum(one.unknown_items for one in found),
         "ignored_lists": sum(one.ignored_lists for one in found),
+        "tied_lists": sum(one.tied_lists for one in found),
     }
 
 
@@ -371,11 +373,12 @@ def show(args: EvaluateArgs, comparison: Comparison, results: dict[str, Any]) ->
         "rows_without_list": "rows without a list: misses",
         "unknown_items": "recommended items that are not in the catalogue: misses",
         "ignored_lists": "lists of rows or users that are not evaluated: ignored",
+        "tied_lists": "lists hold equal scores: those items stand in a seeded random order",
     }
     if args.filter_seen:
         counted["targets_seen_before"] = "targets were seen before: a miss for every system"
     notes += [f"{results[key]:,} {text}" for key, text in counted.items() if results[key]]
-    console.print("\n".join(notes))
+    console.print("\n".join(notes), markup=False)
 
 
 if __name__ == "__main__":

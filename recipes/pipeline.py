@@ -207,9 +207,9 @@ def show(run_dir: Path, console: Console) -> None:
     report = stage_folder(run_dir, "audit") / "report.html"
     page = stage_folder(run_dir, "evaluate") / "report.html"
     if manifests["evaluate"] and page.exists():
-        console.print(f"\nEvaluation page: [bold]{page}[/bold]", highlight=False)
+        console.print(Text(f"\nEvaluation page: {page}", style="bold"))
     if manifests["audit"] and report.exists():
-        console.print(f"Report page: [bold]{report}[/bold]", highlight=False)
+        console.print(Text(f"Report page: {report}", style="bold"))
 
 
 def show_list(run_dir: Path, split: str, console: Console) -> None:
@@ -227,10 +227,11 @@ def show_list(run_dir: Path, split: str, console: Console) -> None:
     row = read_split(run_dir, split, "pipeline").filter(pl.col(ROW_ID) == row_id)
     history = row[HISTORY].item().to_list()
     had = row[TARGET_POSITION].item()
-    console.print(f"\n[bold]User {user_id}[/bold] had {had} items, the last ones:")
+    console.print()
+    console.print(Text(f"User {user_id} had {had} items, the last ones:", style="bold"))
     for item in history[-5:]:
         console.print(Text(f"  · {catalog[TITLE][item]}"))
-    table = Table(title=f"recommended to {user_id}", title_justify="left", box=None)
+    table = Table(title=Text(f"recommended to {user_id}"), title_justify="left", box=None)
     for name in ("#", "item", "score", "why"):
         table.add_column(name, justify="right" if name in ("#", "score") else "left")
     for item_id, rank, score in user.select(ITEM_ID, RANK, SCORE).iter_rows():
@@ -255,7 +256,7 @@ def show_metrics(run_dir: Path, console: Console) -> None:
     columns = [c for c in next(iter(systems.values())) if c.startswith(("HR@", "NDCG@"))]
     rule = "seen items left out" if results["filter_seen"] else "seen items allowed"
     title = f"{results['dataset']}, {results['split']}: {results['rows']:,} rows, {rule}"
-    table = Table(title=title, title_justify="left", box=None)
+    table = Table(title=Text(title), title_justify="left", box=None)
     table.add_column("system", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)

@@ -340,7 +340,7 @@ def comparison_table(comparison: Comparison, columns: Sequence[str], title: str)
         columns: metrics to show, for example ``["HR@10", "NDCG@10"]``.
         title: printed above the table.
     """
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("system", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)

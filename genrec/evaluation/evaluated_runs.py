@@ -133,32 +133,49 @@ def check_comparable(runs: Sequence[Evaluated]) -> None:
             raise ValueError(f"{run.folder} is named twice; each run counts once")
 
 
-def gather_ranks(runs: Sequence[Evaluated]) -> dict[str, Ranks]:
+def gather_ranks(runs: Sequence[Evaluated]) -> tuple[dict[str, Ranks], list[str]]:
     """Ranks per system: seeds under their name, baselines once.
 
+    A baseline whose lists are not the same in all runs that have it is no common ground, and is
+    left out: content-kNN reads each run's own vectors, others may have been fitted to other rows.
+    Of one that was trained with more seeds in one run than in another the common ones count.
+
+    Returns:
+        Ranks, and what the reader has to know of the baselines.
+
     Raises:
-        ValueError: a baseline differs between two runs, or a run is named like a baseline.
+        ValueError: a run is named like a baseline.
     """
     depth = min(int(run.metrics["depth"]) for run in runs)
     runs = [run.up_to(depth) for run in runs]
     ranks: dict[str, Ranks] = {}
     for run in runs:
         ranks[run.system] = [*ranks.get(run.system, []), *run.own]
-    owner: dict[str, Evaluated] = {}
-    for run in runs:
-        for name, found in run.baselines.items():
-            if name in ranks and name not in owner:
-                raise ValueError(
-                    f"--systems {name}=…: {name!r} is a baseline in {run.folder}; choose another"
-                )
-            if name in owner and not _same(ranks[name], found):
-                raise ValueError(
-                    f"baseline {name} differs between {owner[name].folder} and {run.folder}; "
-                    "evaluate both with the same baseline settings"
-                )
-            owner.setdefault(name, run)
-            ranks[name] = found
-    return ranks
+    notes = []
+    for name in dict.fromkeys(name for run in runs for name in run.baselines):
+        having = [run for run in runs if name in run.baselines]
+        if name in ranks:
+            raise ValueError(
+                f"--systems {name}=…: {name!r} is a baseline in {having[0].folder}; choose another"
+            )
+        found = [run.baselines[name] for run in having]
+        seeds = min(map(len, found))
+        other = [
+            r for r, f in zip(having, found, strict=True) if not _same(found[0][:seeds], f[:seeds])
+        ]
+        if other:
+            notes.append(
+                f"{name} is left out: its lists in {having[0].folder} and {other[0].folder} are "
+                "not the same, so it was made from other vectors, rows or settings"
+            )
+            continue
+        if seeds < max(map(len, found)):
+            notes.append(f"{name} counts with the {seeds} training seeds that all runs have")
+        ranks[name] = found[0][:seeds]
+    rules = {str(run.metrics.get("fit_on")) for run in runs if run.baselines}
+    if len(rules) > 1:
+        notes.append(f"baselines were fitted to different parts: {', '.join(sorted(rules))}")
+    return ranks, notes
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:
@@ -204,6 +221,11 @@ def notes_on_seeds(runs: Sequence[Evaluated], settings: Sequence[Mapping[str, An
         pairs = itertools.combinations(own, 2)
         if any(_same(runs[i].own, runs[j].own) for i, j in pairs):
             notes.append(f"two runs of {name} have the same lists: one may be a copy of the other")
+    if any(s["name"].startswith("embed: ") for s in settings):
+        notes.append(
+            "the runs have other item vectors: diversity is measured in each run's own, and "
+            "doesn't compare between them"
+        )
     return notes
 
 
@@ -216,7 +238,8 @@ def all_scores(runs: Sequence[Evaluated], done: Comparison) -> dict[str, dict[st
     for run in runs:
         found.setdefault(run.system, []).append(run.metrics["systems"][run.metrics["reference"]])
         for name in run.baselines:
-            found.setdefault(name, [run.metrics["systems"][name]])
+            if name in done.metrics:  # else its lists differ between the runs
+                found.setdefault(name, [run.metrics["systems"][name]])
     systems = {}
     for name, scores in found.items():
         systems[name] = {metric: asdict(v) for metric, v in done.metrics[name].items()}
@@ -252,9 +275,13 @@ def mean_over_seeds(
 
 
 def noted_reads(run: Evaluated) -> int | None:
-    """How often the run noted a read of this test split; None if it keeps no such notes."""
-    path = run.folder / "test_reads.jsonl"
-    if not path.is_file():
+    """How often a read of this test split was noted; None where no notes are found.
+
+    They lie in the run, or for somebody else's lists in the run whose split these answer.
+    """
+    folders = [run.folder, *([Path(d)] if (d := run.metrics.get("data_run")) else [])]
+    notes = (folder / "test_reads.jsonl" for folder in folders)
+    if (path := next((p for p in notes if p.is_file()), None)) is None:
         return None
     text = path.read_text(encoding="utf-8", errors="replace")
     return sum(run.metrics["split_sha256"] in line for line in text.splitlines())

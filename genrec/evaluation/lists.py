@@ -17,7 +17,7 @@ import polars as pl
 
 from genrec.artifacts import read_json
 from genrec.columns import ITEM_ID, ITEM_INDEX, RANK, RELEVANT, ROW_ID, SCORE, TARGET, USER_ID
-from genrec.item_lists import ItemLists
+from genrec.item_lists import ItemLists, contains
 from genrec.metrics import EMPTY
 
 logger = logging.getLogger(__name__)
@@ -32,12 +32,14 @@ class RecommendedLists:
         unknown_items: places among the first k whose item the catalogue does not know.
         rows_without_list: split rows for which the table has no list.
         ignored_lists: lists of users or rows that are not evaluated.
+        tied_lists: evaluated lists in which scores are equal, so that a rule decides.
     """
 
     items: npt.NDArray[np.int64]
     unknown_items: int
     rows_without_list: int
     ignored_lists: int
+    tied_lists: int = 0
 
 
 def read_recommendations(path: Path | str) -> pl.DataFrame:
@@ -102,7 +104,8 @@ def align(
 
     Args:
         table: one row per recommended item: `row_id` or `user_id`, `item_id`, and `rank` (1 is
-            best) or `score` (highest is best, ties in the order of the table).
+            best) or `score` (highest is best, ties in a seeded random order of the items: that of
+            the table may put the targets first, as files of candidates do).
         rows: split rows to evaluate, with `row_id` and `user_id`.
         catalog: catalogue with `item_id` and `item_index`.
         k: list length; items behind it are dropped.
@@ -139,11 +142,13 @@ def align(
         unknown_items=known["_index"].null_count(),
         rows_without_list=rows.height - evaluated,
         ignored_lists=lists[key].n_unique() - evaluated,
+        tied_lists=known.filter(pl.col("_tied"))["_row"].n_unique(),
     )
     for count, what in (
         (found.unknown_items, "recommended items are not in the catalogue: counted as misses"),
         (found.rows_without_list, "rows have no list: counted as misses"),
         (found.ignored_lists, "lists belong to rows or users that are not evaluated: ignored"),
+        (found.tied_lists, "lists hold equal scores: those items stand in a random order"),
     ):
         if count:
             logger.warning("%d %s", count, what)
@@ -194,16 +199,25 @@ def _cast(table: pl.DataFrame, name: str, dtype: pl.DataType) -> pl.DataFrame:
 
 
 def _ranked(table: pl.DataFrame, key: str, order: str) -> pl.DataFrame:
-    """Add `_place`, 0 for the best item of a list."""
+    """Add `_place`, 0 for the best item of a list, and `_tied`, whether another has its score."""
     if (twice := table.select(pl.struct(key, ITEM_ID).is_duplicated()).to_series()).any():
         example = table.filter(twice).row(0, named=True)
         raise ValueError(
             f"{key} {example[key]!r} is recommended item {example[ITEM_ID]!r} more than once; "
             "items of a list must be distinct"
         )
-    table = table.sort(
-        order, descending=order == SCORE, maintain_order=True, nulls_last=True
-    ).with_columns((pl.int_range(pl.len()).over(key)).alias("_place"))
+    items = table[ITEM_ID].unique().sort()
+    lot = np.random.default_rng(0).permutation(len(items))
+    drawn = pl.DataFrame([items, pl.Series("_lot", lot)])
+    table = (
+        table.join(drawn, on=ITEM_ID, how="left", maintain_order="left")
+        .sort([order, "_lot"], descending=[order == SCORE, False])
+        .with_columns(
+            pl.int_range(pl.len()).over(key).alias("_place"),
+            (pl.len().over(key, order) > 1).alias("_tied"),
+        )
+        .drop("_lot")
+    )
     if order == RANK and (wrong := table.filter(pl.col(RANK) != pl.col("_place") + 1)).height:
         example = wrong.row(0, named=True)
         raise ValueError(
@@ -247,7 +261,7 @@ def check_unseen(items: npt.NDArray[np.int64], seen: ItemLists, n_items: int) ->
         n_items: size of the catalogue.
     """
     keys = np.arange(len(items))[:, None] * n_items + items
-    again = np.isin(keys, seen.keys(n_items)) & (items != EMPTY)
+    again = contains(seen.keys(n_items), keys) & (items != EMPTY)
     if again.any():
         raise ValueError(
             f"{int(again.any(axis=1).sum())} of {len(items)} lists hold items the user has seen "

@@ -44,7 +44,7 @@ from genrec.page import display_text, environment
 MAX_BARS = 24  # slices drawn per family
 
 
-def render_run_page(folder: Path, run_dir: Path | None = None) -> str:
+def render_run_page(folder: Path, run_dir: Path | None = None, data_run: Path | None = None) -> str:
     """The page of one evaluation.
 
     Args:
@@ -52,13 +52,15 @@ def render_run_page(folder: Path, run_dir: Path | None = None) -> str:
             ``curves.parquet`` and ``examples.json``.
         run_dir: the run, for the training curves, the test split's reads and the doctor's checks;
             None leaves these out.
+        data_run: the run whose split somebody else's lists answer, for the reads; default
+            `run_dir`.
 
     Raises:
         ValueError: ``metrics.json`` is missing or damaged.
     """
     if not (folder / "metrics.json").is_file():
         raise ValueError(f"{folder} holds no metrics.json; run: genrec evaluate")
-    metrics = read_json(folder / "metrics.json")
+    metrics, data_run = read_json(folder / "metrics.json"), data_run or run_dir
     reference, systems = metrics["reference"], metrics["systems"]
     primary = f"NDCG@{max(metrics['ks'])}"
     ranked = by_value(systems, primary)
@@ -82,8 +84,8 @@ def render_run_page(folder: Path, run_dir: Path | None = None) -> str:
         examples=example_cards(folder / "examples.json", reference),
         facts=protocol_facts(metrics),
         baselines=baseline_settings(metrics["baselines"], metrics.get("not_run", {})),
-        reads=split_reads(run_dir / "test_reads.jsonl", metrics["split_sha256"])
-        if run_dir
+        reads=split_reads(data_run / "test_reads.jsonl", metrics["split_sha256"])
+        if data_run
         else None,
         checks=doctor_checks(run_dir / "doctor.json") if run_dir else [],
     )

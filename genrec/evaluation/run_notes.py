@@ -28,6 +28,7 @@ _COUNTED = {
     "rows_without_list": ("Missing lists", "rows had no list: misses"),
     "unknown_items": ("Unknown items", "recommended items are not in the catalogue: misses"),
     "ignored_lists": ("Ignored lists", "lists belong to rows or users that are not evaluated"),
+    "tied_lists": ("Equal scores", "lists hold equal scores, whose items stand in a random order"),
 }
 _STATUS = {"ok": ("✓", "ok"), "look": ("!", "look"), "bad": ("✗", "bad")}
 

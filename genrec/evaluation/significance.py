@@ -5,8 +5,9 @@ interval is cut from the draws. The same draws serve all columns, so that the di
 columns is paired: what makes a user hard is hard for both systems and cancels.
 
 Rows with equal values are interchangeable, so both methods work on the distinct rows and how often
-each occurs (multinomial and binomial draws instead of one per row). With hit ranks there are few of
-them: a million users take no longer than a thousand.
+each occurs. Where they are few, as with hit ranks of one or two systems, the draws are multinomial
+and binomial, and a million users take no longer than a thousand; a table of many systems or of
+averages over seeds has few equal rows, and takes a draw per user.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import polars as pl
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.integer]
 
+_FEW = 8  # equal rows per distinct one from which on multinomial draws are the faster ones
 _BLOCK_CELLS = 1 << 23  # cells of one block of draws: 64 MiB
 
 
@@ -114,16 +116,17 @@ def bootstrap_means(
     distinct, count = _distinct(np.column_stack([sums, sizes]))
     sums, sizes = distinct[:, :-1], distinct[:, -1]
     n_units = int(count.sum())
+    owner = np.repeat(np.arange(len(count), dtype=np.int32), count)  # distinct row of each unit
     rng = np.random.default_rng(seed)
     per_block = max(1, _BLOCK_CELLS // len(count))
     means = np.empty((samples, values.shape[1]))
     for start in range(0, samples, per_block):
         size = min(per_block, samples - start)
-        if len(count) == n_units:  # nothing repeats: drawing rows is faster than a multinomial
-            drawn = np.empty((size, n_units))
+        if _FEW * len(count) > n_units:  # drawing rows is faster than a multinomial over them
+            drawn = np.empty((size, len(count)))
             for i in range(size):
                 units = rng.integers(0, n_units, n_units, dtype=np.int32)
-                drawn[i] = np.bincount(units, minlength=n_units)
+                drawn[i] = np.bincount(owner[units], minlength=len(count))
         else:
             drawn = rng.multinomial(n_units, count / n_units, size=size).astype(np.float64)
         means[start : start + size] = (drawn @ sums) / (drawn @ sizes)[:, None]

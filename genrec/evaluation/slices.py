@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from genrec.columns import SEEN, TARGET, TARGET_TIME, TRAIN_COUNT, USER_ID
+from genrec.columns import RELEVANT, SEEN, TARGET, TARGET_TIME, TRAIN_COUNT, USER_ID
 from genrec.evaluation.significance import bootstrap_means, interval
 from genrec.metrics import RelevantRanks, gains, hits
 
@@ -29,7 +29,7 @@ class Slicing:
 
     Attributes:
         family: what the rows are cut by.
-        labels: names of the slices, in order.
+        labels: names of the slices, in order, no two alike.
         codes: slice of each row, -1 for none. ``# (n_rows,)``
         user_attribute: whether the slices are groups of people, between whom gaps matter.
     """
@@ -45,19 +45,25 @@ def make_slices(
 ) -> list[Slicing]:
     """All slicings that the data allow; those with a single slice are left out.
 
+    By popularity only rows with one target are cut.
+
     Args:
         rows: split rows.
         catalog: with the training count of each item, in the order of `item_index`.
         users: attributes per user, or None.
     """
     count = catalog[TRAIN_COUNT].to_numpy()
-    found = [
-        _by_popularity(rows[TARGET].to_numpy(), count),
+    found = []
+    # A row with several relevant items has no one popularity: a hit on a popular one would count
+    # for the slice of the rare one that happens to stand first.
+    if RELEVANT not in rows.columns:
+        found.append(_by_popularity(rows[TARGET].to_numpy(), count))
+    found += [
         _by_quantile("history length", rows[SEEN].list.len().to_numpy().astype(np.int64)),
     ]
     if not rows[TARGET_TIME].null_count():
         time = rows[TARGET_TIME].to_numpy()
-        found.append(_by_quantile("time of the target", time, _date))
+        found.append(_by_quantile("time of the target", time, _date, _moment))
     if users is not None:
         ours = rows.select(USER_ID).join(users, on=USER_ID, how="left", maintain_order="left")
         found += [_by_attribute(ours[c]) for c in ours.columns if c != USER_ID]
@@ -90,18 +96,35 @@ def _date(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")
 
 
-def _by_quantile(family: str, values: IntArray, name: Any = lambda v: f"{v:g}") -> Slicing:
-    """Slices of about equal size; equal values stay together."""
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _short(value: float) -> str:
+    return f"{value:g}"
+
+
+def _by_quantile(
+    family: str,
+    values: IntArray,
+    name: Callable[[float], str] = _short,
+    exact: Callable[[float], str] = str,
+) -> Slicing:
+    """Slices of about equal size; equal values stay together.
+
+    Labels are written by `name`, or by `exact` where that would give two slices the same one, as
+    dates do for slices of one day.
+    """
     cuts = np.quantile(values, np.arange(1, _QUANTILES) / _QUANTILES, method="lower")
     codes = np.searchsorted(np.unique(cuts), values, side="left")
-    labels: list[str] = []
-    dense = np.full(len(values), -1, dtype=np.int64)
-    for code in np.unique(codes):
-        part = values[codes == code]
-        low, high = name(part.min()), name(part.max())
-        dense[codes == code] = len(labels)
-        labels.append(low if low == high else f"{low} – {high}")
-    return Slicing(family, labels, dense)
+    found, dense = np.unique(codes, return_inverse=True)
+    bounds = [(part.min(), part.max()) for part in (values[codes == code] for code in found)]
+    for write in (name, exact):
+        ends = [(write(low), write(high)) for low, high in bounds]
+        labels = [low if low == high else f"{low} – {high}" for low, high in ends]
+        if len(set(labels)) == len(labels):
+            break
+    return Slicing(family, labels, dense.astype(np.int64))
 
 
 def _by_attribute(column: pl.Series) -> Slicing:

@@ -44,17 +44,34 @@ def test_ranks_order_the_lists_and_what_is_unknown_or_absent_is_a_counted_miss()
     assert (found.unknown_items, found.rows_without_list, found.ignored_lists) == (1, 1, 0)
 
 
-def test_scores_rank_by_user_with_ties_in_file_order():
+def test_equal_scores_favour_nobody_by_their_place_in_the_file():
+    """A file of candidates often names the target first; it must not rank first for that."""
+    ids = pl.Series("item_id", [f"i{n:03d}" for n in range(200)])
+    catalog = pl.DataFrame({"item_id": ids, "item_index": np.arange(200, dtype=np.int32)})
+    rows = pl.DataFrame({"row_id": ["a", "b"], "user_id": ["u", "v"]})
+
+    def lists(order):
+        part = pl.DataFrame({"item_id": ids.gather(order)}).with_columns(score=pl.lit(0.5))
+        return pl.concat([part.with_columns(row_id=pl.lit(r)) for r in ("a", "b")])
+
+    found = align(lists(np.arange(200)), rows, catalog, 200, rows)
+    again = align(lists(np.random.default_rng(1).permutation(200)), rows, catalog, 200, rows)
+    assert (found.items == again.items).all() and found.tied_lists == 2
+    assert (found.items[0] != np.arange(200)).mean() > 0.9
+
+
+def test_scores_rank_by_user():
     found = aligned(
         table(
             user_id=["30", "30", "30", "10", "99"],
             item_id=["x", "y", "7", "7", "x"],
-            score=["0.5", "2", "0.5", "-1e-3", "1"],
+            score=["0.5", "2", "0.25", "-1e-3", "1"],
         ),
         k=3,
     )
     assert found.items.tolist() == [[1, -1, -1], [-1, -1, -1], [3, 2, 1]]
     assert found.ignored_lists == 1  # user 99 has no row
+    assert found.tied_lists == 0
 
 
 def test_rows_that_are_not_evaluated_are_ignored():

@@ -243,3 +243,14 @@ def test_holm_by_hand():
     assert holm([0.5, 0.9]) == pytest.approx([1, 1])
     assert holm([0.02]) == [0.02] and holm([]) == []
     assert holm([0.01, 0.01, 1.0]) == pytest.approx([0.03, 0.03, 1.0])
+
+
+def test_intervals_are_the_same_whether_or_not_rows_repeat():
+    """Rows that repeat now and then are drawn one by one, those that repeat often are counted."""
+    rng = np.random.default_rng(0)
+    for repeated in (2, 100):  # below and above the border between the two ways
+        values = np.repeat(rng.random(2000 // repeated), repeated)[:, None]
+        means = bootstrap_means(values, samples=4000, seed=1)[:, 0]
+        expected = values.std() / np.sqrt(len(values))
+        assert abs(means.std() / expected - 1) < 0.05
+        assert abs(means.mean() - values.mean()) < 4 * expected / np.sqrt(4000)

@@ -295,3 +295,40 @@ def test_unknown_groups_between_known_ones_do_not_shift_names():
     )
     gap = found["kind"]["ours"]["HR@1"]
     assert (gap["best"], gap["worst"], gap["value"]) == ("c", "a", 1)
+
+
+def test_slices_of_one_day_keep_labels_of_their_own():
+    """As in a test period of a day: dates alone would give all quarters one label."""
+    noon = 1_573_819_200
+    seconds = noon + np.arange(100) * 60
+    rows = pl.DataFrame(
+        {
+            "user_id": np.arange(100),
+            "target_item_index": np.zeros(100, np.int64),
+            "target_timestamp": seconds,
+            "seen_item_index": [[0]] * 100,
+        }
+    )
+    (made,) = [
+        s
+        for s in make_slices(rows, pl.DataFrame({"train_count": [3]}))
+        if s.family == "time of the target"
+    ]
+    assert len(set(made.labels)) == 4
+    assert made.labels[0] == "2019-11-15 12:00:00 – 2019-11-15 12:24:00"
+
+
+def test_rows_with_several_relevant_items_are_not_cut_by_the_first_ones_popularity():
+    """A hit on the popular item would stand in the slice of the cold one."""
+    rows = pl.DataFrame(
+        {
+            "user_id": [0, 1],
+            "target_item_index": [0, 1],
+            "relevant_item_index": [[0, 1], [1]],
+            "target_timestamp": [1, 2],
+            "seen_item_index": [[], [0]],
+        },
+        schema_overrides={"seen_item_index": pl.List(pl.Int64)},
+    )
+    made = make_slices(rows, pl.DataFrame({"train_count": [0, 9]}))
+    assert not [s for s in made if s.family.startswith("target popularity")]

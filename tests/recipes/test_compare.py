@@ -169,7 +169,6 @@ def test_seeds_that_are_no_plain_repetitions_are_named(compare, evaluated, caplo
         ({"split": "valid"}, "a has split=test, b has split=valid"),
         ({"filter_seen": False}, "a has filter_seen=True, b has filter_seen=False"),
         ({"ks": [1, 3]}, r"a has ks=\[1, 2\], b has ks=\[1, 3\]"),
-        ({"baseline": [1, 0, 0, 0]}, "baseline item-kNN differs between a and b"),
     ],
 )
 def test_runs_under_other_rules_are_refused(compare, evaluated, tmp_path, changed, message):
@@ -178,6 +177,20 @@ def test_runs_under_other_rules_are_refused(compare, evaluated, tmp_path, change
     with pytest.raises(ValueError, match=message):
         compare("A=a", "B=b")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_baseline_that_is_not_the_same_in_all_runs_is_left_out(compare, evaluated):
+    """As content-kNN is where runs have other vectors."""
+    evaluated("a", [1, 2, 0, 3])
+    evaluated("b", [1, 2, 0, 3], baseline=[1, 0, 0, 0])
+    folder = compare("A=a", "B=b")
+    found = read_json(folder / "comparison.json")
+    assert set(found["systems"]) == {"A", "B"} and not found["baselines"]
+    assert any(
+        note.startswith("item-kNN is left out: its lists in a and b") for note in found["notes"]
+    )
+    with pytest.raises(ValueError, match="'item-kNN' is not among the systems A, B"):
+        compare("A=a", "B=b", flags="--reference item-kNN", output="other")
 
 
 def test_runs_on_other_rows_are_refused(compare, evaluated):

@@ -361,8 +361,11 @@ def test_lists_of_the_validation_split(run_dir, tmp_path, evaluate):
     oracle(run_dir, split="valid").write_parquet(path)
     flags = ["--recommendations", str(path), "--output_dir", str(out), "--split", "valid"]
     fails(evaluate(run_dir, *flags, "--fit_on", "train+valid"), "holds the validation targets")
-    done = evaluate(run_dir, *flags, "--baselines", "popularity")
+    # Names are anybody's: markup in them is text.
+    named = ["--system", "ours [/v2]", "--dataset", "shop [bold]"]
+    done = evaluate(run_dir, *flags, "--baselines", "popularity", *named)
     assert done.returncode == 0, done.stderr
+    assert "ours [/v2]" in done.stdout and "shop [bold], valid" in done.stdout
     assert metrics_of(out)["split"] == "valid" and reads(run_dir) == []
 
 
