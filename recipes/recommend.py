@@ -62,6 +62,7 @@ from genrec.generation.jobs import (
     generate,
     list_facts,
     locked,
+    measured_speed,
     parse_part,
 )
 from genrec.generation.non_profiling import (
@@ -406,9 +407,9 @@ def make_lists(
         elif args.executor == "ray":
             from genrec.generation.ray_executor import generate_with_ray
 
-            def finished(info: ShardInfo) -> None:
+            def finished(info: ShardInfo, seconds: float | None) -> None:
                 bar.update(info.stop - info.start)
-                progress.finished(info)
+                progress.finished(info, seconds)
 
             actors, gpus, address = args.num_actors, args.gpus_per_actor, args.ray_address
             generate_with_ray(load, job, todo, actors, gpus, address, finished)
@@ -447,8 +448,7 @@ def finish(
     if isinstance(job.users, UserTable):
         job.users.check_unchanged()
     remove_copy(stage.folder)
-    speed = progress.users_per_s
-    metrics = {"users_per_s": None if speed is None else round(speed, 1), **list_facts(job)}
+    metrics = {**measured_speed(job), **list_facts(job)}
     apart = ""
     if args.opt_out is not None:
         lists = pl.scan_parquet(stage.folder / NON_PROFILING, glob=False)
@@ -458,8 +458,9 @@ def finish(
     stage.finish(metrics["items"], args.seed, metrics, notes, skip=(PROGRESS, DAMAGED))
     print(
         f"{job.users.n_rows:,} lists of {args.k} by the {stage.config['model_stage']} model on "
-        f"{args.engine} ({metrics['users_per_s']} users/s); {metrics['certified_share']:.1%} "
-        f"provably exact; {metrics['short_lists']:,} shorter than {args.k}{apart}"
+        f"{args.engine} ({metrics['users_per_s']} users/s a process); "
+        f"{metrics['certified_share']:.1%} provably exact; "
+        f"{metrics['short_lists']:,} shorter than {args.k}{apart}"
     )
 
 

@@ -227,20 +227,25 @@ class ShardMaker:
         if job.allowed is not None:
             self.view = recommender.engine.trie.allow(job.allowed)
 
-    def make(self, start: int, progress: Callable[[int], object] | None = None) -> ShardInfo:
+    def make(
+        self, start: int, progress: Callable[[int], object] | None = None
+    ) -> tuple[ShardInfo, float | None]:
         """Make the shard that begins at `start`; one that is there and whole is left alone.
 
         Args:
             start: its first row.
             progress: called with the number of users of each finished batch.
 
+        Returns:
+            What the shard says about itself, and the seconds that it took; None: it was there.
+
         Raises:
             ValueError: a user's prompt is too long or nothing is left for one, the disk is full, or
                 the folder was taken by another run.
         """
-        job = self.job
+        job, began = self.job, time.perf_counter()
         if (info := job.find(start)) is not None:
-            return info
+            return info, None
         part = job.users.read(start, job.shard_size)
         histories = ItemLists.from_column(part[HISTORY])
         prompts = prompts_of(self.recommender, histories).to_list()
@@ -260,7 +265,7 @@ class ShardMaker:
         table = self.recommender.table(part, prompts, result)
         job.check_folder()
         info = ShardInfo(job.fingerprint, start, job.stop(start), counts)
-        return write_shard(job.path(start), table, info)
+        return write_shard(job.path(start), table, info), time.perf_counter() - began
 
     def _search(
         self,
@@ -293,7 +298,7 @@ def generate(
     job: GenerationJob,
     starts: Sequence[int] | None = None,
     progress: Callable[[int], object] | None = None,
-    finished: Callable[[ShardInfo], object] | None = None,
+    finished: Callable[[ShardInfo, float | None], object] | None = None,
 ) -> int:
     """Make shards one after another in this process.
 
@@ -302,7 +307,7 @@ def generate(
         job: what is to be made.
         starts: first rows of the shards; default: all that are missing.
         progress: called with the number of users of each finished batch.
-        finished: called with each finished shard.
+        finished: called with what `ShardMaker.make` returns of each shard.
 
     Returns:
         Number of users whose lists were made.
@@ -310,14 +315,18 @@ def generate(
     maker = ShardMaker(recommender, job)
     starts = job.missing() if starts is None else starts
     for start in starts:
-        info = maker.make(start, progress)
+        info, seconds = maker.make(start, progress)
         if finished is not None:
-            finished(info)
+            finished(info, seconds)
     return job.n_users(starts)
 
 
 class ProgressFile:
     """Says in ``progress.json`` (of a part: ``progress-<i>of<n>.json``) how far the work is.
+
+    It also keeps how many users were made in how many seconds, by this call and by earlier ones of
+    the same run. Only shards are timed, not the loading of the model; those that several actors
+    make at once count each with its own seconds, so the rate is that of one engine.
 
     Args:
         job: the job.
@@ -331,22 +340,34 @@ class ProgressFile:
         self._facts = {"fingerprint": job.fingerprint, "part": f"{part[0]}/{part[1]}"}
         self.total = job.n_users(job.starts(part))
         self._to_do, self.made = n_users, 0
-        self._started = time.perf_counter()
+        self._timed_users, self._timed_seconds = _timed(self.path, job.fingerprint)
+        self._started: float | None = None  # when the first shard was begun
 
     @property
     def users_per_s(self) -> float | None:
-        """Users whose lists this call has made, per second; None before the first."""
-        seconds = time.perf_counter() - self._started
-        return self.made / seconds if self.made else None
+        """Users that this call has made, by all its engines, per second; None before the first."""
+        if self._started is None:
+            return None
+        return self.made / (time.perf_counter() - self._started)
 
-    def finished(self, info: ShardInfo) -> None:
-        """Count a shard; the file is written while there is more to do."""
+    def finished(self, info: ShardInfo, seconds: float | None) -> None:
+        """Count a shard; the file is written while there is more to do.
+
+        Args:
+            info: of the shard.
+            seconds: that it took; None: it was there already.
+        """
+        if self._started is None:
+            self._started = time.perf_counter() - (seconds or 0.0)
         self.made += info.stop - info.start
+        if seconds is not None:
+            self._timed_users += info.stop - info.start
+            self._timed_seconds += seconds
         if self.made < self._to_do:
             self.write()
 
     def write(self) -> None:
-        """Write the file: users in all, done, made by this call, users/s and seconds to go."""
+        """Write the file: users in all, done, made by this call, users/s, ETA in s, timings."""
         speed, left = self.users_per_s, self._to_do - self.made
         value = {
             **self._facts,
@@ -355,10 +376,34 @@ class ProgressFile:
             "made_by_this_call": self.made,
             "users_per_s": None if speed is None else round(speed, 1),
             "eta_s": 0 if not left else None if speed is None else round(left / speed),
+            "timed_users": self._timed_users,
+            "timed_seconds": self._timed_seconds,
             "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         with enough_space(self.path):
             write_json(self.path, value)
+
+
+def _timed(path: Path, fingerprint: str) -> tuple[int, float]:
+    """Users and the seconds that they took, of a progress file; zeros if it is of another run."""
+    try:
+        found = read_json(path)
+        if found["fingerprint"] == fingerprint:
+            return int(found["timed_users"]), float(found["timed_seconds"])
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one: only timings
+        pass
+    return 0, 0.0
+
+
+def measured_speed(job: GenerationJob) -> dict[str, Any]:
+    """Users/s of one engine over all parts of a job, resumed or not, and how many users were timed.
+
+    Users of shards that were finished right before a kill are not among them.
+    """
+    timed = [_timed(path, job.fingerprint) for path in job.folder.glob(f"{PROGRESS}*.json")]
+    users, seconds = sum(u for u, _ in timed), sum(s for _, s in timed)
+    speed = round(users / seconds, 1) if seconds else None
+    return {"users_per_s": speed, "timed_users": users}
 
 
 @contextmanager

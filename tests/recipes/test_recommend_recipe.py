@@ -160,7 +160,10 @@ def test_parts_in_any_order(in_process, run_dir, users, tmp_path: Path):
     assert "22 lists of 4" in said
     assert shards(parts) == shards(whole)
     made = require(parts, "recommend")
-    assert made.metrics["users"] == 22
+    assert made.metrics["users"] == made.metrics["timed_users"] == 22
+    timed = [read_json(p) for p in (parts / "recommendations").glob("progress-*of3.json")]
+    seconds = sum(part["timed_seconds"] for part in timed)
+    assert made.metrics["users_per_s"] == pytest.approx(22 / seconds, abs=0.1)
     assert not [name for name in made.outputs if name.startswith("progress")]
     said = in_process("recommend", run_dir, *flags, str(parts), "--shard", "4/3", fails=True)
     assert "the part must lie between 1 and 3" in said
