@@ -29,6 +29,7 @@ from genrec.columns import CANDIDATES, HISTORY, SEEN, USER_ID
 from genrec.decoding.beam import BeamResult
 from genrec.decoding.trie import CatalogueView
 from genrec.generation.history_prompts import PromptEncoder, prompts_of
+from genrec.generation.prompt_lengths import PromptLengths
 from genrec.generation.shaping import ListMaker, ListRules
 from genrec.generation.shards import (
     PREFIX,
@@ -156,7 +157,12 @@ def parse_part(text: str) -> tuple[int, int]:
     return number, parts
 
 
-def check_users(job: GenerationJob, n_items: int) -> dict[str, int]:
+def check_users(
+    job: GenerationJob,
+    n_items: int,
+    lengths: PromptLengths | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, int]:
     """Read all rows once, before anything is decoded.
 
     The result is kept in the folder, so that resuming and other parts needn't do it again.
@@ -164,15 +170,18 @@ def check_users(job: GenerationJob, n_items: int) -> dict[str, int]:
     Args:
         job: the job.
         n_items: size of the catalogue.
+        lengths: of prompts, which must fit into the context; None: they aren't looked at.
+        progress: called with the number of rows that were read.
 
     Returns:
         Rows, rows without history, unknown items (dropped), and rows with them.
 
     Raises:
-        ValueError: a row can't be read (see `UserRows`), or has no item that it may get.
+        ValueError: a row can't be read (see `UserRows`), has no item that it may get, or a prompt
+            that is too long.
     """
-    kept = job.folder / CHECKED
-    if (found := _kept_counts(kept, job.fingerprint)) is not None:
+    kept, context = job.folder / CHECKED, None if lengths is None else lengths.context
+    if (found := _kept_counts(kept, job.fingerprint, context)) is not None:
         return found
     allowed = np.zeros(n_items, dtype=bool)
     allowed[slice(None) if job.allowed is None else job.allowed] = True
@@ -188,21 +197,39 @@ def check_users(job: GenerationJob, n_items: int) -> dict[str, int]:
                 "excluded for them is all that may be recommended; leave them out, exclude less, "
                 "or allow more"
             )
+        if lengths is not None:
+            _check_lengths(job, start, part, lengths)
         counts["without_history"] += int((part[HISTORY].list.len() == 0).sum())
         counts[UNKNOWN] += int(part[UNKNOWN].sum())
         counts["rows_with_unknown"] += int((part[UNKNOWN] > 0).sum())
+        if progress is not None:
+            progress(part.height)
     with enough_space(kept):
-        write_json(kept, {"fingerprint": job.fingerprint, "counts": counts})
+        write_json(kept, {"fingerprint": job.fingerprint, "context": context, "counts": counts})
     return counts
 
 
-def _kept_counts(path: Path, fingerprint: str) -> dict[str, int] | None:
+def _check_lengths(
+    job: GenerationJob, start: int, part: pl.DataFrame, lengths: PromptLengths
+) -> None:
+    if (found := lengths.first_too_long(ItemLists.from_column(part[HISTORY]))) is None:
+        return
+    at, tokens = found
+    raise ValueError(
+        f"the prompt of user {part[USER_ID][at]!r} (row {start + at + 1}) with its item needs "
+        f"{tokens} tokens, the model's context holds {lengths.context}; shorten the history in the "
+        "table, raise max_model_len where it is set, or use a model with a longer context"
+    )
+
+
+def _kept_counts(path: Path, fingerprint: str, context: int | None) -> dict[str, int] | None:
     """Counts of an earlier check of the same run; None if there are none, or damaged ones."""
     if not path.exists():
         return None
     try:
         found = read_json(path)
-        return dict(found["counts"]) if found["fingerprint"] == fingerprint else None
+        same = (found["fingerprint"], found["context"]) == (fingerprint, context)
+        return dict(found["counts"]) if same else None
     except (ValueError, KeyError, TypeError) as error:
         logger.warning("%s is damaged (%s); the users are checked again", path, error)
         return None
@@ -413,7 +440,11 @@ def locked(folder: Path | str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as stream:  # a rerun leaves the file as it is
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.warning("another process begins or ends this job; waiting for it")
+                fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError as error:  # a file system without locks
             logger.warning(
                 "%s can't be locked (%s): start parts of one job a few seconds apart", path, error

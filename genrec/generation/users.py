@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import polars as pl
 
-from genrec.artifacts import sha256_bytes, sha256_file
+from genrec.artifacts import read_json, sha256_bytes, sha256_file, write_json
 from genrec.columns import CANDIDATES, HISTORY, ITEM_ID, ROW_ID, SEEN, USER_ID
 from genrec.data.readers.files import (
     ENDINGS,
@@ -36,6 +36,7 @@ UNKNOWN = "unknown_items"  # items of a row that are not in the catalogue
 UNKNOWN_RULES = ("error", "drop")
 WINDOW = 1 << 15  # rows of a table that are held at once
 _COPY = ".users.parquet"
+_HASH = ".users-hash.json"
 
 Marks = tuple[tuple[str, int, int, int], ...]
 
@@ -354,6 +355,33 @@ def source_sha256(source: Path | str, split: str = "train", subset: str | None =
     if not path.is_file():
         raise ValueError(f"{path} does not exist; name a table of users or a dataset")
     return sha256_file(path)
+
+
+def kept_sha256(
+    source: Path | str, folder: Path | str, split: str = "train", subset: str | None = None
+) -> str:
+    """`source_sha256`, kept in a folder for other processes as long as the source stays the same.
+
+    Args:
+        source: as there.
+        folder: of the job; it must exist.
+        split: as there.
+        subset: as there.
+    """
+    if not is_table(source):
+        return source_sha256(source, split, subset)
+    kept = Path(folder) / _HASH
+    marks = [list(mark) for mark in source_marks(source)]
+    try:
+        found = read_json(kept)
+        if marks and found["marks"] == marks:
+            return str(found["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
+        pass
+    sha256 = source_sha256(source, split, subset)
+    if marks == [list(mark) for mark in source_marks(source)]:
+        write_json(kept, {"marks": marks, "sha256": sha256})
+    return sha256
 
 
 def _as_parquet(source: Path, scratch: Path | str | None, check: Callable[[], None]) -> list[Path]:

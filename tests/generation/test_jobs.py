@@ -204,7 +204,7 @@ def test_the_check_is_made_once_for_a_fingerprint(world, tmp_path: Path):
     found = {"rows": 2, "without_history": 1, "unknown_items": 0, "rows_with_unknown": 0}
     assert check_users(job, 20) == found
     kept = json.loads((tmp_path / "input_check.json").read_text())
-    assert kept == {"fingerprint": "f" * 64, "counts": found}
+    assert kept == {"fingerprint": "f" * 64, "context": None, "counts": found}
     kept["counts"]["rows"] = 7
     (tmp_path / "input_check.json").write_text(json.dumps(kept))
     assert check_users(job, 20)["rows"] == 7
