@@ -187,16 +187,17 @@ def lines(
 
 
 def measured(args: PlanArgs) -> str:
-    """The rate of the run's own lists, if they were made; else why there is none."""
+    """The rate of one process that made the run's own lists; else why there is none."""
     manifest = None if args.run_dir is None else load_manifest(args.run_dir, "recommend")
     rate = None if manifest is None else manifest.metrics.get("users_per_s")
     if manifest is None or not rate:
         return "no lists of this run were timed" if args.run_dir else "give --run_dir of a run"
     config = manifest.config
     return (
-        f"{rate:,.1f} users/s, engine {config.get('engine')}, {config.get('dtype')}, B = "
+        f"{rate:,.1f} users/s a process, engine {config.get('engine')}, {config.get('dtype')}, B = "
         f"{config.get('beam_width')}, on {manifest.machine}; at that rate "
-        f"{args.n_users / rate / 3600 / args.devices:,.2f} hours"
+        f"{args.n_users / rate / 3600 / args.devices:,.2f} hours with {args.devices} "
+        f"process{'es' if args.devices > 1 else ''}"
     )
 
 

@@ -48,6 +48,7 @@ from genrec.artifacts import (
     stage_folder,
     write_parquet,
 )
+from genrec.bundle.parts import ServedParts
 from genrec.columns import ITEM_ID, ROW_ID, USER_ID
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
@@ -62,6 +63,7 @@ from genrec.generation.jobs import (
     generate,
     list_facts,
     locked,
+    measured_speed,
     parse_part,
 )
 from genrec.generation.non_profiling import (
@@ -70,6 +72,7 @@ from genrec.generation.non_profiling import (
     opted_out,
     popular_items,
 )
+from genrec.generation.prompt_lengths import PromptLengths, context_of
 from genrec.generation.shaping import ListRules, caps_and_weights, parse_boosts
 from genrec.generation.shards import DAMAGED, ShardInfo
 from genrec.generation.users import (
@@ -79,6 +82,7 @@ from genrec.generation.users import (
     UserColumns,
     UserRows,
     UserTable,
+    kept_sha256,
     remove_copy,
     source_marks,
     source_sha256,
@@ -292,13 +296,22 @@ def make_stage(args: RecommendArgs, model_stage: str) -> Stage:
                 raise ValueError(f"--{name} {path} is not a file; name a list of {what} ids")
             files[name] = path
     if args.users is not None:
-        hashes["users"] = source_sha256(args.users, args.users_split, args.users_subset)
+        hashes["users"] = users_sha256(args)
     if args.output_dir is not None:
         hashes |= {f"run_dir/{s}": require(args.run_dir, s).content_hash for s in inputs}
         inputs = []
     config = {**asdict(args), "model_stage": model_stage}
     root = args.run_dir if args.output_dir is None else args.output_dir
     return Stage(root, "recommend", config, inputs, files, ignore, hashes)
+
+
+def users_sha256(args: RecommendArgs) -> str:
+    """Hash of the users' table; of several parts the first makes it for all."""
+    assert args.users is not None and args.output_dir is not None
+    if parse_part(args.shard) == WHOLE:
+        return source_sha256(args.users, args.users_split, args.users_subset)
+    with locked(args.output_dir):
+        return kept_sha256(args.users, args.output_dir, args.users_split, args.users_subset)
 
 
 def check_catalogue(args: RecommendArgs, catalog: pl.DataFrame) -> None:
@@ -381,6 +394,16 @@ def make_users(
     )
 
 
+def read_users(
+    args: RecommendArgs, job: GenerationJob, n_items: int, model_stage: str
+) -> dict[str, int]:
+    """Check all users, with the length of their prompts, before the model is loaded."""
+    parts = ServedParts.of_run(args.run_dir, model_stage, args.model_run)
+    context = context_of(parts.model, args.engine, args.max_model_len)
+    with tqdm(total=job.users.n_rows, unit="user", desc="check of the users", delay=2) as bar:
+        return check_users(job, n_items, PromptLengths(parts, context), bar.update)
+
+
 def make_lists(
     args: RecommendArgs, job: GenerationJob, part: tuple[int, int], model_stage: str
 ) -> ProgressFile:
@@ -406,9 +429,9 @@ def make_lists(
         elif args.executor == "ray":
             from genrec.generation.ray_executor import generate_with_ray
 
-            def finished(info: ShardInfo) -> None:
+            def finished(info: ShardInfo, seconds: float | None) -> None:
                 bar.update(info.stop - info.start)
-                progress.finished(info)
+                progress.finished(info, seconds)
 
             actors, gpus, address = args.num_actors, args.gpus_per_actor, args.ray_address
             generate_with_ray(load, job, todo, actors, gpus, address, finished)
@@ -447,8 +470,7 @@ def finish(
     if isinstance(job.users, UserTable):
         job.users.check_unchanged()
     remove_copy(stage.folder)
-    speed = progress.users_per_s
-    metrics = {"users_per_s": None if speed is None else round(speed, 1), **list_facts(job)}
+    metrics = {**measured_speed(job), **list_facts(job)}
     apart = ""
     if args.opt_out is not None:
         lists = pl.scan_parquet(stage.folder / NON_PROFILING, glob=False)
@@ -458,8 +480,9 @@ def finish(
     stage.finish(metrics["items"], args.seed, metrics, notes, skip=(PROGRESS, DAMAGED))
     print(
         f"{job.users.n_rows:,} lists of {args.k} by the {stage.config['model_stage']} model on "
-        f"{args.engine} ({metrics['users_per_s']} users/s); {metrics['certified_share']:.1%} "
-        f"provably exact; {metrics['short_lists']:,} shorter than {args.k}{apart}"
+        f"{args.engine} ({metrics['users_per_s']} users/s a process); "
+        f"{metrics['certified_share']:.1%} provably exact; "
+        f"{metrics['short_lists']:,} shorter than {args.k}{apart}"
     )
 
 
@@ -475,9 +498,11 @@ def main() -> None:
     declared = declared_normalizer(stage_folder(source, model_stage) / "model")
     args = replace(args, normalizer=args.normalizer or declared)
     marks = None if args.users is None else source_marks(args.users)
-    stage = make_stage(args, model_stage)
+    require(args.run_dir, "prepare")
+    require(args.run_dir, "quantize")
     catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet")
     check_catalogue(args, catalog)
+    stage = make_stage(args, model_stage)
     allowed = allowed_rows(catalog[ITEM_ID], args.allow, args.deny)
     # One process at a time begins or ends: parts may be started at the same moment.
     with locked(stage.run_dir):
@@ -498,7 +523,7 @@ def main() -> None:
             allowed,
             list_rules(args),
         )
-        checked = check_users(job, len(catalog))
+        checked = read_users(args, job, len(catalog), model_stage)
     if checked[UNKNOWN]:
         print(
             f"warning: {checked[UNKNOWN]:,} items that the catalogue lacks are left out of the "

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "genrec"
 ORDER = [
-    "columns", "item_lists", "artifacts", "normalizers", "page", "svg", "metrics", "data",
+    "columns", "item_lists", "item_index", "artifacts", "normalizers", "page", "svg", "metrics", "data",
     "embedding", "quantizers", "semantic_ids", "chains", "prompts", "title_ids", "tasks",
     "chain_reader", "prompt_format", "title_index", "sharding", "modeling", "adapters",
     "averaging", "training_data", "decoding", "supervised_head", "sft_trainer", "reasoning",
@@ -58,7 +58,17 @@ def test_heavy_packages_stay_where_they_belong(path):
     # Those that are TRL's trainers or answer for them; config uses its argument parser alone.
     if part(path) not in ("rollouts", "supervised_head", "sft_trainer", "config"):
         assert "trl" not in roots
-    light = ("columns", "item_lists", "artifacts", "page", "svg", "metrics", "data", "quantizers")
+    light = (
+        "columns",
+        "item_lists",
+        "item_index",
+        "artifacts",
+        "page",
+        "svg",
+        "metrics",
+        "data",
+        "quantizers",
+    )
     if part(path) in (*light, "normalizers", "semantic_ids"):
         banned = {"transformers", "trl", "peft"}
         if not path.name.startswith("rqvae"):  # the one quantizer that is trained by gradients

@@ -29,6 +29,7 @@ from genrec.columns import CANDIDATES, HISTORY, SEEN, USER_ID
 from genrec.decoding.beam import BeamResult
 from genrec.decoding.trie import CatalogueView
 from genrec.generation.history_prompts import PromptEncoder, prompts_of
+from genrec.generation.prompt_lengths import PromptLengths
 from genrec.generation.shaping import ListMaker, ListRules
 from genrec.generation.shards import (
     PREFIX,
@@ -156,7 +157,12 @@ def parse_part(text: str) -> tuple[int, int]:
     return number, parts
 
 
-def check_users(job: GenerationJob, n_items: int) -> dict[str, int]:
+def check_users(
+    job: GenerationJob,
+    n_items: int,
+    lengths: PromptLengths | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, int]:
     """Read all rows once, before anything is decoded.
 
     The result is kept in the folder, so that resuming and other parts needn't do it again.
@@ -164,15 +170,18 @@ def check_users(job: GenerationJob, n_items: int) -> dict[str, int]:
     Args:
         job: the job.
         n_items: size of the catalogue.
+        lengths: of prompts, which must fit into the context; None: they aren't looked at.
+        progress: called with the number of rows that were read.
 
     Returns:
         Rows, rows without history, unknown items (dropped), and rows with them.
 
     Raises:
-        ValueError: a row can't be read (see `UserRows`), or has no item that it may get.
+        ValueError: a row can't be read (see `UserRows`), has no item that it may get, or a prompt
+            that is too long.
     """
-    kept = job.folder / CHECKED
-    if (found := _kept_counts(kept, job.fingerprint)) is not None:
+    kept, context = job.folder / CHECKED, None if lengths is None else lengths.context
+    if (found := _kept_counts(kept, job.fingerprint, context)) is not None:
         return found
     allowed = np.zeros(n_items, dtype=bool)
     allowed[slice(None) if job.allowed is None else job.allowed] = True
@@ -188,21 +197,39 @@ def check_users(job: GenerationJob, n_items: int) -> dict[str, int]:
                 "excluded for them is all that may be recommended; leave them out, exclude less, "
                 "or allow more"
             )
+        if lengths is not None:
+            _check_lengths(job, start, part, lengths)
         counts["without_history"] += int((part[HISTORY].list.len() == 0).sum())
         counts[UNKNOWN] += int(part[UNKNOWN].sum())
         counts["rows_with_unknown"] += int((part[UNKNOWN] > 0).sum())
+        if progress is not None:
+            progress(part.height)
     with enough_space(kept):
-        write_json(kept, {"fingerprint": job.fingerprint, "counts": counts})
+        write_json(kept, {"fingerprint": job.fingerprint, "context": context, "counts": counts})
     return counts
 
 
-def _kept_counts(path: Path, fingerprint: str) -> dict[str, int] | None:
+def _check_lengths(
+    job: GenerationJob, start: int, part: pl.DataFrame, lengths: PromptLengths
+) -> None:
+    if (found := lengths.first_too_long(ItemLists.from_column(part[HISTORY]))) is None:
+        return
+    at, tokens = found
+    raise ValueError(
+        f"the prompt of user {part[USER_ID][at]!r} (row {start + at + 1}) with its item needs "
+        f"{tokens} tokens, the model's context holds {lengths.context}; shorten the history in the "
+        "table, raise max_model_len where it is set, or use a model with a longer context"
+    )
+
+
+def _kept_counts(path: Path, fingerprint: str, context: int | None) -> dict[str, int] | None:
     """Counts of an earlier check of the same run; None if there are none, or damaged ones."""
     if not path.exists():
         return None
     try:
         found = read_json(path)
-        return dict(found["counts"]) if found["fingerprint"] == fingerprint else None
+        same = (found["fingerprint"], found["context"]) == (fingerprint, context)
+        return dict(found["counts"]) if same else None
     except (ValueError, KeyError, TypeError) as error:
         logger.warning("%s is damaged (%s); the users are checked again", path, error)
         return None
@@ -227,20 +254,25 @@ class ShardMaker:
         if job.allowed is not None:
             self.view = recommender.engine.trie.allow(job.allowed)
 
-    def make(self, start: int, progress: Callable[[int], object] | None = None) -> ShardInfo:
+    def make(
+        self, start: int, progress: Callable[[int], object] | None = None
+    ) -> tuple[ShardInfo, float | None]:
         """Make the shard that begins at `start`; one that is there and whole is left alone.
 
         Args:
             start: its first row.
             progress: called with the number of users of each finished batch.
 
+        Returns:
+            What the shard says about itself, and the seconds that it took; None: it was there.
+
         Raises:
             ValueError: a user's prompt is too long or nothing is left for one, the disk is full, or
                 the folder was taken by another run.
         """
-        job = self.job
+        job, began = self.job, time.perf_counter()
         if (info := job.find(start)) is not None:
-            return info
+            return info, None
         part = job.users.read(start, job.shard_size)
         histories = ItemLists.from_column(part[HISTORY])
         prompts = prompts_of(self.recommender, histories).to_list()
@@ -260,7 +292,7 @@ class ShardMaker:
         table = self.recommender.table(part, prompts, result)
         job.check_folder()
         info = ShardInfo(job.fingerprint, start, job.stop(start), counts)
-        return write_shard(job.path(start), table, info)
+        return write_shard(job.path(start), table, info), time.perf_counter() - began
 
     def _search(
         self,
@@ -293,7 +325,7 @@ def generate(
     job: GenerationJob,
     starts: Sequence[int] | None = None,
     progress: Callable[[int], object] | None = None,
-    finished: Callable[[ShardInfo], object] | None = None,
+    finished: Callable[[ShardInfo, float | None], object] | None = None,
 ) -> int:
     """Make shards one after another in this process.
 
@@ -302,7 +334,7 @@ def generate(
         job: what is to be made.
         starts: first rows of the shards; default: all that are missing.
         progress: called with the number of users of each finished batch.
-        finished: called with each finished shard.
+        finished: called with what `ShardMaker.make` returns of each shard.
 
     Returns:
         Number of users whose lists were made.
@@ -310,14 +342,18 @@ def generate(
     maker = ShardMaker(recommender, job)
     starts = job.missing() if starts is None else starts
     for start in starts:
-        info = maker.make(start, progress)
+        info, seconds = maker.make(start, progress)
         if finished is not None:
-            finished(info)
+            finished(info, seconds)
     return job.n_users(starts)
 
 
 class ProgressFile:
     """Says in ``progress.json`` (of a part: ``progress-<i>of<n>.json``) how far the work is.
+
+    It also keeps how many users were made in how many seconds, by this call and by earlier ones of
+    the same run. Only shards are timed, not the loading of the model; those that several actors
+    make at once count each with its own seconds, so the rate is that of one engine.
 
     Args:
         job: the job.
@@ -331,22 +367,34 @@ class ProgressFile:
         self._facts = {"fingerprint": job.fingerprint, "part": f"{part[0]}/{part[1]}"}
         self.total = job.n_users(job.starts(part))
         self._to_do, self.made = n_users, 0
-        self._started = time.perf_counter()
+        self._timed_users, self._timed_seconds = _timed(self.path, job.fingerprint)
+        self._started: float | None = None  # when the first shard was begun
 
     @property
     def users_per_s(self) -> float | None:
-        """Users whose lists this call has made, per second; None before the first."""
-        seconds = time.perf_counter() - self._started
-        return self.made / seconds if self.made else None
+        """Users that this call has made, by all its engines, per second; None before the first."""
+        if self._started is None:
+            return None
+        return self.made / (time.perf_counter() - self._started)
 
-    def finished(self, info: ShardInfo) -> None:
-        """Count a shard; the file is written while there is more to do."""
+    def finished(self, info: ShardInfo, seconds: float | None) -> None:
+        """Count a shard; the file is written while there is more to do.
+
+        Args:
+            info: of the shard.
+            seconds: that it took; None: it was there already.
+        """
+        if self._started is None:
+            self._started = time.perf_counter() - (seconds or 0.0)
         self.made += info.stop - info.start
+        if seconds is not None:
+            self._timed_users += info.stop - info.start
+            self._timed_seconds += seconds
         if self.made < self._to_do:
             self.write()
 
     def write(self) -> None:
-        """Write the file: users in all, done, made by this call, users/s and seconds to go."""
+        """Write the file: users in all, done, made by this call, users/s, ETA in s, timings."""
         speed, left = self.users_per_s, self._to_do - self.made
         value = {
             **self._facts,
@@ -355,10 +403,34 @@ class ProgressFile:
             "made_by_this_call": self.made,
             "users_per_s": None if speed is None else round(speed, 1),
             "eta_s": 0 if not left else None if speed is None else round(left / speed),
+            "timed_users": self._timed_users,
+            "timed_seconds": self._timed_seconds,
             "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         with enough_space(self.path):
             write_json(self.path, value)
+
+
+def _timed(path: Path, fingerprint: str) -> tuple[int, float]:
+    """Users and the seconds that they took, of a progress file; zeros if it is of another run."""
+    try:
+        found = read_json(path)
+        if found["fingerprint"] == fingerprint:
+            return int(found["timed_users"]), float(found["timed_seconds"])
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one: only timings
+        pass
+    return 0, 0.0
+
+
+def measured_speed(job: GenerationJob) -> dict[str, Any]:
+    """Users/s of one engine over all parts of a job, resumed or not, and how many users were timed.
+
+    Users of shards that were finished right before a kill are not among them.
+    """
+    timed = [_timed(path, job.fingerprint) for path in job.folder.glob(f"{PROGRESS}*.json")]
+    users, seconds = sum(u for u, _ in timed), sum(s for _, s in timed)
+    speed = round(users / seconds, 1) if seconds else None
+    return {"users_per_s": speed, "timed_users": users}
 
 
 @contextmanager
@@ -368,7 +440,11 @@ def locked(folder: Path | str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as stream:  # a rerun leaves the file as it is
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.warning("another process begins or ends this job; waiting for it")
+                fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError as error:  # a file system without locks
             logger.warning(
                 "%s can't be locked (%s): start parts of one job a few seconds apart", path, error

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -53,29 +54,33 @@ class ShardActor:
         except ValueError as error:
             self._fault = str(error)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Make the shards of a batch; after bad input no more are made.
 
         Args:
             batch: ``start``, the first rows.
 
         Returns:
-            ``info``, what each shard says about itself, as JSON, and ``fault``, the message of a
-            ValueError (else empty).
+            ``info``, what each shard says about itself, as JSON, ``seconds``, that it took (nan: it
+            was there already), and ``fault``, the message of a ValueError (else empty).
         """
         infos: list[str] = []
+        took: list[float] = []
         for start in batch["start"]:
             if self._maker is None or self._fault:
                 break
             try:
-                info = self._maker.make(int(start))
+                info, seconds = self._maker.make(int(start))
             except ValueError as error:
                 self._fault = str(error)
             else:
                 infos.append(json.dumps(asdict(info), sort_keys=True))
+                took.append(math.nan if seconds is None else seconds)
         if self._fault:
             infos.append("")
-        return {"info": infos, "fault": [self._fault if not info else "" for info in infos]}
+            took.append(math.nan)
+        faults = [self._fault if not info else "" for info in infos]
+        return {"info": infos, "seconds": took, "fault": faults}
 
 
 def generate_with_ray(
@@ -85,7 +90,7 @@ def generate_with_ray(
     n_actors: int,
     gpus_per_actor: float = 0,
     address: str | None = None,
-    finished: Callable[[ShardInfo], object] | None = None,
+    finished: Callable[[ShardInfo, float | None], object] | None = None,
 ) -> int:
     """Make shards on a Ray cluster.
 
@@ -100,7 +105,7 @@ def generate_with_ray(
         n_actors: engines that work at once.
         gpus_per_actor: of each.
         address: of a running cluster ("auto": the one of this machine), or None.
-        finished: called with each finished shard, in any order.
+        finished: called with each finished shard and its seconds, in any order (see `generate`).
 
     Returns:
         Number of users whose lists were made.
@@ -141,7 +146,8 @@ def generate_with_ray(
                 if row["fault"]:
                     raise ValueError(row["fault"])
                 if finished is not None:
-                    finished(ShardInfo(**json.loads(row["info"])))
+                    seconds = None if math.isnan(row["seconds"]) else row["seconds"]
+                    finished(ShardInfo(**json.loads(row["info"])), seconds)
         except ray.exceptions.RayActorError as error:
             raise ValueError(
                 f"a Ray actor died again and again, {MAX_RESTARTS + 1} times on one shard or in "

@@ -1,23 +1,24 @@
 """Users to make lists for: rows of a split, or anybody's table, read in parts.
 
 A table of millions of users is never held whole: Parquet and Hugging Face datasets are read a
-window of rows at a time, text files are turned into Parquet first. Item ids become catalogue rows
-by joins, so there is no work per row in Python.
+window of rows at a time, text files and large row groups are turned into small ones first. Item ids
+become catalogue rows in a sorted index, so there is no work per row in Python.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 
-from genrec.artifacts import sha256_bytes, sha256_file
+from genrec.artifacts import read_json, sha256_bytes, sha256_file, write_json
 from genrec.columns import CANDIDATES, HISTORY, ITEM_ID, ROW_ID, SEEN, USER_ID
 from genrec.data.readers.files import (
     ENDINGS,
@@ -28,6 +29,7 @@ from genrec.data.readers.files import (
 )
 from genrec.data.readers.huggingface import is_saved_dataset, open_dataset
 from genrec.data.readers.values import native_ids
+from genrec.item_index import ItemIndex
 from genrec.item_lists import ItemLists, list_series
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,9 @@ logger = logging.getLogger(__name__)
 UNKNOWN = "unknown_items"  # items of a row that are not in the catalogue
 UNKNOWN_RULES = ("error", "drop")
 WINDOW = 1 << 15  # rows of a table that are held at once
+GROUP = 1 << 12  # rows of a row group of a copy: what is decoded to read a few
 _COPY = ".users.parquet"
+_HASH = ".users-hash.json"
 
 Marks = tuple[tuple[str, int, int, int], ...]
 
@@ -113,7 +117,8 @@ class UserTable:
         columns: which column is what.
         unknown_items: "error", or "drop" items that the catalogue lacks (counted per row).
         filter_seen: leave out the items of the history.
-        scratch: folder for the Parquet copy of a text file; needed for text files only.
+        scratch: folder for a Parquet copy in small row groups, made of text files (which need it)
+            and of Parquet files with row groups of more than `WINDOW` rows.
         split: of a Hugging Face dataset.
         subset: configuration of one.
         marks: `source_marks` from before the source was hashed; default: from now.
@@ -143,19 +148,8 @@ class UserTable:
                 f"unknown_items={unknown_items!r} is not known; choose one of "
                 f"{', '.join(UNKNOWN_RULES)}"
             )
-        self._index = pl.DataFrame([catalog_ids.alias(ITEM_ID)]).with_row_index("_row")
-        self._text_index = self._index.with_columns(pl.col(ITEM_ID).cast(pl.String))
-        self._files: list[Path] = []
-        self._dataset: Any = None
-        if is_table(source):
-            self._files = _as_parquet(self.source, scratch, self.check_unchanged)
-            frame = pl.scan_parquet(self._files, glob=False, hive_partitioning=False)
-            with reading(self._files[0]):
-                self._n_rows = int(frame.select(pl.len()).collect().item())
-                names = frame.collect_schema().names()
-        else:
-            self._dataset = open_dataset(str(source), split, subset).with_format("arrow")
-            self._n_rows, names = len(self._dataset), self._dataset.column_names
+        self._ids = catalog_ids
+        self._indexes: dict[Any, ItemIndex] = {}  # by type: as they are, and as text
         c = self.columns
         self._wanted = {
             "user_column": c.user,
@@ -163,10 +157,21 @@ class UserTable:
             "exclude_column": c.exclude,
             "candidates_column": c.candidates,
         }
+        self._files: list[Path] = []
+        self._dataset: Any = None
+        if is_table(source):
+            self._files = _as_parquet(self.source, scratch, self._wanted, self.check_unchanged)
+            frame = pl.scan_parquet(self._files, glob=False, hive_partitioning=False)
+            with reading(self._files[0]):
+                self._n_rows = int(frame.select(pl.len()).collect().item())
+                names = frame.collect_schema().names()
+        else:
+            self._dataset = open_dataset(str(source), split, subset).with_format("arrow")
+            self._n_rows, names = len(self._dataset), self._dataset.column_names
         require_columns(names, source, self._wanted)
         if not self._n_rows:
             raise ValueError(f"{source} is empty: it has no rows")
-        self._window_start, self._window = -1, pl.DataFrame()
+        self._window_start, self._window, self._next = -1, pl.DataFrame(), 0
         self.check_unchanged()
 
     @property
@@ -175,8 +180,13 @@ class UserTable:
         return self._n_rows
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process needs: not the window."""
-        return {**self.__dict__, "_window_start": -1, "_window": pl.DataFrame()}
+        """What another process needs: neither the window nor the indexes."""
+        return {**self.__dict__, "_window_start": -1, "_window": pl.DataFrame(), "_indexes": {}}
+
+    def _index(self, kind: Any) -> ItemIndex:
+        if kind not in self._indexes:
+            self._indexes[kind] = ItemIndex(self._ids.cast(kind))
+        return self._indexes[kind]
 
     def read(self, start: int, size: int) -> pl.DataFrame:
         """See `UserRows.read`.
@@ -186,11 +196,15 @@ class UserTable:
                 item that the catalogue lacks; the message names the row.
         """
         stop = min(start + size, self.n_rows)
+        ahead = start == self._next or start // WINDOW * WINDOW == self._window_start
+        self._next = stop
+        if not ahead:  # one shard of many: a whole window would be read for it alone
+            return self._resolve(self._raw(start, stop - start), start)
         parts = []
         while start < stop:
             first = start // WINDOW * WINDOW
             if first != self._window_start:
-                self._window = self._resolve(self._raw(first), first)
+                self._window = self._resolve(self._raw(first, WINDOW), first)
                 self._window_start = first
             end = min(stop, first + WINDOW)
             parts.append(self._window.slice(start - first, end - start))
@@ -207,24 +221,24 @@ class UserTable:
                 f"{self.source} was changed while it was read; start again with a file that stays"
             )
 
-    def _raw(self, first: int) -> pl.DataFrame:
-        """The named columns of a window of rows, as they lie in the source."""
+    def _raw(self, first: int, size: int) -> pl.DataFrame:
+        """The named columns of some rows, as they lie in the source."""
         try:
-            return self._scan(first)
+            return self._scan(first, size)
         finally:  # also where a half-written file could not be read
             self.check_unchanged()
 
-    def _scan(self, first: int) -> pl.DataFrame:
-        names = list(dict.fromkeys(name for name in self._wanted.values() if name is not None))
+    def _scan(self, first: int, size: int) -> pl.DataFrame:
+        names = _names(self._wanted)
         if self._dataset is not None:
-            table = self._dataset[first : min(first + WINDOW, self.n_rows)]
+            table = self._dataset[first : min(first + size, self.n_rows)]
             frame = pl.from_arrow(table.select(names))
             assert isinstance(frame, pl.DataFrame)
             return frame
         scanned = pl.scan_parquet(self._files, glob=False, hive_partitioning=False)
         try:
             with reading(self._files[0]):
-                return scanned.select(names).slice(first, WINDOW).collect()
+                return scanned.select(names).slice(first, size).collect()
         except ValueError as error:
             if self._files[0].name != _COPY:
                 raise
@@ -258,9 +272,6 @@ class UserTable:
     ) -> tuple[pl.Series, np.ndarray]:
         """Lists of catalogue rows, and how many items of each list the catalogue lacks."""
         lists = self._item_lists(lists)
-        index = self._index
-        if getattr(lists.dtype, "inner", None) != index[ITEM_ID].dtype:
-            index = self._text_index
         lengths = lists.list.len().fill_null(0).to_numpy().astype(np.int64)
         owner = np.repeat(np.arange(len(lists)), lengths)
         # Not `explode` alone: an empty list would become a null.
@@ -271,8 +282,8 @@ class UserTable:
                 f"{self.source} row {first + at + 1}: {lists.name!r} of user {users[int(at)]!r} "
                 "holds a null item; remove it"
             )
-        found = pl.DataFrame([items]).join(index, on=ITEM_ID, how="left", maintain_order="left")
-        known = found["_row"].is_not_null().to_numpy()
+        found = self._index(items.dtype).rows(items)
+        known = found >= 0
         unknown = np.bincount(owner[~known], minlength=len(lists))
         if not known.all() and self.unknown_items == "error":
             at = int(np.flatnonzero(~known)[0])
@@ -281,15 +292,14 @@ class UserTable:
                 f"{users[int(owner[at])]!r} holds {items[at]!r}, which is not in the catalogue "
                 f"({int(unknown.sum())} such items in {int((unknown > 0).sum())} of the rows "
                 f"{first + 1} to {first + len(lists)}; ids look like "
-                f"{self._index[ITEM_ID][0]!r}); leave them out, or set unknown_items: drop"
+                f"{self._ids[0]!r}); leave them out, or set unknown_items: drop"
             )
         offsets = np.concatenate([[0], np.cumsum(lengths - unknown)])
-        rows = found["_row"].drop_nulls().cast(pl.Int64)
-        return list_series(rows.alias(lists.name), offsets), unknown
+        return list_series(pl.Series(lists.name, found[known]), offsets), unknown
 
     def _item_lists(self, column: pl.Series) -> pl.Series:
         """A column as lists of ids, of the catalogue's type or (split from text) of strings."""
-        kind = self._index[ITEM_ID].dtype
+        kind = self._ids.dtype
         inner = getattr(column.dtype, "inner", None)
         if column.dtype == pl.Null or inner == pl.Null:
             return column.cast(pl.List(kind))
@@ -311,7 +321,7 @@ class UserTable:
             return column
         raise ValueError(
             f"{self.source}: {column.name!r} holds {column.dtype}; needed are lists of the "
-            f"catalogue's item ids ({kind}, such as {self._index[ITEM_ID][0]!r}), or text with "
+            f"catalogue's item ids ({kind}, such as {self._ids[0]!r}), or text with "
             f"{self.columns.separator!r} between them"
         )
 
@@ -356,16 +366,58 @@ def source_sha256(source: Path | str, split: str = "train", subset: str | None =
     return sha256_file(path)
 
 
-def _as_parquet(source: Path, scratch: Path | str | None, check: Callable[[], None]) -> list[Path]:
-    """The Parquet files of a source; text is turned into one below `scratch`, once.
+def kept_sha256(
+    source: Path | str, folder: Path | str, split: str = "train", subset: str | None = None
+) -> str:
+    """`source_sha256`, kept in a folder for other processes as long as the source stays the same.
 
-    `check` raises if the source has changed; its copy is then not kept.
+    Args:
+        source: as there.
+        folder: of the job; it must exist.
+        split: as there.
+        subset: as there.
     """
+    if not is_table(source):
+        return source_sha256(source, split, subset)
+    kept = Path(folder) / _HASH
+    marks = [list(mark) for mark in source_marks(source)]
+    try:
+        found = read_json(kept)
+        if marks and found["marks"] == marks:
+            return str(found["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
+        pass
+    sha256 = source_sha256(source, split, subset)
+    if marks == [list(mark) for mark in source_marks(source)]:
+        write_json(kept, {"marks": marks, "sha256": sha256})
+    return sha256
+
+
+def _names(wanted: Mapping[str, str | None]) -> list[str]:
+    """The columns that are read, each once."""
+    return list(dict.fromkeys(name for name in wanted.values() if name is not None))
+
+
+def _as_parquet(
+    source: Path,
+    scratch: Path | str | None,
+    wanted: Mapping[str, str | None],
+    check: Callable[[], None],
+) -> list[Path]:
+    """The Parquet files of a source, or a copy of its columns below `scratch`, made once.
+
+    A row group is decoded whole whatever is read of it, so text and large row groups (pyarrow's
+    default has a million rows) are copied into small ones. `check` raises if the source has
+    changed; its copy is then not kept.
+    """
+    files: list[Path] = []
     if source.is_dir():
-        return parquet_files(source)
-    if source.suffix.lower() == ".parquet":
+        files = parquet_files(source)
+    elif source.suffix.lower() == ".parquet":
         scan_file(source)
-        return [source]
+        files = [source]
+    if files and (scratch is None or _largest_group(files) <= WINDOW):
+        return files
     if scratch is None:
         raise ValueError(f"{source} is text: name a folder for its Parquet copy")
     copy = Path(scratch) / _COPY
@@ -375,11 +427,27 @@ def _as_parquet(source: Path, scratch: Path | str | None, check: Callable[[], No
     if not copy.exists():
         partial = copy.with_name(f"{copy.name}.{os.getpid()}.partial")
         with reading(source):
-            scan_file(source).sink_parquet(partial, row_group_size=WINDOW)
+            if files:
+                frame = pl.scan_parquet(files, glob=False, hive_partitioning=False)
+            else:
+                frame = scan_file(source)
+            require_columns(frame.collect_schema().names(), source, wanted)
+            frame.select(_names(wanted)).sink_parquet(partial, row_group_size=GROUP)
         check()
         os.replace(partial, copy)
         logger.info("%s: read into %s", source, copy.name)
     return [copy]
+
+
+def _largest_group(files: Sequence[Path]) -> int:
+    """Rows of the largest row group of some Parquet files."""
+    largest = 0
+    for file in files:
+        with reading(file):
+            about = pq.read_metadata(file)
+        groups = (about.row_group(i).num_rows for i in range(about.num_row_groups))
+        largest = max(largest, *groups, 0)
+    return largest
 
 
 def _is_parquet(path: Path) -> bool:
@@ -392,7 +460,7 @@ def _is_parquet(path: Path) -> bool:
 
 
 def remove_copy(scratch: Path | str) -> None:
-    """Remove the Parquet copy of a text file, when no process reads it any more."""
+    """Remove the Parquet copy of a source, when no process reads it any more."""
     (Path(scratch) / _COPY).unlink(missing_ok=True)
 
 

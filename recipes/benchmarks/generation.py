@@ -137,7 +137,7 @@ def make(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     done = users.n_rows - job.n_users(todo)
     with tqdm(total=users.n_rows, initial=done, unit="user", mininterval=1) as bar:
 
-        def finished(info: ShardInfo) -> None:
+        def finished(info: ShardInfo, _: float | None) -> None:
             made.append(info)
             bar.update(info.stop - info.start)
             if args.seconds and time.perf_counter() - found > args.seconds:

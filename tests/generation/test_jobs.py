@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from genrec.generation.jobs import (
     generate,
     list_facts,
     locked,
+    measured_speed,
     parse_part,
 )
 from genrec.generation.shards import ShardInfo
@@ -75,7 +77,8 @@ def test_shards_resume_and_nothing_is_doubled(world, tmp_path: Path):
         job_of(rows, tmp_path / "whole", 4, 10, 7),
         job_of(rows, tmp_path / "cut", 4, 10, 7),
     )
-    assert generate(recommender, whole, None, ticks.append, infos.append) == len(rows) == 30
+    made = generate(recommender, whole, None, ticks.append, lambda info, _: infos.append(info))
+    assert made == len(rows) == 30
     assert sum(ticks) == 30
     names = list(shards(whole.folder))
     ends = [(0, 6), (7, 13), (14, 20), (21, 27), (28, 29)]
@@ -201,7 +204,7 @@ def test_the_check_is_made_once_for_a_fingerprint(world, tmp_path: Path):
     found = {"rows": 2, "without_history": 1, "unknown_items": 0, "rows_with_unknown": 0}
     assert check_users(job, 20) == found
     kept = json.loads((tmp_path / "input_check.json").read_text())
-    assert kept == {"fingerprint": "f" * 64, "counts": found}
+    assert kept == {"fingerprint": "f" * 64, "context": None, "counts": found}
     kept["counts"]["rows"] = 7
     (tmp_path / "input_check.json").write_text(json.dumps(kept))
     assert check_users(job, 20)["rows"] == 7
@@ -315,16 +318,44 @@ def test_progress_of_a_part(shop_of_integers, tmp_path: Path):
     progress.write()
     said = json.loads(progress.path.read_text())
     assert (said["users"], said["done"], said["users_per_s"], said["eta_s"]) == (10, 2, None, None)
-    progress.finished(ShardInfo("f", 4, 8))
+    progress.finished(ShardInfo("f", 4, 8), 2.0)
     said = json.loads(progress.path.read_text())
     assert (said["done"], said["made_by_this_call"]) == (6, 4)
     assert said["users_per_s"] > 0 and said["eta_s"] >= 0 and said["part"] == "2/3"
-    progress.finished(ShardInfo("f", 16, 20))
+    progress.finished(ShardInfo("f", 16, 20), 2.0)
     assert json.loads(progress.path.read_text()) == said  # the last is written by the recipe
     progress.write()
     said = json.loads(progress.path.read_text())
     assert (said["done"], said["eta_s"]) == (10, 0)
     assert ProgressFile(job, (1, 1), 0).path.name == "progress.json"
+
+
+def test_the_rate_is_that_of_all_shards_whoever_made_them(shop_of_integers, tmp_path: Path):
+    """Over parts, calls and actors; neither loading nor what was there already counts."""
+    job = job_of(shop_of_integers.splits.test, tmp_path, 2, 5, 4)  # 30 users in 8 shards
+    assert measured_speed(job) == {"users_per_s": None, "timed_users": 0}
+
+    def call(part: tuple[int, int], *made: tuple[int, float | None]) -> ProgressFile:
+        progress = ProgressFile(job, part, 4 * len(made))
+        time.sleep(0.05)  # the model is loaded
+        for start, seconds in made:
+            progress.finished(ShardInfo("f", start, job.stop(start)), seconds)
+        progress.write()
+        return progress
+
+    whole = call((1, 2), (0, 1.0), (8, 1.0), (16, 2.0))
+    assert whole.users_per_s == pytest.approx(12, rel=0.02)  # since the first shard was begun
+    assert measured_speed(job) == {"users_per_s": 3.0, "timed_users": 12}
+    call((1, 2), (24, 12.0))  # resumed after a kill
+    assert measured_speed(job) == {"users_per_s": 1.0, "timed_users": 16}
+    call((2, 2), (4, 0.5), (12, None), (20, 1.5))
+    assert measured_speed(job) == {"users_per_s": 1.3, "timed_users": 24}  # 24 in 18 s
+    call((1, 1), (28, 2.0))  # the rest without --shard
+    assert measured_speed(job) == {"users_per_s": 1.3, "timed_users": 26}
+    (tmp_path / "progress-1of2.json").write_text("{")
+    assert measured_speed(job) == {"users_per_s": 2.5, "timed_users": 10}  # 8 in 2 s, 2 in 2 s
+    other = GenerationJob(job.users, job.folder, 2, 5, "e" * 64, 4)
+    assert measured_speed(other) == {"users_per_s": None, "timed_users": 0}
 
 
 def test_only_one_process_holds_the_lock(tmp_path: Path):

@@ -11,6 +11,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -64,8 +65,10 @@ def test_an_actor_makes_the_shards_that_it_is_given(run_dir, recommender, tmp_pa
     infos = [ShardInfo(**json.loads(text)) for text in said["info"]]
     assert [(i.start, i.stop) for i in infos] == [(21, 28), (0, 7)]
     assert infos == [local.find(21), local.find(0)]
+    assert min(said["seconds"]) > 0
     times = {p: p.stat().st_mtime_ns for p in job.folder.iterdir()}
-    assert actor({"start": [0, 21]})["info"] == said["info"][::-1]  # a task that is tried again
+    again = actor({"start": [0, 21]})  # a task that is tried again
+    assert again["info"] == said["info"][::-1] and np.isnan(again["seconds"]).all()
     assert {p: p.stat().st_mtime_ns for p in job.folder.iterdir()} == times
     assert said["fault"] == ["", ""]
     ShardActor(lambda: recommender, job)({"start": job.missing()})
@@ -85,7 +88,8 @@ def test_bad_input_in_an_actor_comes_back_as_a_message(recommender, users, tmp_p
     def refuse() -> Recommender:
         raise ValueError("no such stage")
 
-    assert ShardActor(refuse, job)({"start": [0]}) == {"info": [""], "fault": ["no such stage"]}
+    said = ShardActor(refuse, job)({"start": [0]})
+    assert said["info"] == [""] and said["fault"] == ["no such stage"]
 
 
 def test_without_ray(monkeypatch, users, tmp_path: Path):
@@ -198,7 +202,9 @@ def test_two_workers_one_killed(run_dir, recommender, users, tmp_path: Path):
     killer.start()
     try:
         load = partial(Recommender.load, run_dir)
-        made = generate_with_ray(load, job, job.missing(), 2, finished=infos.append)
+        made = generate_with_ray(
+            load, job, job.missing(), 2, finished=lambda info, _: infos.append(info)
+        )
         # Bad input comes out as what it is, not as an error of Ray.
         bad = GenerationJob(users, job.folder, 4, 10, "e" * 64, 4)
         with pytest.raises(ValueError, match="is of another run: it has rows 0 to 3"):

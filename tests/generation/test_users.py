@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -105,6 +106,48 @@ def test_a_hugging_face_dataset(parquet: Path, tmp_path: Path):
         UserTable(saved, NUMBERS)
     with pytest.raises(ValueError, match="no column 'items'"):
         UserTable(saved, NUMBERS, UserColumns(history="items"), split="test")
+
+
+def test_large_row_groups_are_copied_into_small_ones(monkeypatch, tmp_path: Path):
+    """pyarrow's default group of a million rows would be decoded whole for every few of them."""
+    monkeypatch.setattr(genrec.generation.users, "WINDOW", 4)
+    monkeypatch.setattr(genrec.generation.users, "GROUP", 2)
+    table = pl.DataFrame({"user_id": range(11), "history": [[10 * (i % 5)] for i in range(11)]})
+    table = table.with_columns(much=pl.lit("text"))
+    folder, scratch = tmp_path / "users", tmp_path / "scratch"
+    folder.mkdir()
+    scratch.mkdir()
+    table[:9].write_parquet(folder / "a.parquet", row_group_size=9)
+    table[9:].write_parquet(folder / "b.parquet", row_group_size=9)
+    plain = UserTable(folder, NUMBERS, unknown_items="drop")  # read where it lies
+    users = UserTable(folder, NUMBERS, unknown_items="drop", scratch=scratch)
+    (copy,) = scratch.iterdir()
+    about = pq.read_metadata(copy)
+    assert [about.row_group(i).num_rows for i in range(about.num_row_groups)] == [2] * 5 + [1]
+    assert about.schema.names[0] == "user_id" and "much" not in about.schema.names
+    assert_frame_equal(users.read(0, 11), plain.read(0, 11))
+    with pytest.raises(ValueError, match="no column 'h'"):
+        UserTable(folder, NUMBERS, UserColumns(history="h"), scratch=tmp_path)
+    table.write_parquet(tmp_path / "small.parquet", row_group_size=4)
+    UserTable(tmp_path / "small.parquet", NUMBERS, unknown_items="drop", scratch=tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_rows_out_of_turn_are_read_alone(monkeypatch, tmp_path: Path):
+    """Of one part of a job, or of an actor: no window for each of its shards."""
+    monkeypatch.setattr(genrec.generation.users, "WINDOW", 8)
+    table = pl.DataFrame({"user_id": range(40), "history": [[10 * (i % 4 + 1)] for i in range(40)]})
+    table.write_parquet(tmp_path / "users.parquet", row_group_size=8)
+    users = UserTable(tmp_path / "users.parquet", NUMBERS)
+    whole, read, real = users.read(0, 40), [], users._scan
+    monkeypatch.setattr(users, "_scan", lambda first, n: read.append((first, n)) or real(first, n))
+    for start in (2, 14, 26, 38, 20):
+        assert_frame_equal(users.read(start, 2), whole[start : start + 2])
+    assert read == [(2, 2), (14, 2), (26, 2), (20, 2)]  # 38 lies in the last window
+    read.clear()
+    for start in range(0, 40, 2):  # in turn
+        assert_frame_equal(users.read(start, 2), whole[start : start + 2])
+    assert read == [(0, 2), (0, 8), (8, 8), (16, 8), (24, 8), (32, 8)]
 
 
 def test_windows(monkeypatch, tmp_path: Path):

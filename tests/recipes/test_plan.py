@@ -70,8 +70,11 @@ def test_a_run_and_its_measured_rate(plan, run_dir: Path):
     assert not stage.is_done()
     stage.finish(rows=0, metrics={"users_per_s": 2.0})
     said = plan(*flags, "--n_users", "7200")
-    assert "Measured: 2.0 users/s, engine torch, float32, B = 9, on " in said.replace("\n", " ")
-    assert "1.00 hours" in said
+    one = said.replace("\n", " ")
+    assert "Measured: 2.0 users/s a process, engine torch, float32, B = 9, on " in one
+    assert "1.00 hours with 1 process" in one
+    four = plan(*flags, "--n_users", "7200", "--devices", "4").replace("\n", " ")
+    assert "0.25 hours with 4 processes" in four
     assert not (run_dir / "test_reads.jsonl").exists()  # prompts are those of validation rows
 
 

@@ -14,6 +14,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+import genrec.generation.users
 from genrec.artifacts import load_manifest, read_json, require
 from genrec.generation.users import UserTable
 from genrec.recommend import Recommender
@@ -144,7 +145,7 @@ def test_text_files_and_unknown_items(in_process, run_dir, users, tmp_path: Path
     assert_frame_equal(lists_of(out), lists_of(tmp_path / "b"))
 
 
-def test_parts_in_any_order(in_process, run_dir, users, tmp_path: Path):
+def test_parts_in_any_order(in_process, run_dir, users, tmp_path: Path, monkeypatch):
     flags = [*FLAGS, "--users", str(users), "--output_dir"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     in_process("recommend", run_dir, *flags, str(whole))
@@ -154,13 +155,17 @@ def test_parts_in_any_order(in_process, run_dir, users, tmp_path: Path):
     assert load_manifest(parts, "recommend") is None
     progress = read_json(parts / "recommendations" / "progress-3of3.json")
     assert (progress["users"], progress["done"], progress["eta_s"]) == (6, 6, 0)
+    monkeypatch.setattr(genrec.generation.users, "sha256_file", None)  # hashed once for all parts
     said = in_process("recommend", run_dir, *flags, str(parts), "--shard", "1/3")
     assert "2 of 6 shards are missing" in said
     said = in_process("recommend", run_dir, *flags, str(parts), "--shard", "2/3")
     assert "22 lists of 4" in said
     assert shards(parts) == shards(whole)
     made = require(parts, "recommend")
-    assert made.metrics["users"] == 22
+    assert made.metrics["users"] == made.metrics["timed_users"] == 22
+    timed = [read_json(p) for p in (parts / "recommendations").glob("progress-*of3.json")]
+    seconds = sum(part["timed_seconds"] for part in timed)
+    assert made.metrics["users_per_s"] == pytest.approx(22 / seconds, abs=0.1)
     assert not [name for name in made.outputs if name.startswith("progress")]
     said = in_process("recommend", run_dir, *flags, str(parts), "--shard", "4/3", fails=True)
     assert "the part must lie between 1 and 3" in said
@@ -312,6 +317,16 @@ def test_other_bad_settings(in_process, run_dir, users, tmp_path: Path):
     assert "where lists are written; move it" in said and inside.exists()
     said = in_process("recommend", run_dir, *FLAGS, "--max_rows", "0", fails=True)
     assert "max_rows=0 must be at least 1" in said
+
+
+def test_a_prompt_too_long_is_found_before_the_model_is_loaded(
+    in_process, run_dir, users, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(Recommender, "load", None)
+    flags = [*FLAGS, "--users", str(users), "--output_dir", str(tmp_path / "out")]
+    flags += ["--engine", "vllm", "--max_model_len", "25"]
+    said = in_process("recommend", run_dir, *flags, fails=True)
+    assert "with its item needs 28 tokens, the model's context holds 25; shorten" in said
 
 
 def test_settings_of_the_engine_are_no_others_of_the_lists():
