@@ -404,8 +404,10 @@ FRAME = """<iframe src="{page}" style="border:0;width:{width}px;height:900px"></
   for (const d of frame.querySelectorAll("details")) d.open = true;
   const fonts = [...frame.querySelectorAll("svg text")].map(
     (t) => parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a);
+  const drawn = [...frame.querySelectorAll("svg")].map((s) => s.getBoundingClientRect());
   document.title = "width " + frame.documentElement.scrollWidth
-    + " text " + Math.min(...fonts).toFixed(1) + " charts " + fonts.length;
+    + " text " + Math.min(...fonts).toFixed(1)
+    + " figures " + drawn.filter((r) => r.width > 50 && r.height > 20).length;
 }}</script>"""
 
 
@@ -429,7 +431,9 @@ def test_a_browser_finds_nothing_to_complain_about(hostile, run_html, tmp_path):
             frame = tmp_path / "frame.html"
             frame.write_text(FRAME.format(page=f"{name}.html", width=width))
             done = browse(frame, "--window-size=1300,1000")
-            found = re.search(r"<title>width (\d+) text ([\d.]+|Infinity)", done.stdout)
+            found = re.search(
+                r"<title>width (\d+) text ([\d.]+|Infinity) figures (\d+)", done.stdout
+            )
             assert found is not None, done.stderr[-2000:]
             if name == "noisy":
                 assert int(found[1]) > width
@@ -437,3 +441,5 @@ def test_a_browser_finds_nothing_to_complain_about(hostile, run_html, tmp_path):
             assert "CONSOLE" not in done.stderr
             assert int(found[1]) == width, f"{name} scrolls sideways at {width} px"
             assert float(found[2]) >= 9, f"{name} has text of {found[2]} px at {width} px"
+            assert found[2] != "Infinity", f"{name} has no text in its figures"
+            assert int(found[3]) == html.count("<svg") > 0, f"{name} hides figures at {width} px"
