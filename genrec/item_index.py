@@ -28,7 +28,7 @@ class ItemIndex:
         return self._ids.gather(order), order.to_numpy().astype(np.int64)
 
     def rows(self, ids: pl.Series) -> np.ndarray:
-        """Catalogue rows of ids of the same type, -1 where the catalogue lacks one. ``# (n,)``"""
+        """Catalogue rows of ids of the same type, -1 where the catalogue lacks one; ``(n,)``."""
         assert ids.dtype == self._ids.dtype and not ids.null_count()
         if ids.is_empty():
             return np.zeros(0, dtype=np.int64)
@@ -43,7 +43,7 @@ class ItemIndex:
         return np.where(known, order[place], -1)
 
     def rows_of_values(self, values: Sequence[Any]) -> np.ndarray:
-        """`rows` of Python values; one of another type is an unknown item. ``# (n,)``"""
+        """`rows` of Python values; one of another type is an unknown item; ``(n,)``."""
         kind = str if self._ids.dtype == pl.String else int
         if all(type(value) is kind for value in values):
             try:

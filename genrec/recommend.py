@@ -36,6 +36,7 @@ from genrec.decoding.free_text import TextSampling
 from genrec.decoding.item_tokens import item_tokens
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import CatalogueView, SidTrie
+from genrec.item_index import ItemIndex
 from genrec.modeling import ABOUT, encode_prompts, load_model, load_tokenizer
 from genrec.normalizers import Normalizer, resolve_normalizer
 from genrec.prompts import PromptRenderer, escape_text
@@ -48,6 +49,7 @@ from genrec.reasoning import (
     search_with_chains,
 )
 from genrec.semantic_ids import SemanticIds
+from genrec.sid_texts import SidTexts
 from genrec.tasks.families import FAMILIES, SEQUENTIAL
 from genrec.tasks.sequential import history_prompt
 from genrec.title_ids import ItemMap, TitleIds, load_map
@@ -135,8 +137,8 @@ class Recommender:
         self.engine, self.max_history, self.model_stage = engine, max_history, model_stage
         self.filter_seen, self.k, self.beam_width = filter_seen, k, beam_width
         self.families, self.trained_on_target = frozenset(families), trained_on_target
-        self.sids = np.array(semantic_ids.sids().to_list(), dtype=object)
-        self._row_of = dict(zip(catalog[ITEM_ID].to_list(), range(len(catalog)), strict=True))
+        self.sids = SidTexts(semantic_ids)
+        self._index = ItemIndex(catalog[ITEM_ID])
 
     @classmethod
     def load(
@@ -252,8 +254,8 @@ class Recommender:
 
     def known_rows(self, item_ids: Sequence[Any]) -> tuple[list[int], list[Any]]:
         """Catalogue rows of the item ids that the catalogue has, and the ids that it lacks."""
-        rows = [(item, self._row_of.get(item)) for item in item_ids]
-        return [row for _, row in rows if row is not None], [i for i, row in rows if row is None]
+        rows = self._index.rows_of_values(item_ids)
+        return rows[rows >= 0].tolist(), [item_ids[at] for at in np.flatnonzero(rows < 0)]
 
     def rows_of(self, item_ids: Sequence[Any]) -> list[int]:
         """Catalogue rows of item ids.
@@ -261,14 +263,14 @@ class Recommender:
         Raises:
             ValueError: an id is not in the catalogue.
         """
-        unknown = [item for item in item_ids if item not in self._row_of]
+        rows, unknown = self.known_rows(item_ids)
         if unknown:
-            known = next(iter(self._row_of))
+            known = self.catalog[ITEM_ID][0]
             raise ValueError(
                 f"{len(unknown)} items of the history are not in the catalogue, the first is "
                 f"{unknown[0]!r} (ids look like {known!r}); leave them out"
             )
-        return [self._row_of[item] for item in item_ids]
+        return rows
 
     def recommend(
         self,
@@ -311,13 +313,14 @@ class Recommender:
         """One row of a search's result as items of the catalogue; padding is left out."""
         titles = self.catalog[TITLE]
         ids = self.catalog[ITEM_ID]
+        sids = self.sids[np.maximum(result.items[row], 0)]
         return [
             Recommendation(
                 rank + 1,
                 ids[int(item)],
                 titles[int(item)],
                 float(result.scores[row, rank]),
-                str(self.sids[item]),
+                sids[rank],
                 tuple(float(x) for x in result.level_log_probs[row, rank]),
             )
             for rank, item in enumerate(result.items[row])

@@ -154,6 +154,7 @@ def _save_run(
     import shutil
 
     from genrec.artifacts import Stage, write_parquet
+    from genrec.decoding.trie import FOLDER, SidTrie
     from genrec.modeling import save_model
     from genrec.prompts import default_folder
 
@@ -167,6 +168,9 @@ def _save_run(
     stage = Stage(run, "quantize", {}, ["prepare"])
     assert not stage.is_done()
     shop.semantic_ids.save(stage.folder)
+    if isinstance(shop.semantic_ids, SemanticIds):
+        codes, of_map = shop.semantic_ids.codes, shop.semantic_ids.sha256
+        SidTrie.build(codes).save(stage.folder / FOLDER, of_map)
     stage.finish(rows=shop.semantic_ids.n_items)
     stage = Stage(run, "build_dataset", {}, ["prepare", "quantize"])
     assert not stage.is_done()

@@ -19,6 +19,7 @@ from genrec.artifacts import sha256_file
 from genrec.bundle.card import TO_FILL_IN, model_card
 from genrec.bundle.files import card_was_edited, is_bundle, read_manifest, verify_bundle
 from genrec.bundle.writing import ExportSettings, write_bundle
+from genrec.decoding.trie import SidTrie
 from genrec.modeling import load_model, sid_token_ids
 from genrec.recommend import Recommender
 from genrec.semantic_ids import SemanticIds
@@ -87,6 +88,13 @@ def test_the_manifest_names_every_file(run: Path, bundle: Path):
     assert verify_bundle(bundle) == [] and not card_was_edited(bundle)
     assert not [p for p in bundle.parent.iterdir() if p != bundle], "nothing half-built is left"
     assert os.stat(bundle).st_mode & 0o777 == 0o777 & ~umask()
+
+
+def test_the_trie_comes_with_it(bundle: Path, monkeypatch):
+    """Built anew it would cost every server's start what quantize spent once."""
+    monkeypatch.setattr(SidTrie, "build", None)
+    assert Recommender.load(bundle).recommend([], 3)
+    assert read_manifest(bundle)["files"].keys() >= {"semantic_ids/trie/trie.json"}
 
 
 def umask() -> int:

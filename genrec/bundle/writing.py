@@ -36,6 +36,7 @@ from genrec.bundle.files import CARD, DECODING, KIND, SCHEMA_VERSION, is_bundle,
 from genrec.bundle.parts import DEFAULT_K, ServedParts
 from genrec.columns import BRAND, CATEGORIES, ITEM_ID, ITEM_INDEX, PRICE, TITLE, TRAIN_COUNT
 from genrec.decoding.beam import default_beam_width
+from genrec.decoding.trie import FOLDER as TRIE
 from genrec.modeling import load_base, load_tokenizer
 from genrec.normalizers import declared_normalizer
 from genrec.prompts import PromptRenderer
@@ -92,6 +93,7 @@ def write_bundle(run_dir: Path | str, target: Path | str, settings: ExportSettin
         _copy(source, "build_dataset", "prompts/", partial / "prompts")
         for name in ("items.parquet", "semantic_ids.json", "reserved.parquet"):
             _copy(run_dir, "quantize", name, partial / "semantic_ids" / name)
+        _copy(run_dir, "quantize", f"{TRIE}/", partial / "semantic_ids" / TRIE)
         stored = _write_model(source, parts, settings.dtype, partial / "model")
         catalog = pl.read_parquet(parts.catalog, glob=False)
         kept = [name for name in SERVING_COLUMNS if name in catalog.columns]
