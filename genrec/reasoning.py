@@ -6,7 +6,8 @@ item. So the items of one chain depend on what was sampled, and a list should re
 1. `n_chains` chains per prompt are sampled as free text (`genrec.decoding.free_text`), up to the
    words behind which training rows put the item (`decision_marker`). Prompt and chain are then a
    token prefix of a training row, if the model writes what it was taught.
-2. One constrained search over all (prompt, chain) pairs gives each chain its list.
+2. One constrained search over all (prompt, chain) pairs gives each chain its list. The chains of a
+   prompt share what was computed of it, and `exact` scores behind the same states.
 3. The lists of a prompt are merged: with C chains, an item's score is
    ``logsumexp_c log p(item | chain c) − log C``, the Monte Carlo estimate of the log-probability
    with the chain summed out (self-consistency, Wang et al. 2023, but of probabilities and not of
@@ -313,29 +314,26 @@ def search_with_chains(
             f"k={k} and items_per_chain={per_chain}: a list has at least one item, and each "
             "chain's list is at least as long as the merged one"
         )
-    whole = [
-        [*prompt, *text.token_ids]
-        for prompt, own in zip(prompts, chains, strict=True)
-        for text in own
-    ]
-    repeated = None if seen is None else [items for items in seen for _ in range(n_chains)]
     width = beam_width or default_beam_width(per_chain)
-    result = engine.search(whole, per_chain, width, repeated, view)
-    shape = (len(prompts), n_chains, per_chain)
-    items, scores = result.items.reshape(shape), result.scores.reshape(shape)
-    levels = result.level_log_probs.reshape(*shape, -1)
-    proposed = items
-    if exact:
-        items = _candidates(items)
-        scored = engine.score(whole, items.reshape(len(whole), -1))
-        levels = scored.reshape(*items.shape, -1)
-        scores = levels.astype(np.float64).sum(-1)
-    merged = []
-    for row in range(len(prompts)):
-        found = merge(items[row], scores[row], levels[row], engine.trie, k)
-        holds = (found.items[:, None, None] == proposed[row]).any(-1)  # (items, chains)
-        merged.append(replace(found, n_proposed=holds.sum(-1).astype(np.int64)))
-    return merged
+    merged: list[Merged | None] = [None] * len(prompts)
+    texts = [[text.token_ids for text in own] for own in chains]
+    for rows, whole, behind in engine.branches(prompts, texts, width):
+        own = None if seen is None else [seen[row] for row in rows for _ in range(n_chains)]
+        result = engine.search(whole, per_chain, width, own, view, prefilled=behind)
+        shape = (len(rows), n_chains, per_chain)
+        items, scores = result.items.reshape(shape), result.scores.reshape(shape)
+        levels = result.level_log_probs.reshape(*shape, -1)
+        proposed = items
+        if exact:
+            items = _candidates(items)
+            scored = engine.score(whole, items.reshape(len(whole), -1), prefilled=behind)
+            levels = scored.reshape(*items.shape, -1)
+            scores = levels.astype(np.float64).sum(-1)
+        for at, row in enumerate(rows):
+            found = merge(items[at], scores[at], levels[at], engine.trie, k)
+            holds = (found.items[:, None, None] == proposed[at]).any(-1)  # (items, chains)
+            merged[row] = replace(found, n_proposed=holds.sum(-1).astype(np.int64))
+    return [found for found in merged if found is not None]
 
 
 def _candidates(items: IntArray) -> IntArray:

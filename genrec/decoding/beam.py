@@ -198,6 +198,31 @@ def child_log_probs(
     return picked.log_softmax(-1) if normalizer == "trie" else picked
 
 
+def code_log_probs(
+    tensors: TrieTensors,
+    level: int,
+    parents: Tensor,
+    nodes: Tensor,
+    columns: Tensor,
+    normalizer: Normalizer,
+) -> Tensor:
+    """Log-probability of one given child of each parent, as a search scores it, (U, B).
+
+    Args:
+        tensors: the trie.
+        level: level of the children.
+        parents: nodes above it, (U, B); zeros at level 0.
+        nodes: the children, (U, B).
+        columns: `normalize`'s, (U, B, codebook_size).
+        normalizer: as in `normalize`.
+    """
+    if normalizer != "trie":  # the siblings don't matter
+        return columns.gather(-1, tensors.codes(level, nodes).unsqueeze(-1)).squeeze(-1)
+    child, exists = tensors.expand(level, parents)
+    log_probs = child_log_probs(columns, tensors.codes(level, child), exists, normalizer)
+    return log_probs.gather(-1, (nodes - child[..., 0]).unsqueeze(-1)).squeeze(-1)
+
+
 def step(
     tensors: TrieTensors,
     level: int,
@@ -391,7 +416,8 @@ def length_batches(
     Longest first, so that a lack of memory shows at once.
 
     Raises:
-        ValueError: a prompt is empty, or too long for the context (None: no limit known).
+        ValueError: a prompt is empty, or too long for the context or a sliding window (None: no
+            limit known).
     """
     lengths = np.array([len(prompt) for prompt in prompts])
     if len(lengths) == 0:
@@ -402,7 +428,7 @@ def length_batches(
     if context is not None and longest > context:
         raise ValueError(
             f"prompt {int(lengths.argmax())} with its item needs {longest} tokens, the model's "
-            f"context holds {context}; lower max_history"
+            f"sliding window or context holds {context}; lower max_history"
         )
     order = np.argsort(-lengths, kind="stable")
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -20,8 +20,12 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from genrec.artifacts import sha256_bytes
 from genrec.decoding.beam import length_batches
+from genrec.decoding.forward import attention_reach
 
 FinishReason = Literal["stop", "eos", "length"]
+_COLDEST = 1e-30  # a lower temperature is zero in float32
+_BLOCK = 256  # tokens whose weights are summed before one of them is looked for
+_LIKELIEST = 1024  # tokens that are sorted first to find a nucleus
 _CHECK_EVERY = 16  # tokens between two looks at the texts: each waits for the device
 
 
@@ -93,7 +97,8 @@ def sample_texts(
     embedding that no token has, are never drawn. Two equal prompts get equal texts.
 
     Args:
-        model: a causal LM with full attention; used as it is and put into eval mode meanwhile.
+        model: a causal LM with full attention (a sliding window limits prompt and text); used as it
+            is and put into eval mode meanwhile.
         tokenizer: the model's.
         prompts: token ids, none empty.
         n_samples: texts per prompt.
@@ -114,7 +119,7 @@ def sample_texts(
         raise ValueError(f"n_samples={n_samples} must be at least 1")
     if not stop_text:
         raise ValueError("the stop text is empty: every text would end at once")
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = attention_reach(model)
     batches = length_batches(prompts, reserve + 1, context, max(1, batch_size // n_samples))
     forbidden = never_drawn(model, tokenizer)
     out: list[list[SampledText]] = [[] for _ in prompts]
@@ -240,7 +245,7 @@ def _prefill(
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
     last, which = torch.unique(lengths - 1, return_inverse=True)
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache()  # not the config's: a window's layer would drop what padding pushes out
     out = model(
         input_ids=ids.to(device), past_key_values=cache, use_cache=True, logits_to_keep=last
     )
@@ -254,8 +259,9 @@ def _prefill(
 def pick(logits: Tensor, forbidden: Tensor, draws: Tensor, sampling: TextSampling) -> Tensor:
     """The token that each random number falls on.
 
-    The numbers are looked up in the cumulative distribution over the vocabulary in token order, in
-    float64, so that rounding of the logits moves a draw only where it falls on an edge.
+    The numbers are looked up in the cumulative distribution over the vocabulary in token order.
+    Weights are float32 and their sums float64, so that rounding moves a draw only where it falls on
+    an edge. First the block of tokens is found and then the token in it: running sums are slow.
 
     Args:
         logits: (R, V), any float type.
@@ -266,18 +272,52 @@ def pick(logits: Tensor, forbidden: Tensor, draws: Tensor, sampling: TextSamplin
     Returns:
         (R,) token ids.
     """
-    scaled = logits.double().masked_fill(forbidden, -torch.inf)
-    scaled -= scaled.amax(-1, keepdim=True)  # else a low temperature overflows
-    probs = (scaled / sampling.temperature).softmax(-1)
+    rows, size = logits.shape
+    width = -(-size // _BLOCK) * _BLOCK
+    weights = torch.full((rows, width), -torch.inf, device=logits.device)
+    weights[:, :size] = logits
+    weights[:, :size].masked_fill_(forbidden, -torch.inf)
+    weights -= weights.amax(-1, keepdim=True)  # else a low temperature overflows
+    weights.div_(max(sampling.temperature, _COLDEST)).exp_()
     if sampling.top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        outside = ordered.cumsum(-1) - ordered >= sampling.top_p
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(outside, 0.0))
-    cumulative = probs.cumsum(-1)
-    total = cumulative[:, -1:]
-    below = torch.nextafter(total, torch.zeros_like(total))  # a product may round up to the total
-    target = torch.minimum(draws.unsqueeze(1) * total, below)
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+        _keep_nucleus(weights, sampling.top_p)
+    blocks = weights.view(rows, -1, _BLOCK)
+    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = _below(draws.unsqueeze(1) * sums[:, -1:], sums[:, -1:])
+    block = torch.searchsorted(sums, target, right=True)  # (R, 1)
+    before = sums.gather(1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0.0)
+    inside = blocks[torch.arange(rows, device=logits.device), block[:, 0]].cumsum(
+        -1, dtype=torch.float64
+    )
+    place = torch.searchsorted(inside, _below(target - before, inside[:, -1:]), right=True)
+    return (block * _BLOCK + place).squeeze(1)
+
+
+def _below(values: Tensor, limit: Tensor) -> Tensor:
+    """The values, or the number next below the limit where rounding took them up to it."""
+    return torch.minimum(values, torch.nextafter(limit, torch.zeros_like(limit)))
+
+
+def _keep_nucleus(weights: Tensor, top_p: float) -> None:
+    """Zero all but the fewest largest weights whose share reaches `top_p`; of equals the first.
+
+    In place, and sorts only as many of them as it takes. ``weights # (R, V)``
+    """
+    total = weights.sum(-1, keepdim=True, dtype=torch.float64)
+    kept = min(_LIKELIEST, weights.shape[1])
+    while True:
+        ordered = weights.topk(kept, dim=-1).values
+        sums = ordered.cumsum(-1, dtype=torch.float64)
+        if kept == weights.shape[1] or bool((sums[:, -1:] >= top_p * total).all()):
+            break
+        kept = min(16 * kept, weights.shape[1])
+    size = (sums - ordered < top_p * total).sum(-1, keepdim=True)  # of the nucleus, (R, 1)
+    edge = ordered.gather(1, size - 1)
+    equal = weights == edge
+    room = size - (ordered > edge).sum(-1, keepdim=True)
+    if bool((equal.sum(-1, keepdim=True) > room).any()):
+        weights.masked_fill_(equal & (equal.cumsum(-1) > room), 0.0)
+    weights.masked_fill_(weights < edge, 0.0)
 
 
 def _draws(prompts: list[list[int]], n_samples: int, sampling: TextSampling, n: int) -> np.ndarray:

@@ -1,34 +1,29 @@
 """In-process engine: the prompt is prefilled once, and all beams share its keys and values.
 
-All beams of a user are query positions of one sequence. Keys and values are appended in place to
-memory that is taken once per batch, and a 4-D mask of ancestors says what each beam sees, so
-nothing is reordered or copied between levels. (Inside a layer, transformers repeats the keys and
-values of grouped-query attention for its kernel.)
-
-Works on unmodified Hugging Face decoders that attend by such a mask over everything before, with or
-without adapters. Not all do (ALiBi, local windows, recurrent models): each model is tried out once
+How, is told in `genrec.decoding.forward`. Works on unmodified Hugging Face decoders that attend by
+such a mask over everything before, with or without adapters; a sliding window must hold the prompt
+and its item. Not all do (ALiBi, chunked attention, recurrent models): each model is tried out once
 against its own plain forward pass, and refused if the two differ.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
 
 from genrec.decoding.beam import (
     BeamResult,
     Beams,
     Normalizer,
     check_sid_token_ids,
-    child_log_probs,
+    code_log_probs,
     finish,
     length_batches,
     normalize,
@@ -36,11 +31,13 @@ from genrec.decoding.beam import (
     step,
     without_padding,
 )
+from genrec.decoding.forward import Forward, attention_reach, descend
 from genrec.decoding.lm_head import SidHead
 from genrec.decoding.sampling import Draws, Sampler, check_sampler
 from genrec.decoding.trie import CatalogueView, SidTrie
 from genrec.decoding.trie_tensors import LevelFilter, TrieTensors
 
+_SCORED_AT_ONCE = 1 << 24  # entries of a mask or a table of codes while items are scored
 _TRIED: weakref.WeakSet[Any] = weakref.WeakSet()  # models whose tree attention was tried out
 
 
@@ -72,20 +69,15 @@ class TorchEngine:
         self.sid_ids = [torch.tensor(ids, device=self.device) for ids in sid_token_ids]
         self._tensors = TrieTensors(trie, None, self.device)
         self._head: SidHead | None = None
-        window = getattr(model.config, "sliding_window", None)
-        layers = getattr(model.config, "layer_types", None) or []
+        config = model.config.get_text_config()
+        layers = getattr(config, "layer_types", None) or []
         if other := set(layers) - {"full_attention", "sliding_attention"}:
             raise ValueError(
                 f"the model has layers of {sorted(other)}; this engine needs full attention"
             )
-        if window and (not layers or "sliding_attention" in layers):
-            raise ValueError(
-                f"the model attends through a sliding window of {window}; this engine's ancestor "
-                "mask needs full attention (set use_sliding_window=false if prompts fit the window)"
-            )
         # Other names for windows, which a short trial can't see.
-        local = [kind for kind in getattr(model.config, "attention_layers", ()) if kind != "global"]
-        if local or getattr(model.config, "attention_chunk_size", None):
+        local = [kind for kind in getattr(config, "attention_layers", ()) if kind != "global"]
+        if local or getattr(config, "attention_chunk_size", None):
             raise ValueError(
                 "the model has local or chunked attention; this engine's ancestor mask needs full "
                 "attention"
@@ -110,6 +102,7 @@ class TorchEngine:
         progress: Callable[[int], object] | None = None,
         candidates: Sequence[np.ndarray | None] | None = None,
         sampler: Sampler | None = None,
+        prefilled: Forward | None = None,
     ) -> BeamResult:
         """The k best items for each prompt, or k items that are drawn.
 
@@ -122,6 +115,7 @@ class TorchEngine:
             progress: called with the number of users of each finished batch.
             candidates: the only catalogue rows that each user may get (None: all), or None.
             sampler: what to draw (see `genrec.decoding.sampling`), or None: the best items.
+            prefilled: the prompts, run already (see `branches`), with room for the beams.
 
         Returns:
             Lists in the order of `prompts`.
@@ -134,11 +128,43 @@ class TorchEngine:
 
         def search_batch(rows: np.ndarray, filters: list[LevelFilter] | None) -> BeamResult:
             batch = [prompts[row] for row in rows]
-            return self._search_batch(head, batch, k, width, tensors, filters, rows, sampler)
+            return self._search_batch(
+                head, batch, k, width, tensors, filters, rows, sampler, prefilled
+            )
 
+        batches = self._batches(prompts) if prefilled is None else [np.arange(len(prompts))]
         return search_in_batches(
-            search_batch, self._batches(prompts), tensors, k, beam_width, seen, progress, candidates
+            search_batch, batches, tensors, k, beam_width, seen, progress, candidates
         )
+
+    def branches(
+        self,
+        prompts: Sequence[Sequence[int]],
+        branches: Sequence[Sequence[Sequence[int]]],
+        width: int,
+    ) -> Iterator[tuple[np.ndarray, list[list[int]], Forward]]:
+        """Prompts with several texts behind each, run batch by batch; a prompt is prefilled once.
+
+        Args:
+            prompts: token ids, none empty.
+            branches: texts behind each prompt, none empty; the same number for each prompt.
+            width: beams that will be searched, or items that will be scored at once, behind a text.
+
+        Yields:
+            Rows of `prompts`; the prompt with each of its texts, prompt by prompt; and what
+            `search` and `score` take as `prefilled` beside them, as often as they are called before
+            the next batch.
+        """
+        longest = [[*p, *max(own, key=len)] for p, own in zip(prompts, branches, strict=True)]
+        at_once = max(1, self.batch_size // max(map(len, branches), default=1))
+        head, room = self._sid_head(), width * (self.trie.n_levels - 1)
+        for rows in self._batches(longest, at_once):
+            texts = [branches[row] for row in rows]
+            whole = [[*prompts[row], *text] for row in rows for text in branches[row]]
+            with torch.inference_mode(), _EvalMode(self.model):
+                shared = [prompts[row] for row in rows]
+                forward = Forward(head, shared, self.pad_token_id, room, texts)
+            yield rows, whole, forward
 
     def _sid_head(self) -> SidHead:
         """The head, looked at once: whether it can be taken apart doesn't change."""
@@ -202,12 +228,20 @@ class TorchEngine:
             self._tensors = self._tensors.through(view)
         return self._tensors
 
-    def score(self, prompts: Sequence[Sequence[int]], items: np.ndarray) -> np.ndarray:
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        items: np.ndarray,
+        prefilled: Forward | None = None,
+    ) -> np.ndarray:
         """Log-probabilities of given items, by teacher forcing over the shared prompt.
+
+        Many items are scored part by part behind the same prefilled prompt, so memory is bounded.
 
         Args:
             prompts: token ids, one list per row.
             items: catalogue rows to score, (n, m); the same number for each prompt.
+            prefilled: as in `search`.
 
         Returns:
             (n, m, L) float32 log-probability of each level; their sum is what `search` ranks by.
@@ -217,15 +251,19 @@ class TorchEngine:
         tensors = self._filtered(None)
         head = self._sid_head()
         out = np.empty((*items.shape, self.trie.n_levels), dtype=np.float32)
-        for rows in self._batches(prompts):
-            out[rows] = self._score_batch(
-                head, [prompts[row] for row in rows], items[rows], tensors
-            )
+        batches = self._batches(prompts) if prefilled is None else [np.arange(len(prompts))]
+        if not items.shape[1]:
+            return out
+        for rows in batches:
+            batch = [prompts[row] for row in rows.tolist()]
+            out[rows] = self._score_batch(head, batch, items[rows], tensors, prefilled)
         return out
 
-    def _batches(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        return length_batches(prompts, self.trie.n_levels, context, self.batch_size)
+    def _batches(
+        self, prompts: Sequence[Sequence[int]], batch_size: int | None = None
+    ) -> list[np.ndarray]:
+        reach = attention_reach(self.model)
+        return length_batches(prompts, self.trie.n_levels, reach, batch_size or self.batch_size)
 
     @torch.inference_mode()
     def _search_batch(
@@ -238,13 +276,16 @@ class TorchEngine:
         filters: list[LevelFilter] | None,
         rows: np.ndarray,
         sampler: Sampler | None = None,
+        forward: Forward | None = None,
     ) -> BeamResult:
         n_levels = self.trie.n_levels
         draws = None
         if sampler is not None:
             draws = Draws.start(sampler, n_levels, prompts, self.device)
         with _EvalMode(self.model):
-            forward = Forward(head, prompts, self.pad_token_id, width * (n_levels - 1))
+            if forward is None:
+                forward = Forward(head, prompts, self.pad_token_id, width * (n_levels - 1))
+            forward.rewind()
             beams = Beams.start(len(prompts), self.device, draws)
             # Which decoded positions a beam sees, (U, B, decoded so far).
             ancestors: Tensor | None = None
@@ -256,139 +297,63 @@ class TorchEngine:
                     if (ended := without_padding(tensors, level, beams)) is not None:
                         beams = ended
                         break
-                    ancestors = _descend(ancestors, beams.parents)
+                    ancestors = descend(ancestors, beams.parents)
                     forward.append(self.sid_ids[level][beams.codes], ancestors)
         return finish(tensors, beams, k, rows)
 
     @torch.inference_mode()
     def _score_batch(
-        self, head: SidHead, prompts: list[Sequence[int]], items: np.ndarray, tensors: TrieTensors
+        self,
+        head: SidHead,
+        prompts: list[Sequence[int]],
+        items: np.ndarray,
+        tensors: TrieTensors,
+        forward: Forward | None,
     ) -> np.ndarray:
+        below = self.trie.n_levels - 1
+        at_once = min(items.shape[1], self._scored_at_once(len(prompts), max(map(len, prompts))))
+        with _EvalMode(self.model):
+            if forward is None:
+                forward = Forward(head, prompts, self.pad_token_id, at_once * below)
+            elif below:
+                at_once = min(at_once, forward.room // below)
+            parts = [
+                self._score_part(forward, items[:, first : first + at_once], tensors)
+                for first in range(0, items.shape[1], at_once)
+            ]
+        return np.concatenate(parts, axis=1)
+
+    def _scored_at_once(self, users: int, prompt_length: int) -> int:
+        """Items that may be scored together: each is a row of a mask that sees all before it."""
+        each = _SCORED_AT_ONCE // users
+        whole = not self._sid_head().split  # such a head gives logits over the vocabulary
+        columns = self._embeddings.shape[0] if whole else max(map(len, self.sid_ids))
+        below = self.trie.n_levels - 1
+        # c items make a mask of c (P + c (L - 1)) entries.
+        half = prompt_length / 2
+        root = (math.sqrt(half**2 + below * each) - half) / below if below else each / prompt_length
+        return max(1, min(int(root), each // columns))
+
+    def _score_part(self, forward: Forward, items: np.ndarray, tensors: TrieTensors) -> np.ndarray:
+        """Log-probabilities of some items behind the prompts, (U, m, L)."""
         n_levels, n_each = self.trie.n_levels, items.shape[1]
         leaf = self.trie.leaf_of_item[items]  # (U, m)
-        nodes = [
-            torch.from_numpy(self.trie.node_of_leaf(level, leaf)).to(self.device)
-            for level in range(n_levels)
-        ]
         out = torch.empty(*items.shape, n_levels, device=self.device)
-        with _EvalMode(self.model):
-            forward = Forward(head, prompts, self.pad_token_id, n_each * (n_levels - 1))
-            ancestors: Tensor | None = None
-            same = torch.arange(n_each, device=self.device).expand(items.shape)
-            for level in range(n_levels):
-                parent = nodes[level - 1] if level else torch.zeros_like(nodes[0])
-                child, exists = tensors.expand(level, parent)
-                columns = head.columns(level, forward.states).expand(-1, n_each, -1)
-                log_probs = child_log_probs(
-                    columns, tensors.codes(level, child), exists, self.normalizer
-                )
-                at = nodes[level] - child[..., 0]
-                own = log_probs.gather(-1, at.unsqueeze(-1)).squeeze(-1)
-                out[..., level] = own.masked_fill(tensors.ended(level, parent), 0.0)
-                if level + 1 < n_levels:
-                    ancestors = _descend(ancestors, same)
-                    codes = tensors.codes(level, nodes[level])
-                    forward.append(self.sid_ids[level][codes], ancestors)
+        forward.rewind()
+        ancestors: Tensor | None = None
+        same = torch.arange(n_each, device=self.device).expand(items.shape)
+        parent = torch.zeros(items.shape, dtype=torch.int64, device=self.device)
+        for level in range(n_levels):
+            node = torch.from_numpy(self.trie.node_of_leaf(level, leaf)).to(self.device)
+            columns = forward.head.columns(level, forward.states).expand(-1, n_each, -1)
+            own = code_log_probs(tensors, level, parent, node, columns, self.normalizer)
+            out[..., level] = own.masked_fill(tensors.ended(level, parent), 0.0)
+            if level + 1 < n_levels:
+                ancestors = descend(ancestors, same)
+                codes = tensors.codes(level, node)
+                forward.append(self.sid_ids[level][codes], ancestors)
+            parent = node
         return out.cpu().numpy()
-
-
-class Forward:
-    """A batch on its way through the model: the prompts, then one token per beam and level.
-
-    Attributes:
-        states: what `SidHead.columns` takes, (U, 1, …) after the prompts, (U, B, …) behind.
-    """
-
-    def __init__(
-        self, head: SidHead, prompts: Sequence[Sequence[int]], pad_token_id: int, room: int
-    ) -> None:
-        """Run the prompts, right-padded: causality alone keeps padding out; no mask is needed.
-
-        Args:
-            head: the model.
-            prompts: token ids.
-            pad_token_id: fills short ones.
-            room: tokens that will be appended at most.
-        """
-        lengths = np.array([len(prompt) for prompt in prompts])
-        padded = np.full((len(prompts), int(lengths.max())), pad_token_id, dtype=np.int64)
-        padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.concatenate(prompts)
-        device = head.sid_ids[0].device
-        ids = torch.from_numpy(padded).to(device)
-        self.head, self.dtype = head, head.model.dtype
-        self.next_position = torch.from_numpy(lengths).to(device).unsqueeze(1)  # (U, 1)
-        self.visible = torch.arange(ids.shape[1], device=device) < self.next_position  # (U, P)
-        layer = partial(_AppendedLayer, ids.shape[1] + room)
-        self.cache = Cache(layer_class_to_replicate=cast(Any, layer))
-        self.states = head.states(
-            last=self.next_position[:, 0] - 1,
-            input_ids=ids,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-
-    def append(self, ids: Tensor, ancestors: Tensor) -> None:
-        """One more token per beam.
-
-        Args:
-            ids: tokens, (U, B).
-            ancestors: decoded columns that each beam sees, itself included, (U, B, D) bool.
-        """
-        n_beams = ids.shape[1]
-        sees = torch.cat([self.visible.unsqueeze(1).expand(-1, n_beams, -1), ancestors], dim=-1)
-        mask = torch.zeros(sees.shape, dtype=self.dtype, device=ids.device)
-        mask = mask.masked_fill(~sees, torch.finfo(self.dtype).min).unsqueeze(1)  # (U, 1, B, P + D)
-        self.states = self.head.states(
-            input_ids=ids,
-            position_ids=self.next_position.expand(-1, n_beams),
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.next_position = self.next_position + 1
-
-
-class _AppendedLayer(DynamicLayer):
-    """One layer's keys and values in memory of a known size; growing copies nothing.
-
-    Args:
-        room: positions that it must hold.
-    """
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.room, self.length = room, 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take the memory."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        users, heads = key_states.shape[:2]
-        self._all_keys = key_states.new_empty(users, heads, self.room, key_states.shape[-1])
-        self._all_values = value_states.new_empty(users, heads, self.room, value_states.shape[-1])
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append, and return all so far, (U, heads, length, head_dim) each."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        end = self.length + key_states.shape[-2]
-        self._all_keys[:, :, self.length : end] = key_states
-        self._all_values[:, :, self.length : end] = value_states
-        self.length = end
-        self.keys, self.values = self._all_keys[:, :, :end], self._all_values[:, :, :end]
-        return self.keys, self.values
-
-
-def _descend(ancestors: Tensor | None, parents: Tensor) -> Tensor:
-    """Visibility of decoded columns for the next beams: their parent's, plus themselves."""
-    users, width = parents.shape
-    own = torch.eye(width, dtype=torch.bool, device=parents.device).expand(users, -1, -1)
-    if ancestors is None:
-        return own
-    inherited = ancestors.gather(1, parents.unsqueeze(-1).expand(-1, -1, ancestors.shape[-1]))
-    return torch.cat([inherited, own], dim=-1)
 
 
 class _EvalMode:

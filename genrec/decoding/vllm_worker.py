@@ -26,7 +26,7 @@ from genrec.decoding.beam import (
     BeamResult,
     Beams,
     Normalizer,
-    child_log_probs,
+    code_log_probs,
     finish,
     normalize,
     step,
@@ -150,16 +150,10 @@ class SearchWorker:
         hidden = batch.prefill()
         for level in range(levels):
             nodes = torch.from_numpy(tensors.trie.node_of_leaf(level, leaf)).to(tensors.device)
-            child, exists = tensors.expand(level, parents)
-            columns = batch.model.columns(hidden, level, job)
-            log_probs = child_log_probs(
-                columns.expand(-1, n_leaves, -1),
-                tensors.codes(level, child),
-                exists,
-                job.normalizer,
+            columns = batch.model.columns(hidden, level, job).expand(-1, n_leaves, -1)
+            out[..., level] = code_log_probs(
+                tensors, level, parents, nodes, columns, job.normalizer
             )
-            at = (nodes - child[..., 0]).unsqueeze(-1)
-            out[..., level] = log_probs.gather(-1, at).squeeze(-1)
             if level + 1 < levels:
                 codes = tensors.codes(level, nodes)
                 hidden = batch.extend(job.sid_ids[level][codes], same)

@@ -55,8 +55,9 @@ from transformers import (
 from genrec import modeling
 from genrec.artifacts import write_json, write_parquet
 from genrec.decoding.beam import Beams, length_batches, step
+from genrec.decoding.forward import Forward
 from genrec.decoding.lm_head import SidHead
-from genrec.decoding.torch_engine import Forward, TorchEngine
+from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 from genrec.decoding.trie_tensors import TrieTensors
 

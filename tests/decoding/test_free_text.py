@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from genrec.decoding.free_text import SampledText, TextSampling, pick, sample_texts
 
@@ -198,6 +198,48 @@ def test_the_context_limits_a_text(written):
     assert written.model.longest < 40  # no token was asked for beyond it
     with pytest.raises(ValueError, match="its item needs .* context holds 20; lower max_history"):
         written("on", context=20, reserve=19)
+
+
+def test_pick_over_a_large_vocabulary_is_the_textbook_draw():
+    generator = torch.Generator().manual_seed(0)
+    size = 3001  # no multiple of a block, and more than are sorted first
+    forbidden = torch.rand(size, generator=generator) < 0.1
+    draws = torch.rand(40, generator=generator, dtype=torch.float64)
+    draws[:2] = torch.tensor([0.0, np.nextafter(1, 0)])
+    for spread, top_p in ((3.0, 1.0), (3.0, 0.8), (0.2, 0.97), (0.0, 0.5)):
+        logits = spread * torch.randn(40, size, generator=generator)
+        probs = logits.double().masked_fill(forbidden, -torch.inf).softmax(-1)
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p - 1e-12
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(outside, 0.0))
+        sums = probs.cumsum(-1)
+        own = pick(logits, forbidden, draws, TextSampling(top_p=top_p)).unsqueeze(1)
+        target = draws.unsqueeze(1) * sums[:, -1:]
+        assert not forbidden[own].any() and (probs.gather(1, own) > 0).all()
+        assert (sums.gather(1, own) >= target - 1e-6).all()  # weights are float32
+        assert (sums.gather(1, own) - probs.gather(1, own) <= target + 1e-6).all()
+
+
+def test_padding_of_short_prompts_pushes_nothing_out_of_a_window(tiny):
+    torch.manual_seed(0)
+    tokenizer = tiny.tokenizer()
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128,
+            sliding_window=24, initializer_range=0.3,
+        )
+    ).eval()  # fmt: skip
+    sampling = TextSampling(max_tokens=16)
+    prompts = [[5, 6], [7] * 20]
+    found = sample_texts(model, tokenizer, prompts, 2, NEVER, sampling, reserve=2)
+    assert all(len(text.token_ids) <= 2 for text in found[1])  # 20 + 2 + 2 fill the window
+    for sample, text in enumerate(found[0]):
+        expected = replay(model, tokenizer, prompts[0], sample, sampling, 16)
+        assert list(text.token_ids) == expected[: len(text.token_ids)]
+        assert len(text.token_ids) == 16 or text.finish_reason == "eos"
+    with pytest.raises(ValueError, match="sliding window or context holds 24"):
+        sample_texts(model, tokenizer, [[5] * 24], 1, NEVER, sampling)
 
 
 def test_special_tokens_and_padding_rows_are_never_drawn(tiny):

@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     MistralConfig,
@@ -24,10 +26,12 @@ from transformers import (
     RwkvForCausalLM,
 )
 
-from genrec.decoding import beam
+from genrec.decoding import beam, torch_engine
 from genrec.decoding.beam import NORMALIZERS
+from genrec.decoding.forward import Forward
+from genrec.decoding.lm_head import SidHead
 from genrec.decoding.sampling import LevelSampling
-from genrec.decoding.torch_engine import Forward, TorchEngine
+from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 from genrec.evaluation.probes import exhaustive_scores
 
@@ -201,6 +205,61 @@ def test_score_equals_the_search(reference: Any, normalizer: str):
     assert np.abs(case.engine.score(case.prompts, everything) - case.truth()).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_many_items_are_scored_in_parts(reference: Any, monkeypatch, normalizer: str):
+    case = Case(reference, normalizer=normalizer, n_items=40, batch_size=3)
+    everything = np.tile(np.arange(case.n), (len(case.prompts), 1))
+    whole = case.engine.score(case.prompts, everything)
+    widths, prefills = [], []
+    append, start = Forward.append, Forward.__init__
+    monkeypatch.setattr(
+        Forward, "append", lambda self, ids, a: (widths.append(ids.shape[1]), append(self, ids, a))
+    )
+    monkeypatch.setattr(
+        Forward, "__init__", lambda self, *args: (prefills.append(1), start(self, *args))[1]
+    )
+    monkeypatch.setattr(torch_engine, "_SCORED_AT_ONCE", 600)
+    parts = case.engine.score(case.prompts, everything)
+    assert max(widths) < 12 and len(set(widths)) > 1
+    assert len(prefills) == -(-len(case.prompts) // 3)  # the parts share what was prefilled
+    np.testing.assert_allclose(parts, whole, atol=TOLERANCE)
+    assert case.engine.score(case.prompts, everything[:, :0]).shape == (len(everything), 0, 3)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_texts_behind_a_shared_prompt_equal_whole_prompts(reference: Any, monkeypatch, kind: str):
+    case = Case(reference, n_items=40, batch_size=6)
+    model = reference.tiny_model(kind)
+    engine = TorchEngine(model, case.engine.trie, case.ids, 0, batch_size=6)
+    prompts = reference.random_prompts(1, 5)
+    texts = [reference.random_prompts(seed, 3, 6) for seed in range(5)]  # of unequal lengths
+    whole = [[*p, *text] for p, own in zip(prompts, texts, strict=True) for text in own]
+    true, seen = engine.search(whole, 4, 8), [np.array([row]) for row in range(len(whole))]
+    filtered = engine.search(whole, 4, 8, seen)
+    tokens: list[int] = []
+    run = SidHead.states
+
+    def states(head: SidHead, **inputs: Any) -> torch.Tensor:
+        tokens.append(inputs["input_ids"].numel())
+        return run(head, **inputs)
+
+    monkeypatch.setattr(SidHead, "states", states)
+    found = 0
+    for rows, ids, behind in engine.branches(prompts, texts, 8):
+        before = len(tokens)
+        at = (rows[:, None] * 3 + np.arange(3)).ravel()
+        assert [whole[row] for row in at] == ids and len(rows) <= 2
+        for want, own in ((true, None), (filtered, [seen[row] for row in at]), (true, None)):
+            got = engine.search(ids, 4, 8, own, prefilled=behind)
+            assert got.items.tolist() == want.items[at].tolist()
+            np.testing.assert_allclose(got.scores, want.scores[at], atol=TOLERANCE)
+        scores = engine.score(ids, got.items, prefilled=behind)
+        np.testing.assert_allclose(scores, got.level_log_probs, atol=TOLERANCE)
+        assert set(tokens[before:]) <= {len(at) * width for width in (4, 6, 8)}  # beams alone
+        found += len(rows)
+    assert found == len(prompts)
+
+
 def test_batch_composition_and_padding_change_nothing(reference: Any):
     case = Case(reference, n_items=60)
     prompts = reference.random_prompts(7, 12, longest=30)
@@ -371,18 +430,34 @@ def test_models_without_full_attention_are_refused(reference: Any):
         num_attention_heads=1,
         num_key_value_heads=1,
     )
-    sliding = Qwen3Config(**size, use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    for model in (
-        MistralForCausalLM(MistralConfig(**size, sliding_window=4)),
-        Qwen3ForCausalLM(sliding),
-    ):
-        with pytest.raises(ValueError, match="sliding window of 4"):
-            TorchEngine(model, trie, ids, 0)
     chunked = Qwen3ForCausalLM(Qwen3Config(**size))
     chunked.config.layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(ValueError, match="chunked_attention"):
         TorchEngine(chunked, trie, ids, 0)
     TorchEngine(Qwen3ForCausalLM(Qwen3Config(**size, sliding_window=4)), trie, ids, 0)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen3", "gemma2"])
+def test_a_sliding_window_that_holds_prompt_and_item_changes_nothing(reference: Any, kind: str):
+    size = dict(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3,
+        max_position_embeddings=128, sliding_window=23,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = {
+        "mistral": lambda: MistralForCausalLM(MistralConfig(**size)),
+        "qwen3": lambda: Qwen3ForCausalLM(
+            Qwen3Config(**size, use_sliding_window=True, max_window_layers=1)
+        ),
+        "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**size, query_pre_attn_scalar=16)),
+    }[kind]().eval()
+    case = Case(reference, model=model, normalizer="trie")
+    case.prompts = [(p * 20)[:n] for p, n in zip(case.prompts, [20, 3, 20, 1, 9], strict=True)]
+    result, truth = case.engine.search(case.prompts, 5, 25), case.truth().sum(-1)
+    reference.assert_same_lists(result.items, result.scores, truth, 2 * TOLERANCE)
+    with pytest.raises(ValueError, match="needs 24 tokens, .* sliding window or context holds 23"):
+        case.engine.search([[70] * 21], 5, 25)
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)

@@ -370,7 +370,7 @@ def test_a_run_that_cannot_serve_is_refused_at_once(world, tiny, tmp_path):
     shop = tiny.shop()
     model, tokenizer, _ = tiny.sid_lm(shop.semantic_ids)
     tiny.save_run(tmp_path, shop, model, tokenizer, max_history=200)  # 600 tokens, a context of 256
-    with pytest.raises(ValueError, match="model's context holds 256; lower max_history"):
+    with pytest.raises(ValueError, match="context holds 256; lower max_history"):
         world.app(tmp_path)
 
 
