@@ -5,11 +5,13 @@
 
 Needs the prepare stage alone (content-kNN also embed). Popularity, kNN and EASE take minutes;
 SASRec and BERT4Rec, full softmax over the catalogue, take an hour per training seed on one CPU core
-for Beauty. They are checkpointed after every measurement: a killed run goes on where it was.
+for Beauty, and use a GPU where there is one. They are checkpointed after every measurement: a
+killed run goes on where it was, on another device too.
 
 The table shows validation by default, so that choices can be made on it; `--split test` notes its
-reading in `<run_dir>/test_reads.jsonl`. What SASRec and BERT4Rec have learned serves both splits,
-lists of any length, and every later `genrec evaluate`.
+reading in `<run_dir>/test_reads.jsonl`. What was tuned and learned serves both splits, lists of
+any length, and every later `genrec evaluate` that looks into the same cache: of a run beside this
+one, or of any run where GENREC_CACHE (or `--cache_dir`) names one folder.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from genrec.artifacts import require, stage_folder
 from genrec.columns import USER_ID
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
-from genrec.evaluation.baselines import UnfitData
+from genrec.evaluation.baselines import DEVICES, UnfitData
 from genrec.evaluation.comparison import compare, comparison_table
 from genrec.evaluation.lists import relevant_items
 from genrec.evaluation.suite import (
@@ -50,7 +52,9 @@ class BaselinesArgs:
     k: int = 10  # list length
     training_seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of SASRec and BERT4Rec
     fit_on: str = "train"
-    cache_dir: str | None = None  # default: baselines-cache beside the run folder
+    # Default: the environment variable GENREC_CACHE, or baselines-cache beside the run folder
+    cache_dir: str | None = None
+    device: str = "auto"  # of SASRec and BERT4Rec: auto, cpu or cuda
     samples: int = 1000
     seed: int = 0
 
@@ -60,6 +64,11 @@ class BaselinesArgs:
             check_choice("baselines", name, BASELINES)
         check_choice("split", self.split, ("valid", "test"))
         check_choice("fit_on", self.fit_on, FIT_ON)
+        check_choice("device", self.device, DEVICES)
+        if self.device == "cuda":  # torch is imported only to ask
+            from genrec.evaluation.sequential import compute_device
+
+            compute_device(self.device)
         if self.fit_on != "train" and self.split == "valid":
             raise ValueError("fit_on=train+valid holds the validation targets; use --split test")
         for name in ("k", "samples"):
@@ -79,7 +88,7 @@ def main() -> None:
     lists, notes = {}, []
     for name in dict.fromkeys(args.baselines):
         try:
-            found = baseline(name, data, cache, args.seed, args.training_seeds)
+            found = baseline(name, data, cache, args.seed, args.training_seeds, args.device)
         except UnfitData as error:
             notes.append(f"{name} is left out: {error}")
             continue

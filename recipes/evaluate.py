@@ -10,12 +10,13 @@ files are training seeds of one system.
 
 Baselines are fitted on the training rows, which is what the model saw, and tuned on the validation
 rows; like the model they read the validation item as part of a test row's history. They are cached
-by the hash of the split. SASRec and BERT4Rec take hours on a CPU: `genrec baselines` trains them,
-and they join every table that is made of that dataset from then on (`--overwrite true` redoes one).
+by the hash of the split, beside the run or where GENREC_CACHE (or `--cache_dir`) says. SASRec and
+BERT4Rec take hours on a CPU: `genrec baselines` trains them, and they join every table of that
+dataset that looks into the same cache from then on (`--overwrite true` redoes one).
 
 Writes report.html, metrics.json, per_user, slices and curves.parquet, examples.json and
 baselines/*.parquet. Every evaluation on the test split is noted in `<run_dir>/test_reads.jsonl`.
-CPU only; five minutes for Beauty, most of them for tuning baselines the first time.
+Five minutes of CPU for Beauty, most of them for tuning baselines the first time.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from genrec.columns import (
 )
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
-from genrec.evaluation.baselines import UnfitData
+from genrec.evaluation.baselines import DEVICES, UnfitData
 from genrec.evaluation.beyond_accuracy import category_matrix
 from genrec.evaluation.comparison import (
     Comparison,
@@ -82,6 +83,7 @@ from genrec.evaluation.suite import (
     baseline,
     cache_folder,
     load_split_data,
+    trained_folder,
     trained_seeds,
 )
 from genrec.item_lists import ItemLists
@@ -108,7 +110,9 @@ class EvaluateArgs:
     # SASRec and BERT4Rec join in without being named once `genrec baselines` has trained them.
     baselines: list[str] = field(default_factory=lambda: list(FITTED))
     training_seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of SASRec and BERT4Rec
-    cache_dir: str | None = None  # of baselines; default: baselines-cache beside the run folder
+    # Of baselines; default: the variable GENREC_CACHE, else baselines-cache beside the run
+    cache_dir: str | None = None
+    device: str = "auto"  # where SASRec and BERT4Rec are trained: auto, cpu or cuda
     fit_on: str = "train"  # rows that popularity and kNN count: those the model trained on
     sid_map: str | None = None  # index.json whose shared semantic ids share credit, too
     samples: int = 1000  # bootstrap samples of the 95% intervals
@@ -120,6 +124,11 @@ class EvaluateArgs:
         if self.split is not None:
             check_choice("split", self.split, ("valid", "test"))
         check_choice("fit_on", self.fit_on, FIT_ON)
+        check_choice("device", self.device, DEVICES)
+        if self.device == "cuda":  # torch is imported only to ask
+            from genrec.evaluation.sequential import compute_device
+
+            compute_device(self.device)
         check_fit_on(self.fit_on, self.split)
         for name in self.baselines:
             check_choice("baselines", name, BASELINES)
@@ -206,12 +215,17 @@ def baseline_lists(
     cache = cache_folder(args.run_dir, args.cache_dir)
     seeds = dict.fromkeys(args.baselines, args.training_seeds)
     for name in TRAINED:
-        if name not in seeds and (known := trained_seeds(name, data, cache)) is not None:
+        if name in seeds:
+            continue
+        if (known := trained_seeds(name, data, cache)) is not None:
             seeds[name] = known  # `genrec baselines` has trained it: its lists cost seconds
+        else:
+            folder = trained_folder(data, cache)
+            logger.info("%s is not trained in %s: `genrec baselines` trains it", name, folder)
     lists, settings, not_run = {}, {}, {}
     for name, training_seeds in seeds.items():
         try:
-            found = baseline(name, data, cache, args.seed, training_seeds)
+            found = baseline(name, data, cache, args.seed, training_seeds, args.device)
         except UnfitData as error:
             logger.warning("%s is left out: %s", name, error)
             not_run[name] = str(error)
@@ -234,7 +248,7 @@ def main() -> None:
             asdict(args),
             inputs=["prepare", "recommend", *made],
             files={"sid_map": args.sid_map} if args.sid_map else None,
-            ignore=["cache_dir"],
+            ignore=["cache_dir", "device"],
         )
         split, folder, inputs = recommended_split(args, stage), stage.folder, stage.inputs
         if stage.is_done(args.overwrite):

@@ -18,6 +18,12 @@ from genrec.metrics import EMPTY
 IntArray = npt.NDArray[np.int64]
 
 BATCH_ROWS = 1024  # rows scored, or items compared, at once: bounds the memory
+_CELLS = 1 << 22  # candidates looked at in a block of rows, when lists are filled up
+
+DEVICES = ("auto", "cpu", "cuda")  # where SASRec and BERT4Rec train
+# Raise it when a change makes other weights of those: trained states are not used any more. Here,
+# since a look into the cache must not cost the import of torch.
+TRAINING_VERSION = 1
 
 
 class UnfitData(ValueError):
@@ -60,26 +66,33 @@ def fill_from_order(lists: IntArray, order: IntArray, seen: ItemLists) -> IntArr
 
     Args:
         lists: item indices, `EMPTY` only at the end. ``# (n_rows, k)``
-        order: all item indices, best first. ``# (n_items,)``
+        order: item indices, best first: all, or the first ``2 k + longest seen`` of them.
         seen: items that must not be used, per row.
 
     Returns:
         The filled lists; `EMPTY` remains where the catalogue is used up. ``# (n_rows, k)``
     """
-    filled, n_items = lists.copy(), len(order)
+    filled, k = lists.copy(), lists.shape[1]
+    n_items = 1 + max(int(ids.max(initial=0)) for ids in (lists, order, seen.values))
     short = np.flatnonzero((lists == EMPTY).any(axis=1))
-    for start in range(0, len(short), BATCH_ROWS):
-        rows = short[start : start + BATCH_ROWS]
+    width = 2 * k + seen.lengths[short]
+    by_width = np.argsort(width, kind="stable")  # one long history must not widen other rows
+    short, width = short[by_width], np.minimum(width[by_width], len(order))
+    start = 0
+    while start < len(short):
+        cells = np.arange(1, BATCH_ROWS + 1)[: len(short) - start] * width[start:][:BATCH_ROWS]
+        rows = short[start : start + max(1, int(np.searchsorted(cells, _CELLS, side="right")))]
+        start += len(rows)
         part, banned = lists[rows], seen.take(rows)
         listed, _ = np.nonzero(part != EMPTY)
         used = np.concatenate([listed * n_items + part[part != EMPTY], banned.keys(n_items)])
         # As many candidates as can be needed: a full list behind every used item.
-        candidates = order[: 2 * lists.shape[1] + int(banned.lengths.max())]
+        candidates = order[: 2 * k + int(banned.lengths.max())]
         keys = np.arange(len(rows))[:, None] * n_items + candidates[None, :]
         free = ~contains(np.sort(used), keys)  # (rows, candidates)
         have = (part != EMPTY).sum(axis=1)
         place = have[:, None] + np.cumsum(free, axis=1) - 1
-        row, column = np.nonzero(free & (place < lists.shape[1]))
+        row, column = np.nonzero(free & (place < k))
         filled[rows[row], place[row, column]] = candidates[column]
     return filled
 

@@ -9,15 +9,17 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import scipy.sparse as sp
+from tqdm import trange
 
-from genrec.columns import HISTORY, TARGET
+from genrec.columns import HISTORY
 from genrec.evaluation.baselines import BATCH_ROWS, UnfitData, item_counts, popularity_order
+from genrec.evaluation.lists import relevant_items
 from genrec.evaluation.profiles import recommend_by_similarity
-from genrec.evaluation.tuning import coordinate_search
+from genrec.evaluation.tuning import coordinate_search, mean_ndcg
 from genrec.item_lists import ItemLists
-from genrec.metrics import gains, target_rank
 
 _BLOCK_CELLS = 1 << 25  # similarities held at once: 128 MiB, and twice that to sort them
+MAX_ITEMS = 200_000  # all pairs are compared: some ten minutes of one core
 
 CONTENT_KNN_GRID: dict[str, list[float]] = {
     "power": [1, 4, 8, 16],
@@ -55,7 +57,15 @@ def nearest_items(vectors: npt.NDArray, neighbours: int) -> sp.csr_matrix:
 
     Returns:
         ``# (n_items, n_items)``
+
+    Raises:
+        UnfitData: more than `MAX_ITEMS` items.
     """
+    if len(vectors) > MAX_ITEMS:
+        raise UnfitData(
+            f"content-kNN compares all pairs of {len(vectors)} items; it is meant for at most "
+            f"{MAX_ITEMS}: leave it out of --baselines"
+        )
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     unit = np.ascontiguousarray(unit, dtype=np.float32)
     n_items, keep = len(unit), min(neighbours, len(unit) - 1)
@@ -63,7 +73,7 @@ def nearest_items(vectors: npt.NDArray, neighbours: int) -> sp.csr_matrix:
     if keep < 1:
         return sp.csr_matrix((n_items, n_items))
     batch = min(BATCH_ROWS, max(16, _BLOCK_CELLS // n_items))
-    for start in range(0, n_items, batch):
+    for start in trange(0, n_items, batch, desc="nearest items", unit="block", leave=False):
         block = unit[start : start + batch] @ unit.T  # (batch, n_items)
         own = np.arange(len(block))
         block[own, start + own] = -np.inf
@@ -78,7 +88,7 @@ def nearest_items(vectors: npt.NDArray, neighbours: int) -> sp.csr_matrix:
 
 
 def tune_content_knn(
-    vectors: npt.NDArray,
+    similarity: sp.csr_matrix,
     rows: pl.DataFrame,
     valid: pl.DataFrame,
     seen: ItemLists,
@@ -86,19 +96,32 @@ def tune_content_knn(
     k: int = 10,
     seed: int = 0,
 ) -> tuple[ContentSettings, list[dict[str, Any]]]:
-    """Choose the settings by NDCG@k on validation rows (see `tune_knn`)."""
+    """Choose the settings by NDCG@k on validation rows (see `tune_knn`).
+
+    Args:
+        similarity: `nearest_items`, as many as `ContentSettings.neighbours` says.
+            ``# (n_items, n_items)``
+        rows: training rows.
+        valid: validation rows.
+        seen: items to leave out of the lists, per validation row.
+        grid: setting -> the values to try.
+        k: cut-off of the NDCG.
+        seed: seed of the tie-breaking permutation.
+
+    Raises:
+        UnfitData: there are no validation rows.
+    """
     if valid.is_empty():
         raise UnfitData("content-kNN is tuned on validation rows, and there are none")
     history = ItemLists.from_column(valid[HISTORY])
-    target = valid[TARGET].to_numpy().astype(np.int64)
-    order = popularity_order(item_counts(rows, len(vectors)), seed)
-    similarity = nearest_items(vectors, ContentSettings().neighbours)
+    relevant = relevant_items(valid)
+    order = popularity_order(item_counts(rows, similarity.shape[0]), seed)
 
     def score(settings: ContentSettings) -> float:
         weights = similarity.power(settings.power)
         lists = recommend_by_similarity(
             weights, order, history, seen, k, settings.decay, settings.self_weight
         )
-        return float(gains(target_rank(lists, target), k).mean())
+        return mean_ndcg(lists, relevant, k)
 
     return coordinate_search(ContentSettings(), grid or CONTENT_KNN_GRID, score)

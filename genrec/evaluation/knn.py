@@ -25,7 +25,7 @@ import numpy.typing as npt
 import polars as pl
 import scipy.sparse as sp
 
-from genrec.columns import HISTORY, TARGET, USER_ID
+from genrec.columns import HISTORY, USER_ID
 from genrec.evaluation.baselines import (
     BATCH_ROWS,
     UnfitData,
@@ -34,10 +34,10 @@ from genrec.evaluation.baselines import (
     supervised_positions,
     training_sequences,
 )
+from genrec.evaluation.lists import relevant_items
 from genrec.evaluation.profiles import best_entries, places, recommend_by_similarity
-from genrec.evaluation.tuning import coordinate_search
+from genrec.evaluation.tuning import coordinate_search, mean_ndcg
 from genrec.item_lists import ItemLists
-from genrec.metrics import gains, target_rank
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ def tune_knn(
     if valid.is_empty():
         raise UnfitData("item-kNN is tuned on validation rows, and there are none")
     history = ItemLists.from_column(valid[HISTORY])
-    target = valid[TARGET].to_numpy().astype(np.int64)
+    relevant = relevant_items(valid)
     fitted: dict[KNNSettings, ItemKNN] = {}
 
     def score(settings: KNNSettings) -> float:
@@ -248,6 +248,6 @@ def tune_knn(
             fitted.clear()  # one model at a time in memory
             fitted[key] = ItemKNN(rows, n_items, key, seed)
         lists = fitted[key].recommend(history, seen, k, settings.decay, settings.self_weight)
-        return float(gains(target_rank(lists, target), k).mean())
+        return mean_ndcg(lists, relevant, k)
 
     return coordinate_search(start, grid, score)

@@ -11,12 +11,12 @@ import polars as pl
 import scipy.sparse as sp
 from scipy.linalg import lapack
 
-from genrec.columns import HISTORY, TARGET, USER_ID
+from genrec.columns import HISTORY, USER_ID
 from genrec.evaluation.baselines import UnfitData, item_counts, popularity_order, training_sequences
+from genrec.evaluation.lists import relevant_items
 from genrec.evaluation.profiles import recommend_by_similarity
-from genrec.evaluation.tuning import coordinate_search
+from genrec.evaluation.tuning import coordinate_search, mean_ndcg
 from genrec.item_lists import ItemLists
-from genrec.metrics import gains, target_rank
 
 IntArray = npt.NDArray[np.int64]
 
@@ -111,7 +111,7 @@ def tune_ease(
     if valid.is_empty():
         raise UnfitData("EASE is tuned on validation rows, and there are none")
     history = ItemLists.from_column(valid[HISTORY])
-    target = valid[TARGET].to_numpy().astype(np.int64)
+    relevant = relevant_items(valid)
     matrix = user_item_matrix(rows, n_items)
     order = popularity_order(item_counts(rows, n_items), seed)
     fitted: dict[float, npt.NDArray[np.float32]] = {}
@@ -124,7 +124,7 @@ def tune_ease(
         lists = recommend_by_similarity(
             weights, order, history, seen, k, settings.decay, settings.self_weight
         )
-        return float(gains(target_rank(lists, target), k).mean())
+        return mean_ndcg(lists, relevant, k)
 
     # One pass: another would invert again for a decay that hardly moves.
     return coordinate_search(EaseSettings(), grid or EASE_GRID, score, passes=1)

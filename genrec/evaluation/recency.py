@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,28 @@ from genrec.columns import (
     USER_ID,
 )
 from genrec.evaluation.baselines import UnfitData, fill_from_order, popularity_order
+from genrec.evaluation.lists import relevant_items
+from genrec.evaluation.profiles import places
+from genrec.evaluation.tuning import mean_ndcg
 from genrec.item_lists import ItemLists
-from genrec.metrics import EMPTY, gains, target_rank
+from genrec.metrics import EMPTY
 
 IntArray = npt.NDArray[np.int64]
 
 DAY = 86_400
 WINDOWS_DAYS = [1, 3, 7, 30, 90, 365]
 _STEPS = 2000  # moments at which the order is taken anew
+
+
+@dataclass(frozen=True)
+class WindowSettings:
+    """The one setting of recent popularity.
+
+    Attributes:
+        window_days: how far back counts go.
+    """
+
+    window_days: float
 
 
 def training_events(rows: pl.DataFrame, interactions: pl.DataFrame) -> tuple[IntArray, IntArray]:
@@ -90,6 +105,12 @@ def recent_popularity(
     latest = int(seconds[-1]) if len(seconds) else 0
     lists = np.full((len(time), k), EMPTY, dtype=np.int64)
     order = np.argsort(time, kind="stable")
+    # Ties go to what was more popular ever, then to a seeded order: items are counted by their
+    # place in it, so that the lower index wins.
+    seeded = popularity_order(np.zeros(n_items, dtype=np.int64), seed)
+    place = places(seeded)[items]
+    count, ever = np.zeros((2, n_items), dtype=np.int64)
+    first = last = 0  # `count` is of the events [first, last), `ever` of those before `last`
     for part in np.array_split(order, min(_STEPS, max(1, len(order)))):
         if not len(part):
             continue
@@ -97,14 +118,27 @@ def recent_popularity(
         # A split by time ends training before these rows: then the newest known window counts.
         end = min(moment, latest + 1)
         # Strictly before: an event of the same second may be the row's own.
-        first, last = np.searchsorted(seconds, [end - window_days * DAY, end])
-        count = np.bincount(items[first:last], minlength=n_items)
-        ever = np.bincount(items[:last], minlength=n_items)
-        # Ties go to what was more popular ever, then to a seeded order.
-        by_count = popularity_order(ever, seed)
-        by_count = by_count[np.argsort(-count[by_count], kind="stable")]
-        lists[part] = fill_from_order(lists[part], by_count, seen.take(part))
+        begin, stop = np.searchsorted(seconds, [end - window_days * DAY, end])
+        np.add.at(ever, place[last:stop], 1)
+        np.add.at(count, place[last:stop], 1)
+        np.subtract.at(count, place[first:begin], 1)
+        first, last = begin, stop
+        banned = seen.take(part)
+        needed = 2 * k + int(banned.lengths.max())  # what `fill_from_order` looks at
+        by_count = seeded[_highest(count * (last + 1) + ever, needed)]
+        lists[part] = fill_from_order(lists[part], by_count, banned)
     return lists
+
+
+def _highest(scores: IntArray, n: int) -> IntArray:
+    """Indices of the `n` highest scores, descending; the lower index wins a tie."""
+    if n < len(scores):
+        least = np.partition(scores, len(scores) - n)[len(scores) - n]
+        above, tied = np.flatnonzero(scores > least), np.flatnonzero(scores == least)
+        found = np.concatenate([above, tied[: n - len(above)]])
+    else:
+        found = np.arange(len(scores))
+    return found[np.argsort(-scores[found], kind="stable")]
 
 
 def tune_window(
@@ -114,7 +148,7 @@ def tune_window(
     seen: ItemLists,
     k: int = 10,
     seed: int = 0,
-) -> tuple[float, list[dict[str, Any]]]:
+) -> tuple[WindowSettings, list[dict[str, Any]]]:
     """The window with the best NDCG@k on validation rows, and every trial.
 
     Raises:
@@ -123,11 +157,10 @@ def tune_window(
     if valid.is_empty():
         raise UnfitData("recent popularity is tuned on validation rows, and there are none")
     time = valid[TARGET_TIME].to_numpy()
-    target = valid[TARGET].to_numpy().astype(np.int64)
+    relevant = relevant_items(valid)
     trials: list[dict[str, Any]] = []
     for days in WINDOWS_DAYS:
         lists = recent_popularity(events, n_items, time, seen, k, days, seed)
-        ndcg = float(gains(target_rank(lists, target), k).mean())
-        trials.append({"settings": {"window_days": days}, "ndcg": ndcg})
+        trials.append({"settings": {"window_days": days}, "ndcg": mean_ndcg(lists, relevant, k)})
     best = max(trials, key=lambda trial: trial["ndcg"])
-    return float(best["settings"]["window_days"]), trials
+    return WindowSettings(float(best["settings"]["window_days"])), trials

@@ -5,6 +5,17 @@ BERT4Rec (Sun et al. 2019), both with the softmax over the whole catalogue: samp
 what made the SASRec of most tables weak (Klenitskiy and Vasilev 2023; Petrov and Macdonald 2023).
 Layers come from `torch.nn.TransformerEncoder`; item embeddings are tied to the output layer.
 
+Why not RecTools' (0.19 has both models, with a full softmax too): every baseline here learns from
+the same split rows as the model, histories and supervised positions given, where RecTools cuts
+sequences from an interaction table, which some datasets don't have; training stops by NDCG@10 of
+lists over the whole catalogue with seen items left out, as they are scored later, where RecTools
+logs a validation loss; a killed training goes on to the same weights; and on Python 3.11 RecTools
+pins NumPy below 2, which vLLM's extras exclude. The price is that nobody else's defaults vouch for
+these: the tables state settings, curves and why training stopped.
+
+Tuning is not equal to the kNNs': two dropouts, with the first seed, against some twenty values of
+five settings. A value at its grid's edge, which of two every value is, is reported as such.
+
 Deviations from the papers: pre-norm and GELU in both; positions count from a window's start;
 logits are computed only where something is predicted, not on padding.
 """
@@ -26,14 +37,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from genrec.artifacts import sha256_json
-from genrec.columns import HISTORY, TARGET
+from genrec.columns import HISTORY, RELEVANT, SUPERVISE_FROM, TARGET
+from genrec.data.splits import content_sha256
 from genrec.evaluation.baselines import (
-    ItemLists,
+    DEVICES,
+    TRAINING_VERSION,
     UnfitData,
     supervised_positions,
     training_sequences,
 )
-from genrec.metrics import EMPTY, gains, hits, target_rank
+from genrec.evaluation.lists import relevant_items
+from genrec.evaluation.tuning import relevant_ranks
+from genrec.item_lists import ItemLists, list_series
+from genrec.metrics import EMPTY, gains, hits
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +241,9 @@ def _next_item_loss(
     model: SequentialTransformer, windows: _Windows, rows: IntArray
 ) -> torch.Tensor:
     """SASRec: at every position, cross entropy of the next item over the whole catalogue."""
-    ids, flags = _padded(windows.sequences, rows, model.padding), windows.flags(rows)
+    device = model.bias.device
+    ids = _padded(windows.sequences, rows, model.padding).to(device)
+    flags = windows.flags(rows).to(device)
     hidden = model(ids[:, :-1])
     predicted = flags[:, 1:]
     return F.cross_entropy(model.logits(hidden[predicted]), ids[:, 1:][predicted])
@@ -242,7 +260,8 @@ def _cloze_loss(
     last = F.one_hot(lengths - 1, ids.shape[1]).bool()
     # As at serving, a tenth of the windows hides the last item alone; and no window hides none.
     only_last = torch.from_numpy(rng.random(len(rows)) < 0.1) | ~masked.any(dim=1)
-    masked = torch.where(only_last[:, None], last, masked)
+    masked = torch.where(only_last[:, None], last, masked).to(model.bias.device)
+    ids = ids.to(model.bias.device)
     hidden = model(ids.masked_fill(masked, model.mask))
     return F.cross_entropy(model.logits(hidden[masked]), ids[masked])
 
@@ -254,7 +273,7 @@ def recommend_sequential(
     """The `k` items of highest score for each history.
 
     Args:
-        model: a trained model.
+        model: a trained model, on any device.
         history: items of each row, oldest first; an empty one gets the model's prior.
         seen: items to leave out, per row.
         k: list length.
@@ -263,6 +282,7 @@ def recommend_sequential(
         Item indices, padded with `EMPTY` where the catalogue is used up. ``# (n_rows, k)``
     """
     model.eval()
+    device = model.bias.device
     keep = np.minimum(history.lengths, model.room)
     lists = np.full((len(history), k), EMPTY, dtype=np.int64)
     order = np.argsort(keep, kind="stable")  # by length: little padding
@@ -281,12 +301,14 @@ def recommend_sequential(
         else:
             ids[length == 0, 0] = model.mask
         last = np.maximum(length + extra - 1, 0)
-        hidden = model(torch.from_numpy(ids))[torch.arange(len(rows)), torch.from_numpy(last)]
+        states = model(torch.from_numpy(ids).to(device))  # (rows, length, dim)
+        hidden = states[torch.arange(len(rows), device=device), torch.from_numpy(last).to(device)]
         scores = model.logits(hidden)
         banned = seen.take(rows)
-        scores[torch.from_numpy(banned.rows), torch.from_numpy(banned.values)] = -torch.inf
+        cells = (torch.from_numpy(banned.rows), torch.from_numpy(banned.values))
+        scores[tuple(cell.to(device) for cell in cells)] = -torch.inf
         best = scores.topk(min(k, model.n_items), dim=1)
-        found = best.indices.masked_fill(best.values == -torch.inf, EMPTY).numpy()
+        found = best.indices.masked_fill(best.values == -torch.inf, EMPTY).cpu().numpy()
         lists[rows, : found.shape[1]] = found
     return lists
 
@@ -296,7 +318,7 @@ class Trained:
     """A trained model and its way there.
 
     Attributes:
-        model: with the weights of the best measurement.
+        model: with the weights of the best measurement, on the CPU.
         curve: one entry per measurement: epoch, loss, validation HR@10 and NDCG@10, seconds.
     """
 
@@ -314,6 +336,50 @@ class Trained:
         return max(self.curve, key=lambda entry: entry["ndcg@10"])
 
 
+def compute_device(device: str) -> torch.device:
+    """The device that one of `DEVICES` stands for.
+
+    Raises:
+        ValueError: another name, or "cuda" where there is no GPU.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"device={device!r} is not known; choose from {', '.join(DEVICES)}")
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ValueError("device=cuda, but torch finds no GPU; use device=auto or device=cpu")
+    return torch.device("cuda" if available and device != "cpu" else "cpu")
+
+
+def training_key(
+    rows: pl.DataFrame,
+    valid: pl.DataFrame,
+    seen: ItemLists,
+    n_items: int,
+    settings: SequentialSettings,
+    seed: int,
+) -> str:
+    """Hash of all that a trained state depends on (arguments as of `train_sequential`).
+
+    The device is not part of it: a state made on a GPU goes on, and recommends, on a CPU.
+    """
+    judged = [name for name in (HISTORY, TARGET, RELEVANT) if name in valid.columns]
+    unseen = pl.DataFrame({"seen": list_series(pl.Series("seen", seen.values), seen.offsets)})
+    tables = {
+        "rows": rows.select(HISTORY, TARGET, SUPERVISE_FROM),
+        "valid": valid.select(judged),
+        "seen": unseen,
+    }
+    return sha256_json(
+        {
+            **settings.identity(),
+            "seed": seed,
+            "n_items": n_items,
+            "version": TRAINING_VERSION,
+            "content": content_sha256(tables),
+        }
+    )
+
+
 def train_sequential(
     rows: pl.DataFrame,
     valid: pl.DataFrame,
@@ -322,6 +388,7 @@ def train_sequential(
     settings: SequentialSettings,
     seed: int = 0,
     checkpoint: Path | None = None,
+    device: str = "auto",
 ) -> Trained:
     """Train until validation NDCG@10 stops rising, or to `max_epochs`; keep the best weights.
 
@@ -333,10 +400,13 @@ def train_sequential(
         settings: hyper-parameters.
         seed: of the initialisation, the batches and the masks.
         checkpoint: file that holds the state after each measurement; a run killed in between goes
-            on from there. It is left behind when training ends, so a finished run is just loaded.
+            on from there. It is left behind when training ends, so a finished run is just loaded,
+            on any device.
+        device: one of `DEVICES`; "auto" takes a GPU where there is one.
 
     Returns:
-        The trained model. The same seed gives the same model, interrupted or not, on one machine.
+        The trained model. The same seed gives the same model, interrupted or not, on one machine
+        and kind of device.
 
     Raises:
         ValueError: no usable training rows, no validation rows, or more than `MAX_ITEMS` items.
@@ -351,24 +421,26 @@ def train_sequential(
     windows = _Windows.of_rows(rows)
     if not (windows.sequences.lengths >= 2).any():
         raise UnfitData("no training row has two items, so there is no next item to learn")
-    history, target = ItemLists.from_column(valid[HISTORY]), valid[TARGET].to_numpy()
+    history, relevant = ItemLists.from_column(valid[HISTORY]), relevant_items(valid)
     torch.manual_seed(seed)
     longest = max(int(windows.sequences.lengths.max()), int(history.lengths.max()) + 2)
     model = SequentialTransformer(n_items, longest, settings)
     # Behind the longest training window lie positions whose embeddings were never trained.
     model.room = int(windows.sequences.lengths.max()) - 1
+    model.to(compute_device(device))
     optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, betas=(0.9, 0.98))
     state: dict[str, Any] = {
-        "key": sha256_json(
-            {**settings.identity(), "seed": seed, "n_items": n_items, "rows": rows.height}
-        ),
+        "key": training_key(rows, valid, seen, n_items, settings, seed),
         "curve": [],
         "best": {name: value.clone() for name, value in model.state_dict().items()},
     }
     if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if saved["key"] != state["key"]:
-            raise ValueError(f"{checkpoint} belongs to other settings or data; delete it")
+            raise ValueError(
+                f"{checkpoint} belongs to other settings or data, or was made by another version; "
+                "delete it"
+            )
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state |= {"curve": saved["curve"], "best": saved["best"]}
@@ -377,7 +449,7 @@ def train_sequential(
         started = time.perf_counter()
         first = int(curve[-1]["epoch"]) if curve else 0
         loss = _train_epochs(model, optimizer, windows, seed, first)
-        rank = target_rank(recommend_sequential(model, history, seen, 10), target)
+        rank = relevant_ranks(recommend_sequential(model, history, seen, 10), relevant)
         entry = {
             "epoch": float(first + settings.epochs_per_measurement),
             "loss": loss,
@@ -398,7 +470,7 @@ def train_sequential(
             "%s seed %d stopped at its cap of %d epochs, still rising; raise max_epochs",
             settings.name, seed, settings.max_epochs,
         )  # fmt: skip
-    return Trained(model.eval(), curve)
+    return Trained(model.cpu().eval(), curve)
 
 
 def _train_epochs(

@@ -4,16 +4,20 @@ Every baseline is fitted on the same rows, tuned on the validation rows and aske
 the same rule for seen items. What it made is kept in a cache folder, so that many runs on one
 dataset share it:
 
-    <cache>/<split hash>/<name>-<settings hash>/lists-<seed>.parquet, settings.json (written last)
-    <cache>/<split hash>/training-<n>-items/   SASRec's and BERT4Rec's state, to go on after a kill
+    <cache>/<split hash>/<name>-<hash>/lists-<seed>.parquet, settings.json (written last)
+    <cache>/<split hash>/<name>-tuned-<hash>.json   chosen settings, for any rows and list length
+    <cache>/<split hash>/training-<n>-items-v<version>/   SASRec's and BERT4Rec's states: a killed
+        training goes on from its own, and lists of trained models cost seconds
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +38,19 @@ from genrec.columns import HISTORY, ITEM_INDEX, ROW_ID, SEEN, TARGET_TIME, TIMES
 from genrec.data.splits import content_sha256
 from genrec.embedding.vectors import content_vectors
 from genrec.evaluation.baselines import (
+    TRAINING_VERSION,
     UnfitData,
     item_counts,
     popularity,
     popularity_order,
     random_lists,
 )
-from genrec.evaluation.content import CONTENT_KNN_GRID, nearest_items, tune_content_knn
+from genrec.evaluation.content import (
+    CONTENT_KNN_GRID,
+    ContentSettings,
+    nearest_items,
+    tune_content_knn,
+)
 from genrec.evaluation.knn import (
     ITEM_KNN_GRID,
     SELF_WEIGHTS,
@@ -49,10 +59,17 @@ from genrec.evaluation.knn import (
     KNNSettings,
     tune_knn,
 )
-from genrec.evaluation.linear import EASE_GRID, ease_weights, tune_ease, user_item_matrix
+from genrec.evaluation.linear import (
+    EASE_GRID,
+    EaseSettings,
+    ease_weights,
+    tune_ease,
+    user_item_matrix,
+)
 from genrec.evaluation.profiles import recommend_by_similarity
 from genrec.evaluation.recency import (
     WINDOWS_DAYS,
+    WindowSettings,
     recent_popularity,
     training_events,
     tune_window,
@@ -64,11 +81,14 @@ logger = logging.getLogger(__name__)
 IntArray = npt.NDArray[np.int64]
 
 FIT_ON = ("train", "train+valid")
-VERSION = 2  # raise it when a change makes other lists: cached ones are not used any more
+# Raise it when a change makes other lists: cached ones are not used any more. For what SASRec and
+# BERT4Rec learn there is `TRAINING_VERSION`.
+VERSION = 3
 MAX_TUNING_ROWS = 50_000  # validation rows that settings are chosen on: a seeded sample of more
 LISTS = "items"
 
-# Full-softmax transformers are tuned alike: the same number of trials, all else the same.
+# Full-softmax transformers are tuned alike: the same number of trials, all else the same. (Not as
+# much as the kNNs, whose trials cost seconds; an hour of training each allows no more.)
 DROPOUTS = [0.5, 0.3]
 TRAINED = ("SASRec", "BERT4Rec")
 
@@ -123,6 +143,19 @@ class SplitData:
         """Histories of `rows`."""
         return ItemLists.from_column(self.rows[HISTORY])
 
+    @cached_property
+    def interactions_hash(self) -> str:
+        """Hash of what recent popularity reads of the log."""
+        log = self.interactions.select(USER_ID, ITEM_INDEX, TIMESTAMP)
+        return content_sha256({"interactions": log})
+
+    @cached_property
+    def vectors_hash(self) -> str | None:
+        """Hash of the item vectors."""
+        if self.vectors is None:
+            return None
+        return sha256_bytes(np.ascontiguousarray(self.vectors).tobytes())
+
 
 def load_split_data(
     run_dir: Path | str,
@@ -164,8 +197,14 @@ def load_split_data(
 
 
 def cache_folder(run_dir: Path | str, cache_dir: str | None = None) -> Path:
-    """Where baselines are cached: `cache_dir`, or a folder that runs beside each other share."""
-    return Path(cache_dir) if cache_dir else Path(run_dir).resolve().parent / "baselines-cache"
+    """Where baselines are cached.
+
+    `cache_dir`; without it the environment variable ``GENREC_CACHE``, one folder for all runs; and
+    without that ``baselines-cache`` beside the run, which runs beside each other share.
+    """
+    if chosen := cache_dir or os.environ.get("GENREC_CACHE"):
+        return Path(chosen)
+    return Path(run_dir).resolve().parent / "baselines-cache"
 
 
 @dataclass(frozen=True)
@@ -181,90 +220,122 @@ class BaselineLists:
     settings: dict[str, Any]
 
 
-def _random(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
+Trials = list[dict[str, Any]]
+Made = tuple[IntArray, dict[str, Any]]  # lists ``(n_rows, k)`` and settings
+
+
+def _chosen(file: Path, tune: Callable[[], tuple[Any, Trials]]) -> tuple[dict[str, Any], Trials]:
+    """Settings and trials of an earlier call on this split, or `tune` and keep them.
+
+    Settings don't depend on the rows and length of the lists, so all tables of a dataset share
+    them.
+    """
+    if not file.exists():
+        best, trials = tune()
+        write_json(file, {"chosen": asdict(best), "trials": trials})
+    found = read_json(file)
+    return found["chosen"], found["trials"]
+
+
+def _random(data: SplitData, seed: int, _: Path) -> Made:
     return random_lists(data.n_items, data.seen(data.rows), data.k, seed), {"seed": seed}
 
 
-def _popularity(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
+def _popularity(data: SplitData, seed: int, _: Path) -> Made:
     order = popularity_order(item_counts(data.fit_rows, data.n_items), seed)
     return popularity(order, data.seen(data.rows), data.k), {"counts": data.fit_on}
 
 
-def _recent_popularity(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
+def _recent_popularity(data: SplitData, seed: int, file: Path) -> Made:
     events = training_events(data.train, data.interactions)
-    valid = data.tuning_rows(seed)
-    days, trials = tune_window(events, data.n_items, valid, data.seen(valid), seed=seed)
+
+    def tune() -> tuple[WindowSettings, Trials]:
+        valid = data.tuning_rows(seed)
+        return tune_window(events, data.n_items, valid, data.seen(valid), seed=seed)
+
+    chosen, trials = _chosen(file, tune)
     if data.fit_on != "train":
         events = training_events(data.fit_rows, data.interactions)
-    when = data.rows[TARGET_TIME].to_numpy()
+    when, days = data.rows[TARGET_TIME].to_numpy(), float(chosen["window_days"])
     lists = recent_popularity(events, data.n_items, when, data.seen(data.rows), data.k, days, seed)
     text = f"window_days={days:g}, counted up to each row's moment"
-    return lists, _tuned({"window_days": days}, text, {"window_days": WINDOWS_DAYS}, trials)
+    return lists, _tuned(chosen, text, {"window_days": WINDOWS_DAYS}, trials)
 
 
-def _knn(data: SplitData, seed: int, lag_power: float | None) -> tuple[IntArray, dict[str, Any]]:
-    grid = dict(ITEM_KNN_GRID if lag_power is None else SEQUENTIAL_KNN_GRID)
-    if not data.filter_seen:  # then repeats can be targets, for kNN as for the model
-        grid["self_weight"] = SELF_WEIGHTS
-    start, valid = KNNSettings(lag_power=lag_power), data.tuning_rows(seed)
-    seen = data.seen(valid)
-    best, trials = tune_knn(data.train, valid, seen, data.n_items, start, grid, 10, seed)
+def _grid(data: SplitData, grid: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Where repeats can be targets, how much an item speaks for itself is tuned, too."""
+    return grid if data.filter_seen else {**grid, "self_weight": SELF_WEIGHTS}
+
+
+def _knn(data: SplitData, seed: int, file: Path, lag_power: float | None) -> Made:
+    grid = _grid(data, ITEM_KNN_GRID if lag_power is None else SEQUENTIAL_KNN_GRID)
+
+    def tune() -> tuple[KNNSettings, Trials]:
+        start, valid = KNNSettings(lag_power=lag_power), data.tuning_rows(seed)
+        seen = data.seen(valid)
+        return tune_knn(data.train, valid, seen, data.n_items, start, grid, 10, seed)
+
+    chosen, trials = _chosen(file, tune)
+    best = KNNSettings(**chosen)
     model = ItemKNN(data.fit_rows, data.n_items, best, seed)
     lists = model.recommend(data.history, data.seen(data.rows), data.k)
-    return lists, _tuned(asdict(best), best.describe(), grid, trials)
+    return lists, _tuned(chosen, best.describe(), grid, trials)
 
 
-def _item_knn(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
-    return _knn(data, seed, None)
+def _item_knn(data: SplitData, seed: int, file: Path) -> Made:
+    return _knn(data, seed, file, None)
 
 
-def _sequential_knn(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
-    return _knn(data, seed, 0.5)
+def _sequential_knn(data: SplitData, seed: int, file: Path) -> Made:
+    return _knn(data, seed, file, 0.5)
 
 
-def _content_knn(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
+def _content_knn(data: SplitData, seed: int, file: Path) -> Made:
     if data.vectors is None:
         raise UnfitData(
             "content-kNN needs item vectors that hold content; run the embed stage first, with "
             "another method than collaborative"
         )
-    grid = dict(CONTENT_KNN_GRID)
-    if not data.filter_seen:
-        grid["self_weight"] = SELF_WEIGHTS
-    valid = data.tuning_rows(seed)
-    best, trials = tune_content_knn(
-        data.vectors, data.train, valid, data.seen(valid), grid, seed=seed
-    )
+    grid = _grid(data, CONTENT_KNN_GRID)
+    similarity = nearest_items(data.vectors, ContentSettings().neighbours)
+
+    def tune() -> tuple[ContentSettings, Trials]:
+        valid = data.tuning_rows(seed)
+        return tune_content_knn(similarity, data.train, valid, data.seen(valid), grid, seed=seed)
+
+    chosen, trials = _chosen(file, tune)
+    best = ContentSettings(**chosen)
     order = popularity_order(item_counts(data.fit_rows, data.n_items), seed)
-    weights = nearest_items(data.vectors, best.neighbours).power(best.power)
+    weights = similarity.power(best.power)
     lists = recommend_by_similarity(
         weights, order, data.history, data.seen(data.rows), data.k, best.decay, best.self_weight
     )
-    return lists, _tuned(asdict(best), best.describe(), grid, trials)
+    return lists, _tuned(chosen, best.describe(), grid, trials)
 
 
-def _ease(data: SplitData, seed: int) -> tuple[IntArray, dict[str, Any]]:
-    grid = dict(EASE_GRID)
-    if not data.filter_seen:
-        grid["self_weight"] = SELF_WEIGHTS
-    valid = data.tuning_rows(seed)
-    best, trials = tune_ease(data.train, valid, data.seen(valid), data.n_items, grid, seed=seed)
+def _ease(data: SplitData, seed: int, file: Path) -> Made:
+    grid = _grid(data, EASE_GRID)
+
+    def tune() -> tuple[EaseSettings, Trials]:
+        valid = data.tuning_rows(seed)
+        return tune_ease(data.train, valid, data.seen(valid), data.n_items, grid, seed=seed)
+
+    chosen, trials = _chosen(file, tune)
+    best = EaseSettings(**chosen)
     order = popularity_order(item_counts(data.fit_rows, data.n_items), seed)
     weights = ease_weights(user_item_matrix(data.fit_rows, data.n_items), best.regularization)
     lists = recommend_by_similarity(
         weights, order, data.history, data.seen(data.rows), data.k, best.decay, best.self_weight
     )
-    return lists, _tuned(asdict(best), best.describe(), grid, trials)
+    return lists, _tuned(chosen, best.describe(), grid, trials)
 
 
 def _tuned(
-    chosen: dict[str, Any], text: str, grid: dict[str, Any], trials: list[dict[str, Any]]
+    chosen: dict[str, Any], text: str, grid: dict[str, Any], trials: Trials
 ) -> dict[str, Any]:
     edges = [
-        name
-        for name, values in grid.items()
-        if len(values) > 2 and chosen[name] in (min(values), max(values))
-    ]
+        name for name, values in grid.items() if chosen[name] in (min(values), max(values))
+    ]  # of two values always
     return {
         "chosen": chosen,
         "description": text,
@@ -275,7 +346,7 @@ def _tuned(
     }
 
 
-FITTED: dict[str, Callable[[SplitData, int], tuple[IntArray, dict[str, Any]]]] = {
+FITTED: dict[str, Callable[[SplitData, int, Path], Made]] = {
     "random": _random,
     "popularity": _popularity,
     "recent-popularity": _recent_popularity,
@@ -297,7 +368,12 @@ _GRIDS: dict[str, Any] = {
 
 
 def baseline(
-    name: str, data: SplitData, cache: Path, seed: int = 0, training_seeds: Sequence[int] = (0,)
+    name: str,
+    data: SplitData,
+    cache: Path,
+    seed: int = 0,
+    training_seeds: Sequence[int] = (0,),
+    device: str = "auto",
 ) -> BaselineLists:
     """Lists of one baseline, from the cache if they are there.
 
@@ -307,6 +383,7 @@ def baseline(
         cache: cache folder.
         seed: of tie orders and random lists.
         training_seeds: SASRec and BERT4Rec are trained once for each.
+        device: where they train: see `genrec.evaluation.sequential.DEVICES`.
 
     Raises:
         UnfitData: these data don't allow the baseline (no timestamps, no item vectors, too many
@@ -323,12 +400,13 @@ def baseline(
             [_read(folder / f"lists-{s}.parquet", data) for s in seeds],
             read_json(folder / "settings.json"),
         )
-    logger.info("%s: fitting and tuning", name)
+    logger.info("%s: not in %s; fitting and tuning", name, folder.parent)
     started = time.perf_counter()
     if name in TRAINED:
-        found = _train(name, data, _training(data, cache), training_seeds)
+        found = _train(name, data, trained_folder(data, cache), training_seeds, device)
     else:
-        lists, settings = FITTED[name](data, seed)
+        tuned = f"{name}-tuned-{sha256_json(_tuning_key(name, data, seed))[:12]}.json"
+        lists, settings = FITTED[name](data, seed, folder.parent / tuned)
         found = BaselineLists([lists], settings)
     found.settings["seconds"] = round(time.perf_counter() - started, 1)
     for s, lists in zip(seeds, found.lists, strict=True):
@@ -343,12 +421,14 @@ def trained_seeds(name: str, data: SplitData, cache: Path) -> list[int] | None:
 
     Its lists then cost seconds, whatever the split, the rows and their length.
     """
-    path = _training(data, cache) / f"{name}{_rule(data)}.json"
+    path = trained_folder(data, cache) / f"{name}{_rule(data)}.json"
     return list(read_json(path)["training_seeds"]) if path.exists() else None
 
 
-def _training(data: SplitData, cache: Path) -> Path:
-    return cache / data.split_hash[:16] / f"training-{data.n_items}-items"
+def trained_folder(data: SplitData, cache: Path) -> Path:
+    """Where SASRec's and BERT4Rec's states of this split are kept."""
+    name = f"training-{data.n_items}-items-v{TRAINING_VERSION}"
+    return cache / data.split_hash[:16] / name
 
 
 def _rule(data: SplitData) -> str:
@@ -359,27 +439,34 @@ def _rule(data: SplitData) -> str:
 def _folder(
     name: str, data: SplitData, cache: Path, seed: int, training_seeds: Sequence[int]
 ) -> Path:
-    key: dict[str, Any] = {
-        "name": name,
-        "version": VERSION,
+    key = _tuning_key(name, data, seed) | {
         "rows": sha256_bytes("\n".join(data.rows[ROW_ID].to_list()).encode()),
-        "filter_seen": data.filter_seen,
         "fit_on": data.fit_on,
         "k": data.k,
-        "seed": seed,
-        "n_items": data.n_items,
-        "grid": _GRIDS.get(name),
     }
     if name in TRAINED:
         from genrec.evaluation.sequential import SequentialSettings
 
         key |= {"training_seeds": list(training_seeds), **asdict(SequentialSettings.of(name))}
-    if name == "recent-popularity":
-        log = data.interactions.select(USER_ID, ITEM_INDEX, TIMESTAMP)
-        key["interactions"] = content_sha256({"interactions": log})
-    if name == "content-kNN" and data.vectors is not None:
-        key["vectors"] = sha256_bytes(np.ascontiguousarray(data.vectors).tobytes())
+        key["training_version"] = TRAINING_VERSION
     return cache / data.split_hash[:16] / f"{name}-{sha256_json(key)[:12]}"
+
+
+def _tuning_key(name: str, data: SplitData, seed: int) -> dict[str, Any]:
+    """What the choice of settings depends on, beside the split (whose hash names the folder)."""
+    key: dict[str, Any] = {
+        "name": name,
+        "version": VERSION,
+        "filter_seen": data.filter_seen,
+        "seed": seed,
+        "n_items": data.n_items,
+        "grid": _GRIDS.get(name),
+    }
+    if name == "recent-popularity":
+        key["interactions"] = data.interactions_hash
+    if name == "content-kNN":
+        key["vectors"] = data.vectors_hash
+    return key
 
 
 def _read(path: Path, data: SplitData) -> IntArray:
@@ -390,12 +477,13 @@ def _read(path: Path, data: SplitData) -> IntArray:
 
 
 def _train(
-    name: str, data: SplitData, folder: Path, training_seeds: Sequence[int]
+    name: str, data: SplitData, folder: Path, training_seeds: Sequence[int], device: str
 ) -> BaselineLists:
     """Tune the dropout with the first seed, then train the other seeds with the better one."""
     from genrec.evaluation.sequential import (  # torch: only where it is needed
         SequentialSettings,
         Trained,
+        compute_device,
         recommend_sequential,
         train_sequential,
     )
@@ -410,7 +498,9 @@ def _train(
 
     def train(settings: SequentialSettings, seed: int) -> Trained:
         file = folder / f"{name}-{sha256_json(settings.identity())[:12]}-{seed}{_rule(data)}.pt"
-        return train_sequential(data.train, data.valid, seen, data.n_items, settings, seed, file)
+        return train_sequential(
+            data.train, data.valid, seen, data.n_items, settings, seed, file, device
+        )
 
     first, *others = training_seeds
     tried = {d: train(replace(start, dropout=d), first) for d in DROPOUTS}
@@ -429,10 +519,8 @@ def _train(
     found["training_seconds"] = sum(e["seconds"] for run in runs for e in run.curve)
     done = {"training_seeds": list(training_seeds), "settings": asdict(settings)}
     write_json(folder / f"{name}{_rule(data)}.json", done)
+    history, seen = data.history, data.seen(data.rows)
+    models = (run.model.to(compute_device(device)) for run in runs)
     return BaselineLists(
-        [
-            recommend_sequential(run.model, data.history, data.seen(data.rows), data.k)
-            for run in runs
-        ],
-        found,
+        [recommend_sequential(model, history, seen, data.k) for model in models], found
     )

@@ -7,9 +7,34 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
+from genrec.item_lists import ItemLists
+from genrec.metrics import RelevantRanks, find_relevant, gains, target_rank
+
+IntArray = npt.NDArray[np.int64]
+
 logger = logging.getLogger(__name__)
 
 Settings = TypeVar("Settings")
+
+
+def relevant_ranks(lists: IntArray, relevant: IntArray | ItemLists) -> IntArray | RelevantRanks:
+    """Where each row's target, or all its relevant items, stand in its list.
+
+    Args:
+        lists: item indices, best first. ``# (n_rows, k)``
+        relevant: result of `genrec.evaluation.lists.relevant_items`.
+    """
+    if isinstance(relevant, ItemLists):
+        return find_relevant(lists, relevant)
+    return target_rank(lists, relevant)
+
+
+def mean_ndcg(lists: IntArray, relevant: IntArray | ItemLists, k: int) -> float:
+    """NDCG@k over all rows: what settings are chosen by (arguments as of `relevant_ranks`)."""
+    return float(gains(relevant_ranks(lists, relevant), k).mean())
 
 
 def coordinate_search(

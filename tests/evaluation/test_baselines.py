@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from genrec.evaluation import baselines
 from genrec.evaluation.baselines import (
     fill_from_order,
     item_counts,
@@ -93,7 +96,22 @@ def test_random_lists_are_uniform_and_seeded():
         assert share == pytest.approx(0.1, abs=0.01)  # 0.1 ± 0.002, 5 sigma
 
 
-def test_popularity_beyond_one_batch_matches_a_loop():
+def test_one_long_history_costs_no_memory_for_the_rows_beside_it():
+    n_items, rng = 60_000, np.random.default_rng(0)
+    seen = [rng.permutation(n_items)[:50_000].tolist(), *([item] for item in range(999))]
+    order, banned = rng.permutation(n_items), lists_of(*seen)
+    tracemalloc.start()
+    lists = popularity(order, banned, 5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6  # 1,000 rows as wide as the longest are 400 MB
+    first, used = lists[0].tolist(), set(seen[0])
+    assert first == [item for item in order.tolist() if item not in used][:5]
+
+
+@pytest.mark.parametrize("cells", [1, 100, 10**6])
+def test_popularity_beyond_one_batch_matches_a_loop(monkeypatch, cells):
+    monkeypatch.setattr(baselines, "_CELLS", cells)
     rng = np.random.default_rng(0)
     order = rng.permutation(30)
     seen = [rng.choice(30, rng.integers(0, 29), replace=False).tolist() for _ in range(2500)]

@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 
 from genrec.evaluation import content
+from genrec.evaluation.baselines import UnfitData
 from genrec.evaluation.content import ContentSettings, nearest_items, tune_content_knn
 from genrec.evaluation.profiles import recommend_by_similarity
 from genrec.item_lists import ItemLists
@@ -67,7 +68,11 @@ def test_an_item_without_interactions_is_recommended():
     found = recommend_by_similarity(weights, order, lists_of([2, 0]), lists_of([2, 0]), 2, 0.6)
     assert found[0, 0] == 5
     best, trials = tune_content_knn(
-        vectors, rows, rows_of(([2, 0], 5), ([0], 5)), lists_of([2, 0], [0]), k=1
+        nearest_items(vectors, 200),
+        rows,
+        rows_of(([2, 0], 5), ([0], 5)),
+        lists_of([2, 0], [0]),
+        k=1,
     )
     assert max(trial["ndcg"] for trial in trials) == 1 and best in [
         ContentSettings(**trial["settings"]) for trial in trials
@@ -85,7 +90,8 @@ def test_tuning_finds_the_planted_power():
     history = lists_of([1, 0])
     grid = {"power": [1.0], "decay": [0.2, 1.0]}
     for target, decay in ((3, 0.2), (4, 1.0)):
-        best, _ = tune_content_knn(vectors, rows, rows_of(([1, 0], target)), history, grid, k=1)
+        valid = rows_of(([1, 0], target))
+        best, _ = tune_content_knn(nearest_items(vectors, 200), rows, valid, history, grid, k=1)
         assert best.decay == decay
 
 
@@ -97,8 +103,15 @@ def test_self_weight_brings_back_items_of_the_history():
     assert found.tolist() == [[2, 3]]
 
 
+def test_catalogues_too_large_to_compare_all_pairs_are_refused(monkeypatch):
+    monkeypatch.setattr(content, "MAX_ITEMS", 4)
+    assert nearest_items(np.eye(4) + 1, 2).nnz == 8
+    with pytest.raises(UnfitData, match="all pairs of 5 items; it is meant for at most 4: leave"):
+        nearest_items(np.eye(5), 2)
+
+
 def test_no_validation_rows():
     rows = rows_of(([0], 1))
     with pytest.raises(ValueError, match="content-kNN is tuned on validation rows"):
-        tune_content_knn(np.eye(2), rows, rows[:0], lists_of())
+        tune_content_knn(nearest_items(np.eye(2), 1), rows, rows[:0], lists_of())
     assert ContentSettings().describe() == "neighbours=200, power=4, decay=0.6, self_weight=0"

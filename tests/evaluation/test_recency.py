@@ -160,6 +160,26 @@ def test_with_a_step_per_row_the_counts_are_exact():
         assert items_of_row.tolist() == expected
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_lists_equal_those_of_counting_anew_at_every_moment(data):
+    """Also where seen items reach far into the order, and where a window holds no event."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 10_000)))
+    n_items, n_rows, k = int(rng.integers(1, 40)), int(rng.integers(1, 30)), int(rng.integers(1, 5))
+    seconds = np.sort(rng.integers(0, 60 * DAY, int(rng.integers(1, 80))))
+    items = (n_items * rng.random(len(seconds)) ** 3).astype(np.int64)
+    when, days = rng.integers(-DAY, 70 * DAY, n_rows), float(rng.choice([1, 7, 365]))
+    seen = lists_of(*[rng.permutation(n_items)[: rng.integers(0, 12)].tolist() for _ in when])
+    found = recent_popularity((seconds, items), n_items, when, seen, k, days, seed=3)
+    for row, moment in enumerate(when):
+        end = min(moment, seconds[-1] + 1)
+        count = np.bincount(items[(seconds < end) & (seconds >= end - days * DAY)], minlength=40)
+        order = popularity_order(np.bincount(items[seconds < end], minlength=n_items), 3)
+        banned = set(seen.take(np.array([row])).values.tolist())
+        left = [i for i in sorted(order.tolist(), key=lambda i: -count[i]) if i not in banned]  # noqa: B023
+        assert found[row].tolist() == (left + [-1] * k)[:k]
+
+
 # Tuning. ------------------------------------------------------------------------------------------
 
 
@@ -169,9 +189,15 @@ def test_the_window_is_chosen_on_validation_rows():
     seconds = (np.concatenate([old, new]) * DAY).astype(np.int64)
     items = np.repeat([0, 1], [300, 6])
     valid = pl.DataFrame({"target_timestamp": [358 * DAY] * 4, "target_item_index": [1] * 4})
-    days, trials = tune_window((seconds, items), 3, valid, no_items(4), k=1)
+    best, trials = tune_window((seconds, items), 3, valid, no_items(4), k=1)
     assert [trial["settings"]["window_days"] for trial in trials] == recency.WINDOWS_DAYS
     assert {t["settings"]["window_days"]: t["ndcg"] for t in trials}[365] == 0
-    assert days == next(t["settings"]["window_days"] for t in trials if t["ndcg"] == 1)
+    days = next(t["settings"]["window_days"] for t in trials if t["ndcg"] == 1)
+    assert best.window_days == days
+    # Where several items are relevant, one that is not the first counts as well.
+    several = pl.Series("relevant_item_index", [[2, 1]] * 4, dtype=pl.List(pl.Int32))
+    later = valid.with_columns(target_item_index=pl.lit(2)).with_columns(several)
+    found, trials = tune_window((seconds, items), 3, later, no_items(4), k=1)
+    assert found == best and max(t["ndcg"] for t in trials) == 1
     with pytest.raises(ValueError, match="tuned on validation rows, and there are none"):
         tune_window((seconds, items), 3, valid[:0], no_items(0))

@@ -342,15 +342,72 @@ def test_another_seed_is_another_model():
     same(one, train(splits, settings, 0))
 
 
-@pytest.mark.parametrize("change", ["settings", "seed", "rows"])
-def test_a_state_of_something_else_is_refused(tmp_path, change):
+@pytest.mark.parametrize("change", ["settings", "seed", "rows", "valid", "seen", "version"])
+def test_a_state_of_something_else_is_refused(tmp_path, monkeypatch, change):
+    """Of other rows also where there are as many."""
     file, settings = tmp_path / "state.pt", replace(SHORT["SASRec"], max_epochs=1)
-    train(cycles(30), settings, checkpoint=file)
-    splits = cycles(31) if change == "rows" else cycles(30)
+    splits = cycles(30)
+    train(splits, settings, checkpoint=file)
+    rows, valid, seen, seed = splits.train, splits.valid, no_items(splits.valid.height), 0
     if change == "settings":
         settings = replace(settings, dropout=0.2)
-    with pytest.raises(ValueError, match="belongs to other settings or data; delete it"):
-        train(splits, settings, seed=int(change == "seed"), checkpoint=file)
+    elif change == "seed":
+        seed = 1
+    elif change == "rows":
+        rows = rows.with_columns((pl.col("target_item_index") + 1) % N_ITEMS)
+    elif change == "valid":
+        valid = valid.with_columns((pl.col("target_item_index") + 1) % N_ITEMS)
+    elif change == "seen":
+        seen = lists_of(*[[1]] * valid.height)
+    else:
+        monkeypatch.setattr(sequential, "TRAINING_VERSION", 2)
+    with pytest.raises(ValueError, match="other settings or data, or was made by another version"):
+        train_sequential(rows, valid, seen, N_ITEMS, settings, seed, file)
+
+
+def test_training_stops_by_all_relevant_items():
+    splits = cycles(30)
+    targets = splits.valid["target_item_index"]
+    anything = pl.Series(
+        "relevant_item_index",
+        [[item, *(i for i in range(N_ITEMS) if i != item)] for item in targets.to_list()],
+        dtype=pl.List(pl.Int32),
+    )
+    found = train_sequential(
+        splits.train, splits.valid.with_columns(anything), no_items(len(targets)), N_ITEMS,
+        replace(TINY, max_epochs=1),
+    )  # fmt: skip
+    assert found.curve[0]["hr@10"] == 1 and found.curve[0]["ndcg@10"] == pytest.approx(1)
+
+
+# Devices. -----------------------------------------------------------------------------------------
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sequential.compute_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match="device=cuda, but torch finds no GPU; use device=auto"):
+        train(cycles(30), TINY, device="cuda")
+    with pytest.raises(ValueError, match="device='gpu' is not known; choose from auto, cpu, cuda"):
+        train(cycles(30), TINY, device="gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    kinds = [sequential.compute_device(name).type for name in ("auto", "cpu", "cuda")]
+    assert kinds == ["cuda", "cpu", "cuda"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_made_on_a_gpu_goes_on_and_recommends_on_a_cpu(tmp_path, name):
+    file, splits = tmp_path / "state.pt", cycles()
+    short = replace(SETTINGS[name], max_epochs=6, dropout=0.0)
+    train(splits, short, checkpoint=file, device="cuda")
+    rest = train(splits, SETTINGS[name], checkpoint=file, device="cpu")
+    assert rest.curve[0]["epoch"] < 6 < rest.curve[-1]["epoch"]
+    history, seen = history_of(splits.test), no_items(splits.test.height)
+    on_cpu = recommend_sequential(rest.model, history, seen, 1)
+    assert hit_rate_at_k(on_cpu, splits.test["target_item_index"].to_numpy(), 1) > 0.9
+    assert (recommend_sequential(rest.model.cuda(), history, seen, 1) == on_cpu).mean() > 0.95
 
 
 def test_training_stops_when_nothing_improves_and_keeps_the_best(monkeypatch):

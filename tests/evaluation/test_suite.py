@@ -18,6 +18,7 @@ from genrec.evaluation.baselines import UnfitData, item_counts
 from genrec.evaluation.sequential import SequentialSettings
 from genrec.evaluation.suite import (
     BASELINES,
+    FIT_ON,
     FITTED,
     TRAINED,
     SplitData,
@@ -150,6 +151,65 @@ def test_fit_on_valid_too_counts_validation_targets_but_tunes_without_them(tmp_p
         assert (one.lists[0] != two.lists[0]).any(), name
         assert one.settings.get("chosen") == two.settings.get("chosen")
         assert one.settings.get("trials") == two.settings.get("trials")
+
+
+def test_settings_are_tuned_once_for_all_rows_and_lengths(tmp_path, monkeypatch):
+    data = split_data()
+    names = ("recent-popularity", "item-kNN", "sequential-kNN", "content-kNN", "EASE")
+    valid = replace(data, rows=data.valid, k=10)
+    made = {name: baseline(name, valid, tmp_path).settings for name in names}
+    with monkeypatch.context() as patch:
+        for tune in ("tune_window", "tune_knn", "tune_content_knn", "tune_ease"):
+            patch.setattr(suite, tune, lambda *_, **__: pytest.fail("tuned again"))
+        for other in (
+            data,
+            replace(data, rows=data.rows[:7], k=3),
+            replace(data, fit_on=FIT_ON[1]),
+        ):
+            for name in names:
+                found = baseline(name, other, tmp_path)
+                assert found.lists[0].shape == (other.rows.height, other.k)
+                for key in ("chosen", "trials", "at_grid_edge", "description"):
+                    assert found.settings[key] == made[name][key]
+    # The lists are those of settings that were tuned for them alone.
+    for name in names:
+        alone = baseline(name, data, tmp_path / "other").lists[0]
+        assert (baseline(name, data, tmp_path).lists[0] == alone).all(), name
+
+
+@pytest.mark.parametrize("change", ["rule", "seed", "hash", "vectors"])
+def test_other_data_or_rules_are_tuned_anew(tmp_path, monkeypatch, change):
+    data, calls, tune = split_data(), [], suite.tune_content_knn
+
+    def counted(*arguments, **more):
+        calls.append(1)
+        return tune(*arguments, **more)
+
+    monkeypatch.setattr(suite, "tune_content_knn", counted)
+    baseline("content-kNN", data, tmp_path)
+    other = CHANGES[change](data) if change in CHANGES else data
+    baseline("content-kNN", other, tmp_path, seed=int(change == "seed"))
+    assert len(calls) == 2
+
+
+def test_neighbours_are_compared_once(tmp_path, monkeypatch):
+    calls, nearest = [], suite.nearest_items
+
+    def counted(*arguments):
+        calls.append(1)
+        return nearest(*arguments)
+
+    monkeypatch.setattr(suite, "nearest_items", counted)
+    monkeypatch.setattr("genrec.evaluation.content.nearest_items", counted)
+    baseline("content-kNN", split_data(), tmp_path)
+    assert len(calls) == 1
+
+
+def test_a_value_at_the_edge_of_its_grid_is_said_so():
+    trials = [{"settings": {}, "ndcg": 0.1}]
+    grid = {"dropout": [0.5, 0.3], "decay": [0.2, 0.4, 0.6], "power": [1, 2, 3]}
+    chosen = {"dropout": 0.3, "decay": 0.4, "power": 3}
+    assert suite._tuned(chosen, "", grid, trials)["at_grid_edge"] == ["dropout", "power"]
 
 
 # What these data do not allow. --------------------------------------------------------------------
@@ -301,6 +361,21 @@ def test_training_goes_on_where_it_was_killed(tmp_path, tiny_transformers, monke
         assert (one == two).all()
 
 
+def test_another_version_of_training_leaves_old_weights_alone(
+    tmp_path, tiny_transformers, monkeypatch
+):
+    data = split_data()
+    baseline("SASRec", data, tmp_path, training_seeds=[0])
+    old = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/training*/*")}
+    for module in (suite, sequential_module):
+        monkeypatch.setattr(module, "TRAINING_VERSION", suite.TRAINING_VERSION + 1)
+    assert not is_cached("SASRec", data, tmp_path)
+    assert trained_seeds("SASRec", data, tmp_path) is None
+    baseline("SASRec", data, tmp_path, training_seeds=[0])
+    assert len(list(tmp_path.glob("*/training*/*"))) == 2 * len(old)
+    assert all(p.stat().st_mtime_ns == then for p, then in old.items())
+
+
 def test_rules_for_seen_items_do_not_share_a_training_state(tmp_path, tiny_transformers):
     """Early stopping looks at lists made under the rule."""
     data = split_data()
@@ -371,7 +446,15 @@ def test_what_baselines_see_of_a_run(tmp_path):
     assert (found.vectors == expected.vectors).all() and found.n_items == N_ITEMS
     assert (found.split_hash, found.k, found.fit_on) == (expected.split_hash, K, "train")
     assert load_split_data(run_of(tmp_path / "b"), expected.rows, "test", K, True).vectors is None
+
+
+def test_one_cache_for_all_runs_where_the_environment_names_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("GENREC_CACHE", raising=False)
     assert cache_folder(tmp_path / "run") == tmp_path.resolve() / "baselines-cache"
+    assert cache_folder(tmp_path / "run", "elsewhere") == Path("elsewhere")
+    monkeypatch.setenv("GENREC_CACHE", str(tmp_path / "shared"))
+    assert cache_folder(tmp_path / "run") == tmp_path / "shared"
+    assert cache_folder(tmp_path / "beauty" / "seed-0") == tmp_path / "shared"
     assert cache_folder(tmp_path / "run", "elsewhere") == Path("elsewhere")
 
 

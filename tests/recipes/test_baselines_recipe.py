@@ -163,6 +163,7 @@ def test_models_are_trained_once_per_seed_and_both_splits_share_them(
         (["--split", "train"], "split='train' is not known"),
         (["--fit_on", "everything"], "fit_on='everything' is not known"),
         (["--fit_on", "train+valid"], "holds the validation targets; use --split test"),
+        (["--device", "gpu"], "device='gpu' is not known"),
         (["--k", "0"], "k=0 must be at least 1"),
         (["--samples", "0"], "samples=0 must be at least 1"),
         (["--training_seeds", "2", "2"], r"training_seeds=\[2, 2\] must be distinct"),
@@ -171,6 +172,14 @@ def test_models_are_trained_once_per_seed_and_both_splits_share_them(
 def test_settings_are_checked_before_anything_is_read(tmp_path, baselines, flags, message):
     with pytest.raises(ValueError, match=message):
         baselines(tmp_path / "nothing", *flags)
+
+
+def test_a_gpu_that_is_not_there_is_missed_before_anything_is_read(
+    tmp_path, baselines, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="device=cuda, but torch finds no GPU"):
+        baselines(tmp_path / "nothing", "--device", "cuda")
 
 
 def test_as_a_command(run_dir):

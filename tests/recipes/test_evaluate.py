@@ -423,15 +423,19 @@ def test_the_second_evaluation_takes_the_baselines_from_the_cache(run_dir, evalu
         evaluate(run_dir, "--overwrite", "true", "--cache_dir", str(run_dir / "elsewhere"))
 
 
-def test_trained_baselines_join_once_they_are_cached(run_dir, evaluate, monkeypatch):
+def test_trained_baselines_join_once_they_are_cached(run_dir, evaluate, monkeypatch, caplog):
     tiny = SequentialSettings(dim=8, layers=1, heads=1, max_epochs=1, patience=1)
     settings = {"SASRec": tiny, "BERT4Rec": replace(tiny, causal=False)}
     monkeypatch.setattr(SequentialSettings, "of", classmethod(lambda _, name: settings[name]))
     recommend(run_dir, oracle(run_dir))
     few = ["--baselines", "random", "--training_seeds", "4", "5", "--overwrite", "true"]
-    assert evaluate(run_dir, *few).returncode == 0
+    with caplog.at_level("INFO"):
+        done = evaluate(run_dir, *few)
+    assert done.returncode == 0, done.stderr
     folder = stage_folder(run_dir, "evaluate")
     assert list(metrics_of(folder)["systems"]) == ["random", "genrec"]
+    place = str(run_dir.parent / "baselines-cache")
+    assert any("SASRec is not trained in " + place in line for line in caplog.messages)
     rows = pl.read_parquet(stage_folder(run_dir, "prepare") / "test.parquet")
     data = suite.load_split_data(run_dir, rows, "test", K, True)
     suite.baseline("SASRec", data, suite.cache_folder(run_dir), 0, [4, 5])
