@@ -269,11 +269,14 @@ class _Placement:
             self._spill(level)
         self._match_last_level()
 
-    def _distances(self, rows: IntArray, level: int) -> FloatArray:
-        """Distances of rows (none of them fixed) to the codes of `level` below their prefixes."""
+    def _latents(self, rows: IntArray) -> FloatArray:
+        """Latents of rows, none of them fixed."""
         vectors = np.asarray(self.vectors[rows - self.n_fixed], dtype=np.float32)
-        latents = self.quantizer.project(vectors)
-        return self.quantizer.level_distances(latents, self.codes[rows, :level], level)
+        return self.quantizer.project(vectors)
+
+    def _costs(self, rows: IntArray, level: int) -> FloatArray:
+        """What the codes of `level` below their prefixes cost rows, none of them fixed."""
+        return self.quantizer.level_costs(self._latents(rows), self.codes[rows, :level], level)
 
     def _groups_of(self, ids: IntArray, wanted: npt.NDArray[np.bool_]) -> list[IntArray]:
         """Rows of each group whose id is wanted, in the seeded order."""
@@ -290,7 +293,7 @@ class _Placement:
         shared[prefixes[shared_rows(codes)]] = True
         for batch in _batches(self._groups_of(prefixes, shared), BLOCK_ROWS):
             rows = np.concatenate(batch)
-            distances = self._distances(rows[rows >= self.n_fixed], last)
+            distances = self._costs(rows[rows >= self.n_fixed], last)
             at = 0
             for group in batch:
                 free = group[group >= self.n_fixed]
@@ -321,22 +324,25 @@ class _Placement:
             leaving = []
             for full in np.flatnonzero(counts > capacity):
                 members = np.flatnonzero((own == full) & (rows >= self.n_fixed))
-                cost = self._distances(rows[members], level)[:, full]
+                cost = self._costs(rows[members], level)[:, full]
                 # Those farthest from the centroid lose least by leaving.
                 surplus = counts[full] - capacity
                 leaving.append(members[np.argsort(-cost, kind="stable")][:surplus])
                 counts[full] = capacity
             movers = np.concatenate(leaving)
             room = np.maximum(capacity - counts, 0)
-            codes[rows[movers], level] = _fill(self._distances(rows[movers], level), room)
+            codes[rows[movers], level] = _fill(self._costs(rows[movers], level), room)
             self._reencode(rows[movers], level + 1)
 
     def _reencode(self, rows: IntArray, level: int) -> None:
-        """Nearest codes from `level` on for rows whose prefix has changed."""
-        for lower in range(level, self.codes.shape[1]):
-            for start in range(0, len(rows), BLOCK_ROWS):
-                block = rows[start : start + BLOCK_ROWS]
-                self.codes[block, lower] = self._distances(block, lower).argmin(axis=1)
+        """Nearest codes from `level` on, as in encoding, for rows whose prefix has changed."""
+        for start in range(0, len(rows), BLOCK_ROWS):
+            block = rows[start : start + BLOCK_ROWS]
+            latents = self._latents(block)
+            for lower in range(level, self.codes.shape[1]):
+                prefix = self.codes[block, :lower]
+                distances = self.quantizer.level_distances(latents, prefix, lower)
+                self.codes[block, lower] = distances.argmin(axis=1)
 
     def spread_by_sinkhorn(self) -> None:
         """LC-Rec's rounds: colliding items are mapped uniformly to the last level's codes."""
@@ -347,7 +353,7 @@ class _Placement:
                 return
             for start in range(0, len(rows), BLOCK_ROWS):
                 block = rows[start : start + BLOCK_ROWS]
-                plan = uniform_plan(self._distances(block, last))
+                plan = uniform_plan(self._costs(block, last))
                 self.codes[block, last] = plan.argmax(axis=1)
 
 

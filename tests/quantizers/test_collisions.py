@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,6 +45,13 @@ def random_quantizer(sizes: tuple[int, ...], dim: int, seed: int) -> ResidualKMe
     )
 
 
+def with_norms(quantizer: ResidualKMeans, seed: int) -> ResidualKMeans:
+    """As with `normalize_residuals`: lower levels see unit vectors, and keep mean lengths."""
+    rng = np.random.default_rng(seed)
+    lengths = [rng.uniform(0.2, 2, size) for size in quantizer.codebook_sizes[:-1]]
+    return replace(quantizer, norms=tuple(length.astype(np.float32) for length in lengths))
+
+
 def distortion(quantizer: ResidualKMeans, vectors: np.ndarray, codes: np.ndarray) -> float:
     made = quantizer.reconstruct(np.asarray(codes, np.int32))
     return float(((vectors - made) ** 2).sum(axis=1).mean())
@@ -67,6 +75,8 @@ def worlds(draw):
     elif kind == "few distinct":
         vectors = vectors[rng.integers(0, min(n, 3), n)]
     quantizer = random_quantizer(sizes, 3, seed)
+    if draw(st.booleans()):
+        quantizer = with_norms(quantizer, seed)
     codes = np.column_stack([rng.integers(0, size, n) for size in sizes]).astype(np.int32)
     if kind in ("identical", "one prefix"):
         codes[:] = codes[0]
@@ -128,9 +138,14 @@ def test_prefixes_without_a_collision_stay_as_they_are():
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("size", [4, 9])  # 4 * 2 < 9: the way that looks at few columns, too
-def test_least_distortion_within_each_prefix_against_brute_force(seed: int, size: int):
+@pytest.mark.parametrize("normed", [False, True])
+def test_least_distortion_within_each_prefix_against_brute_force(
+    seed: int, size: int, normed: bool
+):
     vectors = np.random.default_rng(seed).normal(size=(6, 2)).astype(np.float32)
     quantizer = random_quantizer((4, size), 2, seed)
+    if normed:
+        quantizer = with_norms(quantizer, seed)
     codes = np.array([[0, 1], [0, 1], [0, 1], [0, 2], [1, 0], [1, 0]])
     new, _, report = resolve_collisions(quantizer, vectors, codes)
     assert (new[:, 0] == codes[:, 0]).all()
