@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -114,13 +115,8 @@ class SemanticIds:
 
     @property
     def lineage_sha256(self) -> str:
-        """Hash of the map and of where it comes from: version, ancestors, quantizer.
-
-        A model accepts a map by its ancestors, so a slip of the pen there must show. Whoever
-        forges a map can compute this hash as well.
-        """
-        about = [self.sha256, self.version, list(self.ancestors), self.quantizer_sha256]
-        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+        """Hash of the map and of where it comes from, see `lineage_digest`."""
+        return lineage_digest(self.sha256, self.version, self.ancestors, self.quantizer_sha256)
 
     def descends_from(self, sha256: str) -> bool:
         """Whether this map is the one with that hash, or an extension of it."""
@@ -314,12 +310,7 @@ class SemanticIds:
                 "recorded "
                 f"{about['sha256'][:12]}); restore both or rerun quantize"
             )
-        # Maps of before this hash was kept have none.
-        if about.get("lineage_sha256", ids.lineage_sha256) != ids.lineage_sha256:
-            raise ValueError(
-                f"version, ancestors or quantizer_sha256 of {folder}/{MAP_FILE} were changed since "
-                "it was saved; restore it or rerun quantize"
-            )
+        check_lineage(folder, about, ids.lineage_sha256)
         return ids
 
     def export_index(self, path: Path | str) -> None:
@@ -327,6 +318,46 @@ class SemanticIds:
         rows = zip(self.item_ids.to_list(), self.codes.tolist(), strict=True)
         index = {str(i): [sid_token(level, c) for level, c in enumerate(row)] for i, row in rows}
         write_json(path, index)
+
+
+def lineage_digest(
+    sha256: str, version: int, ancestors: Sequence[str], quantizer_sha256: str | None
+) -> str:
+    """Hash of a map's hash and of where the map comes from.
+
+    A model accepts a map by its ancestors, so a slip of the pen there must show. Whoever forges a
+    map can compute this hash as well.
+    """
+    about = [sha256, version, list(ancestors), quantizer_sha256]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def check_lineage(folder: Path | str, about: dict[str, Any], digest: str) -> None:
+    """Raise ValueError unless a saved map's version, ancestors and quantizer are as saved.
+
+    Maps of before this hash was kept have none. A first map is read all the same: it claims no
+    ancestors, and its own hash says what it is. What it says of its ancestors can't be checked in
+    an extended one, which is refused.
+
+    Args:
+        folder: of the map.
+        about: its `MAP_FILE`.
+        digest: `lineage_digest` of what was read.
+    """
+    recorded = about.get("lineage_sha256")
+    if recorded is None and about["version"] == 1 and not about["ancestors"]:
+        return
+    if recorded is None:
+        raise ValueError(
+            f"{folder}/{MAP_FILE} names ancestors without lineage_sha256, the hash that vouches "
+            "for them (an earlier genrec kept none, or it was deleted); restore it, or extend the "
+            "first map anew: genrec quantize --extend"
+        )
+    if recorded != digest:
+        raise ValueError(
+            f"version, ancestors or quantizer_sha256 of {folder}/{MAP_FILE} were changed since it "
+            "was saved; restore it or rerun quantize"
+        )
 
 
 def map_kind(folder: Path | str) -> str | None:

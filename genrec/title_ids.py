@@ -26,7 +26,14 @@ import polars as pl
 from genrec.artifacts import read_json, write_json, write_parquet
 from genrec.columns import ITEM_ID, ITEM_INDEX, SID, TITLE
 from genrec.prompts import escape_series, escape_text
-from genrec.semantic_ids import MAP_FILE, TITLES, SemanticIds, map_kind
+from genrec.semantic_ids import (
+    MAP_FILE,
+    TITLES,
+    SemanticIds,
+    check_lineage,
+    lineage_digest,
+    map_kind,
+)
 
 BRACKETS = "[]"  # around a name in a prompt; escaped text has none
 LEAST_BYTES = 16  # of a title at most: room for a number behind what is left of it
@@ -170,6 +177,11 @@ class TitleIds:
             content += [self.reserved[ITEM_ID].to_list(), self.reserved[TITLE].to_list()]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
+    @property
+    def lineage_sha256(self) -> str:
+        """Hash of the map and of where it comes from, see `lineage_digest`."""
+        return lineage_digest(self.sha256, self.version, self.ancestors, None)
+
     def descends_from(self, sha256: str) -> bool:
         """Whether this map is the one with that hash, or an extension of it."""
         return sha256 == self.sha256 or sha256 in self.ancestors
@@ -244,6 +256,7 @@ class TitleIds:
             "ancestors": list(self.ancestors),
             "reserved": 0 if self.reserved is None else len(self.reserved),
             "sha256": self.sha256,
+            "lineage_sha256": self.lineage_sha256,
         }
         write_json(Path(folder) / MAP_FILE, about)
 
@@ -264,6 +277,7 @@ class TitleIds:
                 f"{folder}/items.parquet doesn't match {MAP_FILE} (hash {ids.sha256[:12]}, "
                 f"recorded {about['sha256'][:12]}); restore both or rerun quantize"
             )
+        check_lineage(folder, about, ids.lineage_sha256)
         return ids
 
 

@@ -154,6 +154,9 @@ def test_a_tampered_lineage_is_refused(tmp_path: Path, tiny, change: dict):
     value.pop("lineage_sha256")  # of before it was kept
     about.write_text(json.dumps(value))
     assert SemanticIds.load(tmp_path).sha256 == value["sha256"]
+    about.write_text(json.dumps(value | {"version": 2, "ancestors": ["0" * 64]}))
+    with pytest.raises(ValueError, match="names ancestors without lineage_sha256"):
+        SemanticIds.load(tmp_path)
 
 
 def test_shuffled_rows_are_the_same_map(tmp_path: Path, tiny):

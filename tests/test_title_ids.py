@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genrec.artifacts import read_json
+from genrec.artifacts import read_json, write_json
 from genrec.prompts import escape_text
-from genrec.semantic_ids import SemanticIds
+from genrec.semantic_ids import MAP_FILE, SemanticIds
 from genrec.title_ids import TitleIds, load_map, unique_titles
 
 
@@ -113,6 +113,10 @@ def test_a_later_catalogue_keeps_names_and_gives_none_away(tmp_path):
     grown.save(tmp_path)
     again = load_map(tmp_path)
     assert isinstance(again, TitleIds) and again.ancestors == (first.sha256,)
+    saved = read_json(tmp_path / MAP_FILE)
+    write_json(tmp_path / MAP_FILE, {**saved, "ancestors": ["0" * 64]})  # a stranger's hash
+    with pytest.raises(ValueError, match="version, ancestors or quantizer_sha256 of"):
+        load_map(tmp_path)
     back, _, kept = again.successor(pl.concat([catalog(["x"], 1), later]))
     assert back.names.to_list()[0] == "scarf" and kept == 6 and back.reserved is None
     with pytest.raises(ValueError, match=r"item ids are Int64, the map's are String"):

@@ -28,7 +28,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
-from genrec.quantizers.item_indexes import INDEPENDENT, independent_index, next_codes
+from genrec.quantizers.item_indexes import (
+    INDEPENDENT,
+    independent_index,
+    later_numbers,
+    next_codes,
+    numbers_in_groups,
+)
 from genrec.quantizers.quality import collision_rate, row_ids, shared_rows
 from genrec.quantizers.quantizer import (
     BLOCK_ROWS,
@@ -92,8 +98,8 @@ def resolve_collisions(
         vectors: its input, (n_items, dim); may be a memory map.
         codes: (n_items, n_levels).
         method: see the module.
-        seed: of the order in which "suffix" numbers items: that of the rows would often tell who
-            was bought after whom.
+        seed: of the order in which "suffix" numbers items, and in which items with equal vectors
+            get codes: that of the rows would often tell who was bought after whom.
         spare: of "item-token": tokens kept for later items, as a share of the items.
 
     Returns:
@@ -112,9 +118,8 @@ def resolve_collisions(
         raise ValueError(f"{len(codes)} rows of codes for {len(vectors)} vectors")
     old = np.ascontiguousarray(codes, dtype=np.int32)
     if method == "suffix":
-        shuffled, suffix = np.random.default_rng(seed).permutation(len(old)), np.empty(len(old))
-        suffix[shuffled] = _rank_in_group(row_ids(old)[shuffled])
-        new = np.column_stack([old, suffix.astype(np.int32)])
+        suffix = later_numbers(np.empty((0, len(sizes) + 1), np.int32), old, seed)
+        new = np.column_stack([old, suffix]).astype(np.int32)
         # Twice the room that is needed today, for the items of tomorrow.
         new_sizes = (*sizes, 2 * (int(new[:, -1].max()) + 1))
     elif method == "item-token":
@@ -124,7 +129,7 @@ def resolve_collisions(
     else:
         check_capacity(len(codes), sizes)
         new, new_sizes = old.copy(), sizes
-        state = _Placement(quantizer, vectors, new, n_fixed=0)
+        state = _Placement(quantizer, vectors, new, n_fixed=0, seed=seed)
         if method == "sinkhorn":
             state.spread_by_sinkhorn()
         state.make_distinct()
@@ -138,6 +143,7 @@ def place_items(
     taken: npt.NDArray[np.integer],
     codebook_sizes: tuple[int, ...],
     item_tokens: bool = False,
+    seed: int = 0,
 ) -> CodeArray:
     """Codes of new items, none of them taken, none shared, nothing else moved.
 
@@ -148,6 +154,7 @@ def place_items(
         codebook_sizes: the map's: the quantizer's, and a level of suffixes or item tokens if it
             has one.
         item_tokens: the last level holds item tokens, see `has_item_tokens`.
+        seed: of the order in which suffixes, and the codes of equal vectors, are dealt.
 
     Returns:
         (n_new, n_levels) int32.
@@ -166,7 +173,13 @@ def place_items(
         if item_tokens:
             tokens = next_codes(INDEPENDENT, old[:, -1:], codebook_sizes[-1:], len(vectors))
             return np.column_stack([encoded, tokens]).astype(np.int32)
-        return _place_by_suffix(encoded, old, codebook_sizes)
+        suffix = later_numbers(old, encoded, seed)
+        if (full := suffix >= codebook_sizes[-1]).any():
+            raise ValueError(
+                f"{int(full.sum())} new items have no suffix left among the {codebook_sizes[-1]} "
+                "of their SID; quantize the whole catalogue anew"
+            )
+        return np.column_stack([encoded, suffix]).astype(np.int32)
     if codebook_sizes != sizes:
         raise ValueError(
             f"the map has codebooks of {codebook_sizes}, the quantizer of {sizes}; they don't "
@@ -174,7 +187,7 @@ def place_items(
         )
     check_capacity(len(taken) + len(vectors), sizes)
     codes = np.concatenate([taken, quantizer.encode(vectors)]).astype(np.int32)
-    _Placement(quantizer, vectors, codes, n_fixed=len(taken)).make_distinct()
+    _Placement(quantizer, vectors, codes, len(taken), seed).make_distinct()
     assert not shared_rows(codes).any()
     return codes[len(taken) :]
 
@@ -186,23 +199,6 @@ def has_item_tokens(codes: npt.NDArray[np.integer], codebook_sizes: tuple[int, .
     """
     last = codes[:, -1]
     return codebook_sizes[-1] >= len(last) and len(np.unique(last)) == len(last)
-
-
-def _place_by_suffix(
-    encoded: CodeArray, taken: npt.NDArray[np.integer], sizes: tuple[int, ...]
-) -> CodeArray:
-    """New items below a suffix level: numbers after the highest that their SID has."""
-    ids = row_ids(np.concatenate([taken[:, :-1], encoded]))
-    old, new = ids[: len(taken)], ids[len(taken) :]
-    first = np.zeros(ids.max() + 1, dtype=np.int64)
-    np.maximum.at(first, old, taken[:, -1] + 1)
-    suffix = first[new] + _rank_in_group(new)
-    if (full := suffix >= sizes[-1]).any():
-        raise ValueError(
-            f"{int(full.sum())} new items have no suffix left among the {sizes[-1]} of their SID; "
-            "quantize the whole catalogue anew"
-        )
-    return np.column_stack([encoded, suffix]).astype(np.int32)
 
 
 def _report(
@@ -253,34 +249,19 @@ def _distortion(quantizer: Quantizer, vectors: npt.NDArray[np.floating], codes: 
     return float(((latents - quantizer.reconstruct(codes)) ** 2).sum(dtype=np.float64))
 
 
-def _rank_in_group(ids: IntArray) -> IntArray:
-    """Position of each row among the rows of its group, in row order."""
-    order = np.argsort(ids, kind="stable")
-    starts = np.flatnonzero(np.concatenate([[True], np.diff(ids[order]) > 0]))
-    lengths = np.diff(np.append(starts, len(ids)))
-    ranks = np.empty(len(ids), dtype=np.int64)
-    ranks[order] = np.arange(len(ids)) - np.repeat(starts, lengths)
-    return ranks
-
-
-def _groups_of(ids: IntArray, wanted: npt.NDArray[np.bool_]) -> list[IntArray]:
-    """Rows of each group whose id is wanted, rows ascending."""
-    rows = np.flatnonzero(wanted[ids])
-    rows = rows[np.argsort(ids[rows], kind="stable")]
-    return np.split(rows, np.flatnonzero(np.diff(ids[rows])) + 1) if len(rows) else []
-
-
 @dataclass
 class _Placement:
     """Codes while they are made distinct, in place.
 
-    The first `n_fixed` rows of `codes` don't move; `vectors` are those of the rows after them.
+    The first `n_fixed` rows of `codes` don't move; `vectors` are those of the rows after them. Of
+    items that are alike, those that come first in a seeded order choose first.
     """
 
     quantizer: Quantizer
     vectors: npt.NDArray[np.floating]
     codes: CodeArray
     n_fixed: int
+    seed: int
 
     def make_distinct(self) -> None:
         """Spill what doesn't fit below its prefix, from the top down; then match the last level."""
@@ -288,11 +269,20 @@ class _Placement:
             self._spill(level)
         self._match_last_level()
 
-    def _distances(self, rows: IntArray, level: int) -> FloatArray:
-        """Distances of rows (none of them fixed) to the codes of `level` below their prefixes."""
+    def _latents(self, rows: IntArray) -> FloatArray:
+        """Latents of rows, none of them fixed."""
         vectors = np.asarray(self.vectors[rows - self.n_fixed], dtype=np.float32)
-        latents = self.quantizer.project(vectors)
-        return self.quantizer.level_distances(latents, self.codes[rows, :level], level)
+        return self.quantizer.project(vectors)
+
+    def _costs(self, rows: IntArray, level: int) -> FloatArray:
+        """What the codes of `level` below their prefixes cost rows, none of them fixed."""
+        return self.quantizer.level_costs(self._latents(rows), self.codes[rows, :level], level)
+
+    def _groups_of(self, ids: IntArray, wanted: npt.NDArray[np.bool_]) -> list[IntArray]:
+        """Rows of each group whose id is wanted, in the seeded order."""
+        rows = np.random.default_rng(self.seed).permutation(np.flatnonzero(wanted[ids]))
+        rows = rows[np.argsort(ids[rows], kind="stable")]
+        return np.split(rows, np.flatnonzero(np.diff(ids[rows])) + 1) if len(rows) else []
 
     def _match_last_level(self) -> None:
         """Give the items of each prefix distinct last codes at the least total distance."""
@@ -301,9 +291,9 @@ class _Placement:
         prefixes = row_ids(codes[:, :last])
         shared = np.zeros(prefixes.max() + 1, dtype=bool)
         shared[prefixes[shared_rows(codes)]] = True
-        for batch in _batches(_groups_of(prefixes, shared), BLOCK_ROWS):
+        for batch in _batches(self._groups_of(prefixes, shared), BLOCK_ROWS):
             rows = np.concatenate(batch)
-            distances = self._distances(rows[rows >= self.n_fixed], last)
+            distances = self._costs(rows[rows >= self.n_fixed], last)
             at = 0
             for group in batch:
                 free = group[group >= self.n_fixed]
@@ -328,28 +318,31 @@ class _Placement:
         parents = row_ids(codes[:, :level])
         crowded = np.zeros(parents.max() + 1, dtype=bool)
         crowded[parents[over[nodes]]] = True
-        for rows in _groups_of(parents, crowded):
+        for rows in self._groups_of(parents, crowded):
             own = codes[rows, level].copy()
             counts = np.bincount(own, minlength=sizes[level])
             leaving = []
             for full in np.flatnonzero(counts > capacity):
                 members = np.flatnonzero((own == full) & (rows >= self.n_fixed))
-                cost = self._distances(rows[members], level)[:, full]
+                cost = self._costs(rows[members], level)[:, full]
                 # Those farthest from the centroid lose least by leaving.
                 surplus = counts[full] - capacity
                 leaving.append(members[np.argsort(-cost, kind="stable")][:surplus])
                 counts[full] = capacity
             movers = np.concatenate(leaving)
             room = np.maximum(capacity - counts, 0)
-            codes[rows[movers], level] = _fill(self._distances(rows[movers], level), room)
+            codes[rows[movers], level] = _fill(self._costs(rows[movers], level), room)
             self._reencode(rows[movers], level + 1)
 
     def _reencode(self, rows: IntArray, level: int) -> None:
-        """Nearest codes from `level` on for rows whose prefix has changed."""
-        for lower in range(level, self.codes.shape[1]):
-            for start in range(0, len(rows), BLOCK_ROWS):
-                block = rows[start : start + BLOCK_ROWS]
-                self.codes[block, lower] = self._distances(block, lower).argmin(axis=1)
+        """Nearest codes from `level` on, as in encoding, for rows whose prefix has changed."""
+        for start in range(0, len(rows), BLOCK_ROWS):
+            block = rows[start : start + BLOCK_ROWS]
+            latents = self._latents(block)
+            for lower in range(level, self.codes.shape[1]):
+                prefix = self.codes[block, :lower]
+                distances = self.quantizer.level_distances(latents, prefix, lower)
+                self.codes[block, lower] = distances.argmin(axis=1)
 
     def spread_by_sinkhorn(self) -> None:
         """LC-Rec's rounds: colliding items are mapped uniformly to the last level's codes."""
@@ -360,7 +353,7 @@ class _Placement:
                 return
             for start in range(0, len(rows), BLOCK_ROWS):
                 block = rows[start : start + BLOCK_ROWS]
-                plan = uniform_plan(self._distances(block, last))
+                plan = uniform_plan(self._costs(block, last))
                 self.codes[block, last] = plan.argmax(axis=1)
 
 
@@ -399,7 +392,7 @@ def _fill(cost: FloatArray, room: IntArray) -> IntArray:
         wanted = np.where(left > 0, cost[open_rows], np.inf)
         column = wanted.argmin(axis=1)
         order = np.lexsort((wanted[np.arange(len(open_rows)), column], column))
-        accepted = order[_rank_in_group(column[order]) < left[column[order]]]
+        accepted = order[numbers_in_groups(column, order)[order] < left[column[order]]]
         chosen[open_rows[accepted]] = column[accepted]
         left -= np.bincount(column[accepted], minlength=len(left))
         open_rows = np.delete(open_rows, accepted)

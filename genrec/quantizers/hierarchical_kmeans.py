@@ -130,6 +130,10 @@ class HierarchicalKMeans:
         """
         return self._distances(latents, prefix, level, priced=False)
 
+    def level_costs(self, latents: FloatArray, prefix: CodeArray, level: int) -> FloatArray:
+        """`level_distances`, which are in the units of the latents, (n, codebook_size)."""
+        return self.level_distances(latents, prefix, level)
+
     def level_bias(self, level: int) -> FloatArray | None:
         """None: prices differ from parent to parent, see `encode`."""
         return None

@@ -22,7 +22,7 @@ import scipy.sparse as sp
 from sklearn.cluster import SpectralClustering
 
 from genrec.item_lists import ItemLists
-from genrec.quantizers.quality import shared_rows
+from genrec.quantizers.quality import row_ids, shared_rows
 from genrec.quantizers.quantizer import CodeArray, check_codes
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def collaborative_index(
         )
     paths = _spectral_paths(graph, np.flatnonzero(linked), branching, leaf_size, max_levels, seed)
     paths = paths[:, : int(np.flatnonzero(paths.any(axis=0))[-1]) + 1]
-    numbers = _numbers_in_groups(paths, seed)
+    numbers = numbers_in_groups(row_ids(paths), _shuffled(n_items, seed))
     largest = int(numbers[linked].max()) + 1
     if largest > leaf_size:
         logger.warning(
@@ -223,7 +223,7 @@ def semantic_index(
         code_of = {name: code for code, name in enumerate(names, start=1)}
         prefix[:, level] = [code_of[p[level]] if len(p) > level else 0 for p in paths]
         sizes.append(len(names) + 1)
-    numbers = _numbers_in_groups(prefix, seed)
+    numbers = numbers_in_groups(row_ids(prefix), _shuffled(n_items, seed))
     sizes.append(with_spare(int(numbers.max()) + 1, spare))
     return ItemCodes(np.column_stack([prefix, numbers]).astype(np.int32), tuple(sizes))
 
@@ -263,14 +263,15 @@ def next_codes(
     random draws free SIDs; sequential and independent count on; collaborative fills the branch 0
     (new items have no co-occurrences); semantic numbers on inside the item's category, where a
     category that the index doesn't know ends the path; hybrid takes the prefix of a semantic index
-    if categories are given, else 0, and the next item token.
+    if categories are given, else 0, and the next item token. Numbers that several items share a
+    token of are dealt in a seeded order, not in that of the catalogue (see `numbers_in_groups`).
 
     Args:
         kind: one of `KINDS`, what `codes` were made by.
         codes: of all items so far, (n_items, n_levels).
         codebook_sizes: of that index.
         n_new: items to place.
-        seed: of a random index's draw.
+        seed: of a random index's draw, and of the order in which numbers are dealt.
         categories: paths of all items, old ones first, (n_items + n_new).
 
     Returns:
@@ -287,11 +288,14 @@ def next_codes(
         raise ValueError(f"n_new={n_new} must not be negative, and old codes be there and distinct")
     if kind == RANDOM:
         return draw_free(np.random.default_rng(seed), n_new, codebook_sizes, old)
-    if kind in (SEQUENTIAL, INDEPENDENT):
+    dealt = _shuffled(n_new, seed)
+    if kind == INDEPENDENT:
         return _count_on(old, codebook_sizes, n_new)
+    if kind == SEQUENTIAL:
+        return _count_on(old, codebook_sizes, n_new)[dealt]
     if kind == COLLABORATIVE:
         unplaced = old[old[:, 0] == 0, 1:]
-        rest = _count_on(unplaced, codebook_sizes[1:], n_new)
+        rest = _count_on(unplaced, codebook_sizes[1:], n_new)[dealt]
         return np.column_stack([np.zeros(n_new, dtype=np.int32), rest])
     prefixes = np.zeros((n_new, old.shape[1] - 1), dtype=np.int32)
     if categories is not None:
@@ -300,7 +304,13 @@ def next_codes(
         raise ValueError("a semantic index needs `categories`, the paths of old and new items")
     if kind == HYBRID:
         return np.column_stack([prefixes, _count_on(old[:, -1:], codebook_sizes[-1:], n_new)])
-    return _count_on_inside(old, prefixes, codebook_sizes[-1])
+    numbers = later_numbers(old, prefixes, seed)
+    if (full := numbers >= codebook_sizes[-1]).any():
+        raise ValueError(
+            f"the category with codes {tuple(prefixes[full.argmax()].tolist())} has used its "
+            f"{codebook_sizes[-1]} numbers; build the index anew with a larger `spare`"
+        )
+    return np.column_stack([prefixes, numbers]).astype(np.int32)
 
 
 def draw_free(
@@ -330,6 +340,49 @@ def draw_free(
         rows = np.concatenate([rows, drawn])
         rows = rows[np.sort(np.unique(rows, axis=0, return_index=True)[1])]
     return rows[len(taken) :]
+
+
+def numbers_in_groups(groups: IntArray, order: IntArray) -> IntArray:
+    """0, 1, … inside each group, given to its rows as they come in `order`.
+
+    The order of the rows is the wrong one for codes: catalogues are often numbered by an item's
+    first interaction, held out ones among them, and neighbouring codes would tell the model who was
+    bought after whom.
+
+    Args:
+        groups: group of each row, from 0, (n,).
+        order: a permutation of the rows, (n,).
+
+    Returns:
+        (n,).
+    """
+    by_group = order[np.argsort(groups[order], kind="stable")]
+    counts = np.bincount(groups)
+    numbers = np.empty(len(groups), dtype=np.int64)
+    numbers[by_group] = np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return numbers
+
+
+def later_numbers(old: CodeArray, prefixes: CodeArray, seed: int) -> IntArray:
+    """Numbers of new rows below their prefixes: after the largest in use, in a seeded order.
+
+    Args:
+        old: codes in use, their last column the number, (n_old, n_levels).
+        prefixes: of the new rows, (n_new, n_levels - 1).
+        seed: of the order among new rows of one prefix.
+
+    Returns:
+        (n_new,); whether the last level has room for them is the caller's to check.
+    """
+    groups = row_ids(np.concatenate([old[:, :-1], prefixes]))
+    used, new = groups[: len(old)], groups[len(old) :]
+    first = np.zeros(groups.max(initial=0) + 1, dtype=np.int64)
+    np.maximum.at(first, used, old[:, -1] + 1)
+    return first[new] + numbers_in_groups(new, _shuffled(len(new), seed))
+
+
+def _shuffled(n: int, seed: int) -> IntArray:
+    return np.random.default_rng(seed).permutation(n)
 
 
 def with_spare(n: int, spare: float) -> int:
@@ -385,22 +438,6 @@ def _numbers(codes: CodeArray, sizes: tuple[int, ...]) -> IntArray:
     numbers = np.zeros(len(codes), dtype=np.int64)
     for level, size in enumerate(sizes):
         numbers = numbers * size + codes[:, level]
-    return numbers
-
-
-def _numbers_in_groups(prefix: CodeArray, seed: int) -> IntArray:
-    """0, 1, … inside each distinct prefix, in a seeded random order.
-
-    Not in the order of the rows: catalogues are often numbered by an item's first interaction, held
-    out ones among them, and neighbouring codes would tell the model who was bought after whom.
-    """
-    _, group = np.unique(prefix, axis=0, return_inverse=True)
-    group = group.ravel()
-    shuffled = np.random.default_rng(seed).permutation(len(group))
-    order = shuffled[np.argsort(group[shuffled], kind="stable")]
-    counts = np.bincount(group)
-    numbers = np.empty(len(group), dtype=np.int64)
-    numbers[order] = np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)
     return numbers
 
 
@@ -501,22 +538,3 @@ def _category_prefixes(old: CodeArray, categories: Paths, n_new: int) -> CodeArr
         prefixes[:, level] = np.where(walking, [code_of.get(name, 0) for name in names], 0)
         walking &= prefixes[:, level] > 0
     return prefixes
-
-
-def _count_on_inside(old: CodeArray, prefixes: CodeArray, last_size: int) -> CodeArray:
-    """The numbers after the largest that is taken inside each prefix."""
-    used: dict[tuple[int, ...], int] = {}
-    for row in old.tolist():
-        prefix = tuple(row[:-1])
-        used[prefix] = max(used.get(prefix, 0), row[-1] + 1)
-    new = []
-    for prefix in map(tuple, prefixes.tolist()):
-        number = used.get(prefix, 0)
-        if number >= last_size:
-            raise ValueError(
-                f"the category with codes {prefix} has used its {last_size} numbers; build the "
-                "index anew with a larger `spare`"
-            )
-        used[prefix] = number + 1
-        new.append((*prefix, number))
-    return np.array(new, dtype=np.int32).reshape(len(new), old.shape[1])

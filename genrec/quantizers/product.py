@@ -127,6 +127,10 @@ class ProductQuantizer:
         own = latents[:, level * self.part : (level + 1) * self.part]
         return squared_distances(own, self.codebooks[level])
 
+    def level_costs(self, latents: FloatArray, prefix: CodeArray, level: int) -> FloatArray:
+        """`level_distances`, which are in the units of the latents, (n, codebook_size)."""
+        return self.level_distances(latents, prefix, level)
+
     def level_bias(self, level: int) -> FloatArray | None:
         """Prices of a level's codes; None if they are all zero."""
         return self.prices[level] if self.prices[level].any() else None

@@ -75,6 +75,14 @@ class Quantizer(Levels, Protocol):
         """Codes of vectors (n, dim), (n, n_levels) int32; collisions are possible."""
         ...
 
+    def level_costs(self, latents: FloatArray, prefix: CodeArray, level: int) -> FloatArray:
+        """What each code of `level` costs in squared distance of the latents, (n, size).
+
+        As `level_distances`, which encoding goes by, but always in the units of the latents: on the
+        last level the squared error of `reconstruct`, up to a constant for each row.
+        """
+        ...
+
     def reconstruct(self, codes: CodeArray) -> FloatArray:
         """Latents (n, latent_dim) that codes (n, n_levels) stand for."""
         ...

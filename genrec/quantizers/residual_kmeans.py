@@ -130,6 +130,20 @@ class ResidualKMeans:
                 residual, _ = _unit(residual)
         return squared_distances(residual, self.codebooks[level])
 
+    def level_costs(self, latents: FloatArray, prefix: CodeArray, level: int) -> FloatArray:
+        """Squared error of the latents if `level` were the last, (n, codebook_size).
+
+        Where residuals are normalised this isn't `level_distances`: lengths count again, as the
+        means that `reconstruct` puts in their place.
+        """
+        if self.norms is None:
+            return self.level_distances(latents, prefix, level)
+        made, length = self._walk(prefix)
+        # |rest - length * code|^2 = length^2 * |rest / length - code|^2, and lengths may be 0.
+        costs = (latents - made) @ (-2.0 * self.codebooks[level].T)
+        costs += length * (self.codebooks[level] ** 2).sum(axis=1)
+        return length * costs + ((latents - made) ** 2).sum(axis=1, keepdims=True)
+
     def level_bias(self, level: int) -> FloatArray | None:
         """Prices of a level's codes; None if they are all zero."""
         return self.prices[level] if self.prices[level].any() else None
@@ -141,13 +155,24 @@ class ResidualKMeans:
     def reconstruct(self, codes: CodeArray) -> FloatArray:
         """Sum of the codes' centroids, (n, latent_dim)."""
         check_codes(codes, self.codebook_sizes)
-        latents = np.zeros((len(codes), self.codebooks[0].shape[1]), dtype=np.float32)
-        length = np.ones((len(codes), 1), dtype=np.float32)
-        for level, codebook in enumerate(self.codebooks):
-            if level > 0 and self.norms is not None:
-                length = length * self.norms[level - 1][codes[:, level - 1], None]
-            latents += length * codebook[codes[:, level]]
-        return latents
+        return self._walk(codes)[0]
+
+    def _walk(self, prefix: CodeArray) -> tuple[FloatArray, FloatArray]:
+        """Latents that the first codes stand for, and the length of the next codebook's vectors.
+
+        Args:
+            prefix: codes of the first levels, (n, up to n_levels).
+
+        Returns:
+            (n, latent_dim) and (n, 1); the length is 1 unless residuals are normalised.
+        """
+        latents = np.zeros((len(prefix), self.codebooks[0].shape[1]), dtype=np.float32)
+        length = np.ones((len(prefix), 1), dtype=np.float32)
+        for level in range(prefix.shape[1]):
+            latents += length * self.codebooks[level][prefix[:, level]]
+            if self.norms is not None and level < len(self.norms):
+                length = length * self.norms[level][prefix[:, level], None]
+        return latents, length
 
     def decode(self, codes: CodeArray) -> FloatArray:
         """Reconstructed vectors, (n, dim), in the space of the input."""

@@ -178,6 +178,10 @@ class RQVAE:
             residual = residual - books[upper][prefix[:, upper]]
         return squared_distances(residual, books[level])
 
+    def level_costs(self, latents: FloatArray, prefix: CodeArray, level: int) -> FloatArray:
+        """`level_distances`, which are in the units of the latents, (n, codebook_size)."""
+        return self.level_distances(latents, prefix, level)
+
     def level_bias(self, level: int) -> FloatArray | None:
         """None: codes are the nearest ones."""
         return None

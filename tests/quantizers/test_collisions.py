@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,6 +45,13 @@ def random_quantizer(sizes: tuple[int, ...], dim: int, seed: int) -> ResidualKMe
     )
 
 
+def with_norms(quantizer: ResidualKMeans, seed: int) -> ResidualKMeans:
+    """As with `normalize_residuals`: lower levels see unit vectors, and keep mean lengths."""
+    rng = np.random.default_rng(seed)
+    lengths = [rng.uniform(0.2, 2, size) for size in quantizer.codebook_sizes[:-1]]
+    return replace(quantizer, norms=tuple(length.astype(np.float32) for length in lengths))
+
+
 def distortion(quantizer: ResidualKMeans, vectors: np.ndarray, codes: np.ndarray) -> float:
     made = quantizer.reconstruct(np.asarray(codes, np.int32))
     return float(((vectors - made) ** 2).sum(axis=1).mean())
@@ -67,6 +75,8 @@ def worlds(draw):
     elif kind == "few distinct":
         vectors = vectors[rng.integers(0, min(n, 3), n)]
     quantizer = random_quantizer(sizes, 3, seed)
+    if draw(st.booleans()):
+        quantizer = with_norms(quantizer, seed)
     codes = np.column_stack([rng.integers(0, size, n) for size in sizes]).astype(np.int32)
     if kind in ("identical", "one prefix"):
         codes[:] = codes[0]
@@ -128,9 +138,14 @@ def test_prefixes_without_a_collision_stay_as_they_are():
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("size", [4, 9])  # 4 * 2 < 9: the way that looks at few columns, too
-def test_least_distortion_within_each_prefix_against_brute_force(seed: int, size: int):
+@pytest.mark.parametrize("normed", [False, True])
+def test_least_distortion_within_each_prefix_against_brute_force(
+    seed: int, size: int, normed: bool
+):
     vectors = np.random.default_rng(seed).normal(size=(6, 2)).astype(np.float32)
     quantizer = random_quantizer((4, size), 2, seed)
+    if normed:
+        quantizer = with_norms(quantizer, seed)
     codes = np.array([[0, 1], [0, 1], [0, 1], [0, 2], [1, 0], [1, 0]])
     new, _, report = resolve_collisions(quantizer, vectors, codes)
     assert (new[:, 0] == codes[:, 0]).all()
@@ -377,7 +392,8 @@ def test_suffixes_of_new_items_go_on_after_the_highest():
     quantizer = quantizer_of(np.array([[0.0], [10.0]]))
     taken = np.array([[0, 3], [0, 1], [1, 0]])  # <0, 0> was given away and taken back, say
     new = np.array([[0.0], [10.0], [1.0]], dtype=np.float32)
-    assert place_items(quantizer, new, taken, (2, 6)).tolist() == [[0, 4], [1, 1], [0, 5]]
+    placed = place_items(quantizer, new, taken, (2, 6))
+    assert placed[1].tolist() == [1, 1] and sorted(placed[[0, 2]].tolist()) == [[0, 4], [0, 5]]
     with pytest.raises(ValueError, match="1 new items have no suffix left among the 5 of their SID"):  # fmt: skip # noqa: E501
         place_items(quantizer, new, taken, (2, 5))
 
@@ -430,9 +446,19 @@ def test_ten_thousand_items_take_seconds():
     assert len(np.unique(row_ids(new))) == 10_000
 
 
-def test_suffixes_do_not_follow_the_catalogue():
-    quantizer = random_quantizer((4, 4), 3, 0)
-    vectors = np.zeros((300, 3), np.float32)
-    new = resolve_collisions(quantizer, vectors, quantizer.encode(vectors), "suffix")[0]
-    assert sorted(new[:, -1].tolist()) == list(range(300))
-    assert (np.diff(new[:, -1]) == 1).mean() < 0.03
+@pytest.mark.parametrize("method", ["minimal", "suffix", "place", "place by suffix"])
+def test_codes_of_equal_vectors_do_not_follow_the_catalogue(method: str):
+    """Neither those of the first catalogue nor those of later items."""
+    quantizer = random_quantizer((4, 100), 3, 0)
+    vectors = np.zeros((300, 3), np.float32)  # three prefixes, full to the last code
+    if method == "place":
+        new = place_items(quantizer, vectors, np.empty((0, 2), int), (4, 100))
+    elif method == "place by suffix":
+        taken = np.array([[*quantizer.encode(vectors[:1])[0], 0]])
+        new = place_items(quantizer, vectors, taken, (4, 100, 400))
+    else:
+        new = resolve_collisions(quantizer, vectors, quantizer.encode(vectors), method)[0]
+    assert is_bijective(new)
+    # By chance 1% of the rows follow the one before.
+    assert (np.diff(new[:, -1]) == 1).mean() < 0.04
+    assert abs(np.corrcoef(np.arange(300), row_ids(new))[0, 1]) < 0.2

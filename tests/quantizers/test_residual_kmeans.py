@@ -161,3 +161,14 @@ def test_a_balanced_code_is_that_of_the_vector_alone(vectors: np.ndarray, tmp_pa
 
 def test_plain_codes_have_no_bias(vectors: np.ndarray):
     assert ResidualKMeans.fit(vectors, (8, 8)).level_bias(1) is None
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_costs_are_the_squared_errors_of_what_codes_stand_for(normalize: bool):
+    vectors = np.random.default_rng(0).gamma(1, size=(300, 6)).astype(np.float32)
+    quantizer = ResidualKMeans.fit(vectors, (8, 6, 5), normalize_residuals=normalize)
+    codes, latents = quantizer.encode(vectors), quantizer.project(vectors)
+    costs = quantizer.level_costs(latents, codes[:, :2], 2)
+    for code in range(5):
+        made = quantizer.reconstruct(np.column_stack([codes[:, :2], np.full(300, code)]))
+        assert costs[:, code] == pytest.approx(((latents - made) ** 2).sum(axis=1), abs=1e-4)
