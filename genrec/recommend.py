@@ -76,6 +76,7 @@ class Engine(Protocol):
         seen: Sequence[np.ndarray] | None = None,
         view: CatalogueView | None = None,
         progress: Callable[[int], object] | None = None,
+        candidates: Sequence[np.ndarray | None] | None = None,
     ) -> BeamResult:
         """The k best items for each prompt."""
         ...
@@ -363,6 +364,15 @@ class Recommender:
             encode_prompts(self.tokenizer, [prompt]), k, beam_width or self.width_of(k), seen
         )
         return self.recommendations(result, 0)
+
+    @staticmethod
+    def search_family(rows: Sequence[int]) -> str:
+        """The family of a query beside these catalogue rows: without any it is a plain search."""
+        return JOINT_SEARCH if len(rows) else QUERY_SEARCH
+
+    def search_prompt(self, query: str, rows: Sequence[int]) -> str:
+        """Prompt of a query beside a history of catalogue rows, oldest first."""
+        return self.family_prompts(self.search_family(rows), [rows], [query])[0]
 
     def recommend_by_profile(
         self,
