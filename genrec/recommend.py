@@ -365,6 +365,15 @@ class Recommender:
         )
         return self.recommendations(result, 0)
 
+    @staticmethod
+    def search_family(rows: Sequence[int]) -> str:
+        """The family of a query beside these catalogue rows: without any it is a plain search."""
+        return JOINT_SEARCH if len(rows) else QUERY_SEARCH
+
+    def search_prompt(self, query: str, rows: Sequence[int]) -> str:
+        """Prompt of a query beside a history of catalogue rows, oldest first."""
+        return self.family_prompts(self.search_family(rows), [rows], [query])[0]
+
     def recommend_by_profile(
         self,
         history: Sequence[Any],

@@ -100,7 +100,7 @@ OF_USERS = ("users_split", "users_subset", "user_column", "history_column", "exc
     "candidates_column", "list_separator", "unknown_items", "sampler", "temperature", "top_p",
     "one_per_title", "title_variant", "max_per_category", "category_depth", "boosts")  # fmt: skip
 HOW = ("batch_size", "output_dir", "shard", "executor", "ray_address", "num_actors",
-    "gpus_per_actor", "tensor_parallel_size", "gpu_memory_utilization",
+    "cpus_per_actor", "gpus_per_actor", "tensor_parallel_size", "gpu_memory_utilization",
     "max_model_len")  # fmt: skip
 
 
@@ -133,7 +133,7 @@ class RecommendArgs:
     user_column: str = "user_id"
     history_column: str = "history"  # item ids, oldest first: a list, or text
     exclude_column: str | None = None  # further items that the user must not get
-    candidates_column: str | None = None  # the only items that the user may get
+    candidates_column: str | None = None  # the only items that the user may get; null: all
     list_separator: str = " "  # between the ids of a list that is text
     unknown_items: str = "error"  # items that the catalogue lacks: error, or drop (counted)
     output_dir: str | None = None  # where lists for `users` go; run_dir stays as it is
@@ -151,7 +151,8 @@ class RecommendArgs:
     executor: str = "local"  # local, or ray (genrec[ray])
     ray_address: str | None = None  # of a running cluster; default: one on this machine
     num_actors: int = 1  # engines at once under ray
-    gpus_per_actor: float = 0  # above 1 it is that of tensor_parallel_size
+    cpus_per_actor: int | None = None  # cores and threads; default: all of them, shared equally
+    gpus_per_actor: float | None = None  # default: that of tensor_parallel_size, 0 without GPUs
     tensor_parallel_size: int | None = None  # of vllm: GPUs that share a model; default 1
     gpu_memory_utilization: float | None = None  # of vllm: share of a GPU; default: the engine's
     max_model_len: int | None = None  # of both vLLM engines: tokens; default: the model's
@@ -220,13 +221,14 @@ def check_numbers(args: RecommendArgs) -> None:
     """Reject numbers that can't work."""
     if not 1 <= args.k <= args.beam_width:
         raise ValueError(f"k={args.k} must lie between 1 and beam_width={args.beam_width}")
-    for name in ("shard_size", "batch_size", "max_rows", "num_actors"):
+    for name in ("shard_size", "batch_size", "max_rows", "num_actors", "cpus_per_actor"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     if not 0 <= args.seed < 1 << 63:
         raise ValueError(f"seed={args.seed} must lie between 0 and 2^63 - 1")
-    if not 0 <= args.gpus_per_actor < math.inf:  # nan is in no range
+    # nan is in no range
+    if args.gpus_per_actor is not None and not 0 <= args.gpus_per_actor < math.inf:
         raise ValueError(f"gpus_per_actor={args.gpus_per_actor} must be a number of at least 0")
 
 
@@ -234,6 +236,13 @@ def engine_options(args: RecommendArgs) -> dict[str, float]:
     """The engine's settings that were named."""
     names = ("tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
     return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def gpus_of_an_actor(args: RecommendArgs) -> float | None:
+    """GPUs of each; None: one where there are any."""
+    if args.gpus_per_actor is None and (args.tensor_parallel_size or 1) > 1:
+        return args.tensor_parallel_size
+    return args.gpus_per_actor
 
 
 def check_engine_options(args: RecommendArgs) -> None:
@@ -248,7 +257,8 @@ def check_engine_options(args: RecommendArgs) -> None:
     for name in ("tensor_parallel_size", "max_model_len"):
         if name in options and options[name] < 1:
             raise ValueError(f"{name}={options[name]} must be at least 1")
-    size, gpus = args.tensor_parallel_size or 1, args.gpus_per_actor
+    size = args.tensor_parallel_size or 1
+    gpus = gpus_of_an_actor(args) or 0
     if args.executor == "ray" and (size > 1 or gpus > 1) and size != gpus:
         raise ValueError(
             f"gpus_per_actor={gpus:g} with tensor_parallel_size={size}: an engine uses one GPU or "
@@ -433,8 +443,9 @@ def make_lists(
                 bar.update(info.stop - info.start)
                 progress.finished(info, seconds)
 
-            actors, gpus, address = args.num_actors, args.gpus_per_actor, args.ray_address
-            generate_with_ray(load, job, todo, actors, gpus, address, finished)
+            actors, gpus, address = args.num_actors, gpus_of_an_actor(args), args.ray_address
+            cpus = args.cpus_per_actor
+            generate_with_ray(load, job, todo, actors, gpus, address, finished, cpus)
         else:
             generate(load(), job, todo, bar.update, progress.finished)
     return progress

@@ -42,6 +42,7 @@ class ServeArgs:
     max_k: int = 100
     max_history: int = 1000  # items of a request's history
     max_exclude: int = 1000
+    max_candidates: int = 1000  # items of a request's candidates
     max_requests: int = 64  # users in one call
     max_body_bytes: int = 262144
     max_connections: int = 1024  # open at once; more get 503
@@ -118,6 +119,7 @@ def main() -> None:
         max_k=args.max_k,
         max_history=args.max_history,
         max_exclude=args.max_exclude,
+        max_candidates=args.max_candidates,
         max_requests=args.max_requests,
         max_body_bytes=args.max_body_bytes,
         admin_token=read_admin_token(args.admin_token_file),

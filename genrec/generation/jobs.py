@@ -302,7 +302,9 @@ class ShardMaker:
     ) -> BeamResult:
         options: dict[str, Any] = {}
         if CANDIDATES in part.columns:
-            options["candidates"] = _arrays(part[CANDIDATES])
+            limited = part[CANDIDATES].is_not_null()
+            lists = zip(_arrays(part[CANDIDATES]), limited, strict=True)
+            options["candidates"] = [rows if own else None for rows, own in lists]
         return self._lists.search(
             prompts,
             self.job.k,

@@ -14,11 +14,13 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import genrec
 from genrec.generation.jobs import GenerationJob, ShardMaker
@@ -32,6 +34,67 @@ MAX_RESTARTS = 3  # of an actor, and tries of a shard behind its first
 STORE_BYTES = 100 << 20  # of the object store of a cluster started here: it carries row numbers
 
 
+@dataclass(frozen=True)
+class ActorShare:
+    """What one actor gets of a cluster.
+
+    Attributes:
+        cpus: cores, and threads of its engine.
+        gpus: GPUs; with 0 it sees none.
+    """
+
+    cpus: int
+    gpus: float
+
+
+def share_of(
+    nodes: Sequence[Mapping[str, float]], n_actors: int, cpus: int | None, gpus: float | None
+) -> ActorShare:
+    """The share of each actor.
+
+    Args:
+        nodes: resources of each machine of the cluster, by Ray's names.
+        n_actors: engines that work at once.
+        cpus: that were asked for; None: as many as all actors can have.
+        gpus: that were asked for; None: one where the cluster has any, else none.
+
+    Raises:
+        ValueError: the cluster is too small for these actors.
+    """
+    cores = [int(node.get("CPU", 0)) for node in nodes]
+    devices = [float(node.get("GPU", 0)) for node in nodes]
+    gpus = (1.0 if sum(devices) else 0.0) if gpus is None else gpus
+    if gpus and _places(devices, gpus) < n_actors:
+        raise ValueError(
+            f"num_actors={n_actors} with {gpus:g} GPUs each need {n_actors * gpus:g} GPUs, the "
+            f"cluster has {sum(devices):g}, which make {_places(devices, gpus)} actors; use fewer "
+            "num_actors, or --gpus_per_actor 0 for engines on CPUs"
+        )
+
+    def places(cpus: int) -> int:
+        by_node = [
+            min(core // cpus, math.inf if not gpus else _places([device], gpus))
+            for core, device in zip(cores, devices, strict=True)
+        ]
+        return int(sum(by_node))
+
+    if cpus is None:
+        fits = [n for n in range(max([1, *cores]), 0, -1) if places(n) >= n_actors]
+        cpus = fits[0] if fits else 1
+    if places(cpus) < n_actors:
+        raise ValueError(
+            f"num_actors={n_actors} with {cpus} CPUs each need {n_actors * cpus} CPUs, the cluster "
+            f"has {sum(cores)}, which make {places(cpus)} actors; use fewer num_actors, or a "
+            "smaller cpus_per_actor"
+        )
+    return ActorShare(cpus, gpus)
+
+
+def _places(amounts: Sequence[float], each: float) -> int:
+    """How many actors find what they need; none is split between machines."""
+    return sum(math.floor(amount / each + 1e-9) for amount in amounts)
+
+
 class ShardActor:
     """What runs in a Ray actor: an engine, and calls with the first rows of shards.
 
@@ -41,13 +104,22 @@ class ShardActor:
         load: makes the recommender; picklable, for example a `functools.partial`.
         job: what is to be made.
         folder: that relative paths start from, the driver's own; None leaves it as it is.
+        share: of the machine, see `ActorShare`; None leaves it to Ray, which gives one thread.
     """
 
     def __init__(
-        self, load: Callable[[], Recommender], job: GenerationJob, folder: str | None = None
+        self,
+        load: Callable[[], Recommender],
+        job: GenerationJob,
+        folder: str | None = None,
+        share: ActorShare | None = None,
     ) -> None:
         if folder is not None:
             os.chdir(folder)
+        if share is not None:
+            torch.set_num_threads(share.cpus)
+            if not share.gpus:  # Ray hides none from an actor that asks for none
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._fault, self._maker = "", None
         try:
             self._maker = ShardMaker(load(), job)
@@ -88,9 +160,10 @@ def generate_with_ray(
     job: GenerationJob,
     starts: Sequence[int],
     n_actors: int,
-    gpus_per_actor: float = 0,
+    gpus_per_actor: float | None = None,
     address: str | None = None,
     finished: Callable[[ShardInfo, float | None], object] | None = None,
+    cpus_per_actor: int | None = None,
 ) -> int:
     """Make shards on a Ray cluster.
 
@@ -103,9 +176,10 @@ def generate_with_ray(
         job: what is to be made.
         starts: first rows of the shards.
         n_actors: engines that work at once.
-        gpus_per_actor: of each.
+        gpus_per_actor: of each; None: one where the cluster has GPUs, else none.
         address: of a running cluster ("auto": the one of this machine), or None.
         finished: called with each finished shard and its seconds, in any order (see `generate`).
+        cpus_per_actor: cores and threads of each; None: all cores, shared equally.
 
     Returns:
         Number of users whose lists were made.
@@ -119,7 +193,10 @@ def generate_with_ray(
         raise ValueError(f"num_actors={n_actors} must be at least 1")
     if not starts:
         return 0
-    with _cluster(address, n_actors, gpus_per_actor) as ray:
+    n_actors = min(n_actors, len(starts))
+    with _cluster(address, n_actors * (cpus_per_actor or 1)) as ray:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        share = share_of(nodes, n_actors, cpus_per_actor, gpus_per_actor)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # `finished` tells
         # Ray would replace an actor whose restarts are used up by another one, without end.
@@ -133,11 +210,11 @@ def generate_with_ray(
             warnings.filterwarnings("ignore", message=".*ray_remote_args")
             made = rows.map_batches(
                 ShardActor,
-                fn_constructor_args=(load, job, os.getcwd()),
+                fn_constructor_args=(load, job, os.getcwd(), share),
                 batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=min(n_actors, len(starts))),
-                num_gpus=gpus_per_actor,
-                num_cpus=0 if gpus_per_actor else 1,
+                compute=ray.data.ActorPoolStrategy(size=n_actors),
+                num_gpus=share.gpus,
+                num_cpus=share.cpus,
                 max_restarts=MAX_RESTARTS,
                 max_task_retries=MAX_RESTARTS,
             )
@@ -159,7 +236,7 @@ def generate_with_ray(
 
 
 @contextmanager
-def _cluster(address: str | None, n_actors: int, gpus_per_actor: float) -> Iterator[Any]:
+def _cluster(address: str | None, least_cpus: int) -> Iterator[Any]:
     """The `ray` module, connected to a cluster; one that was started here is stopped again."""
     try:
         import ray
@@ -173,9 +250,8 @@ def _cluster(address: str | None, n_actors: int, gpus_per_actor: float) -> Itera
     if own:
         place: dict[str, Any] = {"address": address}
         if address is None:
-            cores = os.cpu_count() or 1
-            if not gpus_per_actor:  # a core per actor, even where that is more than there are
-                cores = max(cores, n_actors)
+            # As many as were asked for, even where that is more than there are.
+            cores = max(os.cpu_count() or 1, least_cpus)
             place = {"num_cpus": cores, "include_dashboard": False}
             place["object_store_memory"] = STORE_BYTES
         # Workers import genrec from where this process did, installed or not.
@@ -185,12 +261,6 @@ def _cluster(address: str | None, n_actors: int, gpus_per_actor: float) -> Itera
         # Workers' stderr is shown: it is where a library or the system says why one died.
         ray.init(**place, runtime_env=env, log_to_driver=True, logging_level=logging.WARNING)
     try:
-        gpus = float(ray.cluster_resources().get("GPU", 0))
-        if gpus < n_actors * gpus_per_actor:
-            raise ValueError(
-                f"num_actors={n_actors} with {gpus_per_actor:g} GPUs each need "
-                f"{n_actors * gpus_per_actor:g} GPUs, the cluster has {gpus:g}"
-            )
         yield ray
     finally:
         if own:

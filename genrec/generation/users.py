@@ -58,7 +58,7 @@ class UserRows(Protocol):
         Returns:
             row_id, user_id, history_item_index (oldest first) and `unknown_items`; where they are
             to be followed also seen_item_index (rows not to be recommended) and candidates (the
-            only rows that may be). All lists hold catalogue rows.
+            only rows that may be; null: all may). All lists hold catalogue rows.
         """
         ...
 
@@ -96,7 +96,8 @@ class UserColumns:
         history: item ids, oldest first: a list, or text with `separator` between them. Null and
             empty: a user without history.
         exclude: further items that the user must not get, likewise; None: there is no such column.
-        candidates: the only items that the user may get, likewise; None: all of the catalogue.
+        candidates: the only items that the user may get, likewise, but null (in text an empty
+            field): all of the catalogue. None: there is no such column.
         separator: between the ids of a list that is text.
     """
 
@@ -264,7 +265,9 @@ class UserTable:
             columns.append(pl.DataFrame(seen).select(pl.concat_list(pl.all()).alias(SEEN))[SEEN])
         if c.candidates is not None:
             candidates, more = self._rows_of(raw[c.candidates], users, first)
-            columns, unknown = [*columns, candidates.alias(CANDIDATES)], unknown + more
+            limited = pl.when(raw[c.candidates].is_not_null()).then(candidates)
+            columns.append(pl.select(limited.alias(CANDIDATES))[CANDIDATES])
+            unknown = unknown + more
         return pl.DataFrame([*columns, pl.Series(UNKNOWN, unknown)])
 
     def _rows_of(
@@ -476,16 +479,15 @@ def count_allowed(part: pl.DataFrame, allowed: np.ndarray) -> np.ndarray:
     """
     n_items, n_rows = len(allowed), part.height
     counts = np.full(n_rows, int(allowed.sum()))
-    candidates = np.zeros(0, dtype=np.int64)
+    candidates, limited = np.zeros(0, dtype=np.int64), np.zeros(n_rows, dtype=bool)
     if CANDIDATES in part.columns:
-        lists = ItemLists.from_column(part[CANDIDATES])
-        candidates = np.unique(lists.keys(n_items))
+        limited = part[CANDIDATES].is_not_null().to_numpy()
+        candidates = np.unique(ItemLists.from_column(part[CANDIDATES]).keys(n_items))
         candidates = candidates[allowed[candidates % n_items]]
-        counts = np.bincount(candidates // n_items, minlength=n_rows)
+        counts = np.where(limited, np.bincount(candidates // n_items, minlength=n_rows), counts)
     if SEEN in part.columns:
         gone = np.unique(ItemLists.from_column(part[SEEN]).keys(n_items))
         gone = gone[allowed[gone % n_items]]
-        if CANDIDATES in part.columns:
-            gone = np.intersect1d(gone, candidates, assume_unique=True)
+        gone = gone[~limited[gone // n_items] | np.isin(gone, candidates)]
         counts = counts - np.bincount(gone // n_items, minlength=n_rows)
     return counts

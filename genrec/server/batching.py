@@ -49,6 +49,8 @@ class Job:
         k: length of the list.
         beam_width: prefixes kept per level.
         answer: set by the batcher; cancelling it takes the user out of the queue.
+        candidates: the only catalogue rows that may be in the list; None: all of the view.
+        query: what is looked for, in words, or None.
     """
 
     snapshot: Snapshot
@@ -57,6 +59,8 @@ class Job:
     k: int
     beam_width: int
     answer: asyncio.Future[Answer]
+    candidates: np.ndarray | None = None
+    query: str | None = None
     since: float = field(default_factory=time.monotonic)
 
 
@@ -67,15 +71,20 @@ def decode(jobs: Sequence[Job]) -> list[Answer]:
     """Lists of users who share a snapshot and a search width, by one engine call."""
     snapshot = jobs[0].snapshot
     recommender = snapshot.recommender
-    prompts = encode_prompts(
-        recommender.tokenizer, recommender.prompts([job.history for job in jobs])
-    )
+    texts = [
+        recommender.prompts([job.history])[0]
+        if job.query is None
+        else recommender.search_prompt(job.query, job.history)
+        for job in jobs
+    ]
+    prompts = encode_prompts(recommender.tokenizer, texts)
     result = recommender.engine.search(
         prompts,
         max(job.k for job in jobs),
         jobs[0].beam_width,
         [job.excluded for job in jobs],
         snapshot.view,
+        candidates=[job.candidates for job in jobs],
     )
     cuts = {k: result.cut(k) for k in {job.k for job in jobs}}
     return [

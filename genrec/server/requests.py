@@ -46,13 +46,14 @@ def prepare(
         where: how messages call the request, ``requests[3].`` or nothing.
 
     Raises:
-        Refused: 422 where a limit is passed or an item is unknown, 409 where the filters leave no
-            item of the view.
+        Refused: 422 where a limit is passed, an item is unknown, or the model can't search, 409
+            where the filters leave no item of the view.
     """
     for name, value, limit in (
         ("k", request.k, settings.max_k),
         ("history", len(request.history), settings.max_history),
         ("exclude", len(request.exclude), settings.max_exclude),
+        ("candidates", len(request.candidates or []), settings.max_candidates),
     ):
         if value > limit:
             what = (
@@ -64,14 +65,26 @@ def prepare(
     recommender = snapshot.recommender
     rows, dropped = _known(snapshot, request.history, request.unknown_items, f"{where}history")
     more, others = _known(snapshot, request.exclude, request.unknown_items, f"{where}exclude")
+    candidates: np.ndarray | None = None
+    if request.candidates is not None:
+        only, unknown = _known(
+            snapshot, request.candidates, request.unknown_items, f"{where}candidates"
+        )
+        candidates, others = np.array(only, dtype=np.int64), others + unknown
+    if request.query is not None:
+        try:
+            recommender.require_family(recommender.search_family(rows))
+        except ValueError as error:
+            raise Refused(422, f"{where}query: {error}") from error
     filter_seen = request.filter_seen
-    if filter_seen is None:
-        filter_seen = recommender.filter_seen
+    if filter_seen is None:  # a searcher may look for what they have
+        filter_seen = recommender.filter_seen and request.query is None
     excluded = np.array([*(rows if filter_seen else []), *more], dtype=np.int64)
-    if snapshot.n_left(excluded) == 0:
+    if snapshot.n_left(excluded, candidates) == 0:
+        names = "history and exclude leave" if candidates is None else "the candidates leave"
         raise Refused(
             409,
-            f"{where}history and exclude leave none of the {snapshot.n_allowed} items that may be "
+            f"{where}{names} none of the {snapshot.n_allowed} items that may be "
             "recommended now; exclude fewer, or set filter_seen to false",
         )
     job = Job(
@@ -81,6 +94,8 @@ def prepare(
         request.k,
         settings.beam_width or recommender.width_of(request.k),
         asyncio.get_running_loop().create_future(),
+        candidates,
+        request.query,
     )
     return Prepared(job, request.user_id, dropped + others)
 

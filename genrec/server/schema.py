@@ -22,9 +22,11 @@ from pydantic import (
     model_validator,
 )
 
+from genrec.prompts import escape_text
 from genrec.server.messages import shorten
 
 MAX_USER_ID = 256  # characters: it is echoed
+MAX_QUERY = 1024  # characters, of which a prompt shows as many as in training
 MAX_REQUESTS = 1024  # in one call, whatever a server allows: counted before they are looked at
 _INT64 = 1 << 63
 
@@ -85,9 +87,26 @@ class RecommendRequest(_Strict):
         None, description="Leave out items of the history; default: as the model was validated."
     )
     exclude: Identifiers = Field([], description="Items that must not be in the list.")
+    candidates: Identifiers | None = Field(
+        None, description="The only items that may be in the list; default: all of the view."
+    )
+    query: StrictStr | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_QUERY,
+        description="What the user looks for, in words: beside the history, or alone where that is "
+        "empty. Items of the history are then left in unless filter_seen is true.",
+    )
     unknown_items: Literal["error", "drop"] = Field(
         "error", description="What to do with ids that the catalogue lacks."
     )
+
+    @field_validator("query")
+    @classmethod
+    def _words(cls, value: str | None) -> str | None:
+        if value is not None and not escape_text(value):
+            raise ValueError("it says nothing; give some words")
+        return value
 
     @field_validator("user_id")
     @classmethod

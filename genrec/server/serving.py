@@ -154,11 +154,20 @@ class Snapshot:
         """Items that the view allows."""
         return self.view.n_allowed
 
-    def n_left(self, excluded: np.ndarray) -> int:
-        """Items that the view allows and a user with these excluded rows may still get."""
-        leaf = self.view.trie.leaf_of_item[np.unique(excluded)]
-        deepest = self.view.trie.n_levels - 1
-        return self.n_allowed - int(self.view.count(deepest, leaf).sum())
+    def n_left(self, excluded: np.ndarray, candidates: np.ndarray | None = None) -> int:
+        """Items that the view allows and a user may still get.
+
+        Args:
+            excluded: catalogue rows that they must not get.
+            candidates: the only rows that they may get; None: all.
+        """
+        if candidates is not None:
+            return self._n_allowed_of(np.setdiff1d(candidates, excluded))
+        return self.n_allowed - self._n_allowed_of(np.unique(excluded))
+
+    def _n_allowed_of(self, rows: np.ndarray) -> int:
+        leaf = self.view.trie.leaf_of_item[rows]
+        return int(self.view.count(self.view.trie.n_levels - 1, leaf).sum())
 
 
 def path_below(root: Path, name: str) -> Path:

@@ -31,6 +31,7 @@ class ServerSettings:
         max_k: longest list.
         max_history: longest history of a request, in items (the model reads the newest ones).
         max_exclude: most items that a request may exclude beside its history.
+        max_candidates: most items that a request may name as the only ones.
         max_requests: most users in one call.
         max_body_bytes: largest body.
         max_admin_body_bytes: largest body of an authorised admin call: a view may name every item.
@@ -53,6 +54,7 @@ class ServerSettings:
     max_k: int = 100
     max_history: int = 1000
     max_exclude: int = 1000
+    max_candidates: int = 1000
     max_requests: int = 64
     max_body_bytes: int = 256 << 10
     max_admin_body_bytes: int = 64 << 20
@@ -75,7 +77,7 @@ class ServerSettings:
             )
         if not math.isfinite(self.max_wait_ms):
             raise ValueError(f"max_wait_ms={self.max_wait_ms} must be finite")
-        for name in ("max_wait_ms", "max_history", "max_exclude"):
+        for name in ("max_wait_ms", "max_history", "max_exclude", "max_candidates"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
         if self.max_requests > MAX_REQUESTS:

@@ -259,10 +259,10 @@ def test_candidates_are_passed_only_where_there_are_some(tiny, shop_of_integers,
     ids = shop.catalog["item_id"]
     pl.DataFrame(
         {
-            "user_id": ["a", "b"],
-            "history": [[ids[1]], []],
-            "pool": [[ids[4], ids[2]], [ids[5]]],
-            "stop": [[ids[2]], None],
+            "user_id": ["a", "b", "c"],
+            "history": [[ids[1]], [], []],
+            "pool": [[ids[4], ids[2]], [ids[5]], None],
+            "stop": [[ids[2]], None, None],
         }
     ).write_parquet(tmp_path / "users.parquet")
     columns = UserColumns(exclude="stop", candidates="pool")
@@ -288,9 +288,9 @@ def test_candidates_are_passed_only_where_there_are_some(tiny, shop_of_integers,
     )  # fmt: skip
     with pytest.raises(Asked):
         generate(recommender, job)
-    assert asked["n"] == 2
-    assert [c.tolist() for c in asked["candidates"]] == [[4, 2], [5]]
-    assert [s.tolist() for s in asked["seen"]] == [[1, 2], []]
+    assert asked["n"] == 3 and asked["candidates"][2] is None  # no limit for this one
+    assert [c.tolist() for c in asked["candidates"][:2]] == [[4, 2], [5]]
+    assert [s.tolist() for s in asked["seen"]] == [[1, 2], [], []]
     asked.clear()
     with pytest.raises(Asked):
         generate(recommender, job_of(shop.splits.test[:2], tmp_path / "x", 1, 5, seen=False))

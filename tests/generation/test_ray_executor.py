@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 import genrec.generation.ray_executor
 from genrec.generation.jobs import GenerationJob, generate
-from genrec.generation.ray_executor import ShardActor, generate_with_ray
+from genrec.generation.ray_executor import ActorShare, ShardActor, generate_with_ray, share_of
 from genrec.generation.shards import ShardInfo
 from genrec.generation.users import SplitRows, UserTable
 from genrec.recommend import Recommender
@@ -90,6 +91,48 @@ def test_bad_input_in_an_actor_comes_back_as_a_message(recommender, users, tmp_p
 
     said = ShardActor(refuse, job)({"start": [0]})
     assert said["info"] == [""] and said["fault"] == ["no such stage"]
+
+
+def test_what_an_actor_gets():
+    def share(nodes, *args):
+        found = share_of([dict(zip(("CPU", "GPU"), n, strict=False)) for n in nodes], *args)
+        return found.cpus, found.gpus
+
+    assert share([(32,)], 2, None, None) == (16, 0)  # not one thread each
+    assert share([(32,)], 3, None, None) == (10, 0)
+    assert share([(32,), (7,)], 2, None, None) == (16, 0)  # the second would be slower
+    assert share([(32,), (7,)], 6, None, None) == (6, 0)  # none is split between machines
+    assert share([(32,)], 2, 4, None) == (4, 0)
+    assert share([(32, 4)], 2, None, None) == (16, 1)  # GPUs are used unless refused
+    assert share([(32, 4)], 2, None, 0) == (16, 0)
+    assert share([(32, 4)], 2, None, 2) == (16, 2)
+    assert share([(8, 2), (64, 1)], 3, None, None) == (4, 1)
+    assert share([(4, 1)], 4, None, 0.25) == (1, 0.25)
+    for nodes, args, message in (
+        ([(8, 2)], (3, None, None), "need 3 GPUs, the cluster has 2, which make 2 actors"),
+        ([(8, 1), (8, 1)], (1, None, 2), "need 2 GPUs, the cluster has 2, which make 0 actors"),
+        ([(8,)], (3, 4, None), "need 12 CPUs, the cluster has 8, which make 2 actors"),
+        ([(2,)], (3, None, None), "need 3 CPUs, the cluster has 2, which make 2 actors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            share(nodes, *args)
+
+
+def test_an_actor_uses_its_share(recommender, users, tmp_path: Path, monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    seen = []
+
+    def load() -> Recommender:
+        seen.append((torch.get_num_threads(), os.environ["CUDA_VISIBLE_DEVICES"]))
+        return recommender
+
+    try:
+        ShardActor(load, job_of(users, tmp_path), None, ActorShare(3, 1))
+        ShardActor(load, job_of(users, tmp_path), None, ActorShare(2, 0))
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [(3, "0"), (2, "")]
 
 
 def test_without_ray(monkeypatch, users, tmp_path: Path):

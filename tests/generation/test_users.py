@@ -108,6 +108,34 @@ def test_a_hugging_face_dataset(parquet: Path, tmp_path: Path):
         UserTable(saved, NUMBERS, UserColumns(history="items"), split="test")
 
 
+def test_candidates_of_some_users_alone(tmp_path: Path):
+    """Null is no limit, as for the engine; an empty list, and one of unknown items, is nothing."""
+    lists = [[20, 99], None, [], [99], [30, 10]]
+    table = pl.DataFrame({"user_id": range(5), "history": [[10], [10, 20], [], [], [30]]})
+    columns = UserColumns(candidates="pool")
+    texts = pl.Series("pool", lists).list.eval(pl.element().cast(pl.String)).list.join(" ")
+    arrays = pl.Series("pool", [[20], None, [30], [40], [10]], dtype=pl.Array(pl.Int64, 1))
+    for name, pool, wanted in (
+        ("lists", pl.Series("pool", lists), [[2], None, [], [], [0, 1]]),
+        ("texts", texts, [[2], None, [], [], [0, 1]]),
+        ("arrays", arrays, [[2], None, [0], [3], [1]]),
+        ("nulls", pl.Series("pool", [None] * 5), [None] * 5),
+    ):
+        table.with_columns(pool).write_parquet(tmp_path / f"{name}.parquet")
+        users = UserTable(tmp_path / f"{name}.parquet", NUMBERS, columns, unknown_items="drop")
+        part = users.read(0, 5)
+        assert part["candidates"].to_list() == wanted, name
+        allowed, seen = np.array([True, True, True, False]), part["seen_item_index"].to_list()
+        left = [
+            len({0, 1, 2} & set(range(4) if own is None else own) - set(gone))
+            for own, gone in zip(wanted, seen, strict=True)
+        ]
+        assert count_allowed(part, allowed).tolist() == left, name
+    (tmp_path / "u.csv").write_text("user_id,history,pool\na,10,20 99\nb,,\n")
+    users = UserTable(tmp_path / "u.csv", NUMBERS, columns, "drop", scratch=tmp_path)
+    assert users.read(0, 2)["candidates"].to_list() == [[2], None]
+
+
 def test_large_row_groups_are_copied_into_small_ones(monkeypatch, tmp_path: Path):
     """pyarrow's default group of a million rows would be decoded whole for every few of them."""
     monkeypatch.setattr(genrec.generation.users, "WINDOW", 4)

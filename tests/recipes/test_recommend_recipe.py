@@ -284,6 +284,7 @@ def test_other_bad_settings(in_process, run_dir, users, tmp_path: Path):
         (["--executor", "spark"], "executor='spark' is not known; choose one of local, ray"),
         (["--unknown_items", "skip"], "unknown_items='skip' is not known"),
         (["--num_actors", "0"], "num_actors=0 must be at least 1"),
+        (["--cpus_per_actor", "0"], "cpus_per_actor=0 must be at least 1"),
         (["--tensor_parallel_size", "2"], "tensor_parallel_size is no setting of engine=torch"),
         (
             ["--engine", "vllm-inworker", "--gpu_memory_utilization", "0.5"],
@@ -337,7 +338,10 @@ def test_settings_of_the_engine_are_no_others_of_the_lists():
     args = recipe["RecommendArgs"](
         engine="vllm", tensor_parallel_size=2, executor="ray", gpus_per_actor=2
     )
-    assert args.gpus_per_actor == 2
+    assert args.gpus_per_actor == recipe["gpus_of_an_actor"](args) == 2
+    args = recipe["RecommendArgs"](engine="vllm", tensor_parallel_size=2, executor="ray")
+    assert recipe["gpus_of_an_actor"](args) == 2
+    assert recipe["gpus_of_an_actor"](recipe["RecommendArgs"](executor="ray")) is None
 
 
 def test_a_beam_wider_than_the_catalogue(in_process, run_dir, users, tmp_path: Path):
