@@ -16,6 +16,7 @@ from genrec.artifacts import read_json, sha256_bytes, stage_folder
 from genrec.bundle.files import is_bundle
 from genrec.bundle.parts import DEFAULT_K, ServedParts
 from genrec.bundle.parts import MODEL_STAGES as MODEL_STAGES
+from genrec.bundle.serving_base import with_adapter
 from genrec.chain_reader import ChainReader
 from genrec.columns import (
     CERTIFIED,
@@ -201,6 +202,11 @@ class Recommender:
             )
         if model_run is not None:
             _check_descent(run_dir, semantic_ids, model_run, parts.model)
+        if parts.adapter is not None and engine == "vllm-inworker":
+            raise ValueError(
+                f"{run_dir} keeps its adapter apart, which engine='vllm-inworker' doesn't put on a "
+                "model; use engine='vllm', or export without serving_base"
+            )
         tokenizer, _ = load_tokenizer(parts.model, semantic_ids)
         written = item_tokens(tokenizer, semantic_ids, parts.semantic_ids, parts.model)
         trie, token_ids = written.trie, written.token_ids
@@ -211,7 +217,14 @@ class Recommender:
 
             _check_options(VllmEngine, options)
             built = VllmEngine(
-                parts.model, trie, token_ids, scores, batch_size, dtype=dtype, **options
+                parts.model,
+                trie,
+                token_ids,
+                scores,
+                batch_size,
+                dtype=dtype,
+                lora=parts.adapter,
+                **options,
             )
         elif engine == "vllm-inworker":
             from genrec.decoding.vllm_inworker import InWorkerEngine
@@ -222,6 +235,8 @@ class Recommender:
             )
         else:
             model, _, _ = load_model(parts.model, semantic_ids, dtype)
+            if parts.adapter is not None:
+                model = with_adapter(model, parts.adapter)
             pad = tokenizer.pad_token_id
             pad = tokenizer.eos_token_id if pad is None else pad
             built = TorchEngine(model, trie, token_ids, pad, scores, batch_size)
@@ -566,7 +581,9 @@ class Recommender:
 def _check_options(engine: type, options: Mapping[str, Any]) -> None:
     """Raise ValueError if an engine doesn't take an option, or takes it from elsewhere."""
     parameters = inspect.signature(engine).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "dtype"]
+    known = [
+        p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("dtype", "lora")
+    ]
     if unknown := [name for name in options if name not in known]:
         raise ValueError(
             f"engine_options name {unknown[0]!r}, which {engine.__name__} doesn't take; it takes "

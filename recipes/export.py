@@ -27,6 +27,9 @@ class ExportArgs:
     dtype: str | None = None
     k: int | None = None  # list length of who asks without one; default: recommend's, else 10
     beam_width: int | None = None  # default: recommend's, else by k
+    # Model that the run's adapter was trained on (for grpo: the run's sft/model). The bundle holds
+    # it with the SID rows, and the adapter apart, which torch and vllm put on it.
+    serving_base: str | None = None
     license: str | None = None  # of the model, for its card: an SPDX name or "other"
     verify: str | None = None  # hash every file of this bundle instead
 
@@ -75,8 +78,9 @@ def main() -> None:
 
     target = Path(args.run_dir) / "bundle" if args.output_dir is None else Path(args.output_dir)
     settings = ExportSettings(
-        args.model_stage, args.model_run, args.dtype, args.k, args.beam_width, args.license
-    )
+        args.model_stage, args.model_run, args.dtype, args.k, args.beam_width, args.license,
+        args.serving_base,
+    )  # fmt: skip
     write_bundle(args.run_dir, target, settings)
     manifest = read_manifest(target)
     size = sum(file["bytes"] for file in manifest["files"].values())

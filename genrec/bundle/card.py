@@ -38,13 +38,19 @@ def model_card(
         f"A generative recommender over {manifest['items']:,} items, made by genrec: a prompt",
         "shows what a user had, the model answers with the semantic id of an item, and constrained",
         "beam search keeps the answers inside the catalogue.", "",
-        *_serving(decoding), *_facts(manifest, decoding), *_figures(manifest),
-        *_licence(manifest, license),
+        *_serving(decoding, manifest["adapter_apart"]), *_facts(manifest, decoding),
+        *_figures(manifest), *_licence(manifest, license),
     ]  # fmt: skip
     return f"---\n{head}---\n\n" + "\n".join(lines).rstrip() + "\n"
 
 
-def _serving(decoding: Mapping[str, Any]) -> list[str]:
+def _serving(decoding: Mapping[str, Any], adapter_apart: bool) -> list[str]:
+    model = ["`model/` alone is a plain checkpoint with its tokenizer, for transformers and vLLM;"]
+    if adapter_apart:
+        model = [
+            "`model/` is the base with rows for the SID tokens, `adapter/` the LoRA adapter on it in",
+            "PEFT's format, which vLLM loads too: together they are the trained model;",
+        ]
     return [
         "## Use", "",
         "```python",
@@ -52,7 +58,7 @@ def _serving(decoding: Mapping[str, Any]) -> list[str]:
         'recommender = Recommender.load("path/to/this/folder")',
         "recommender.recommend(history=[...])  # item ids, oldest first",
         "```", "",
-        "`model/` alone is a plain checkpoint with its tokenizer, for transformers and vLLM;",
+        *model,
         "without the constrained search its answers need not be items. `genrec export --verify",
         "path/to/this/folder` hashes every file.", "",
         "| setting | value |", "| --- | --- |",

@@ -11,6 +11,7 @@ from genrec.bundle.decoding import read_decoding
 from genrec.bundle.files import check_bundle, is_bundle
 
 DEFAULT_K = 10
+ADAPTER = "adapter"  # folder of a bundle whose model is a serving base
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class ServedParts:
         beam_width: the search width of such lists; None: by their length.
         families: task families that sft trained the model on.
         trained_on_target: whether its reasoning chains saw the answer; None: not recorded.
+        adapter: folder of the LoRA adapter that belongs on `model`; None: it is merged.
     """
 
     catalog: Path
@@ -44,6 +46,7 @@ class ServedParts:
     beam_width: int | None = None
     families: tuple[str, ...] = ()
     trained_on_target: bool | None = None
+    adapter: Path | None = None
 
     @classmethod
     def of_run(
@@ -122,6 +125,7 @@ class ServedParts:
             beam_width=decoding["beam_width"],
             families=tuple(decoding["families"]),
             trained_on_target=decoding["trained_on_target"],
+            adapter=folder / ADAPTER if (folder / ADAPTER).is_dir() else None,
         )
 
 

@@ -1,7 +1,8 @@
 """Write a bundle from a run: checked copies, one manifest, atomic, never over anything.
 
 The model is a plain Hugging Face checkpoint (training merged the adapters), so transformers and
-vLLM load ``model/`` as it is. No row of the interactions, no user and no history is in a bundle.
+vLLM load ``model/`` as it is; on request it is a base with the SID rows, and ``adapter/`` lies
+beside it. No row of the interactions, no user and no history is in a bundle.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from genrec.artifacts import (
 )
 from genrec.bundle.card import model_card
 from genrec.bundle.files import CARD, DECODING, KIND, SCHEMA_VERSION, is_bundle, list_files
-from genrec.bundle.parts import DEFAULT_K, ServedParts
+from genrec.bundle.parts import ADAPTER, DEFAULT_K, ServedParts
+from genrec.bundle.serving_base import write_serving_base
 from genrec.columns import BRAND, CATEGORIES, ITEM_ID, ITEM_INDEX, PRICE, TITLE, TRAIN_COUNT
 from genrec.decoding.beam import default_beam_width
 from genrec.decoding.trie import FOLDER as TRIE
@@ -58,6 +60,8 @@ class ExportSettings:
         k: length of lists that are asked for without one; None: recommend's, else 10.
         beam_width: their search width; None: recommend's, else by `k`.
         license: of the model, for its card; None: to be filled in.
+        serving_base: the model that the run's adapter was trained on; the bundle then holds it with
+            the run's SID rows, and the adapter apart. None: the merged model.
     """
 
     model_stage: str | None = None
@@ -66,6 +70,7 @@ class ExportSettings:
     k: int | None = None
     beam_width: int | None = None
     license: str | None = None
+    serving_base: str | None = None
 
 
 def write_bundle(run_dir: Path | str, target: Path | str, settings: ExportSettings) -> Path:
@@ -78,6 +83,11 @@ def write_bundle(run_dir: Path | str, target: Path | str, settings: ExportSettin
             was changed, or the settings don't fit.
     """
     target = Path(target)
+    if settings.serving_base is not None and settings.dtype is not None:
+        raise ValueError(
+            f"dtype={settings.dtype} would round base and adapter apart; leave dtype or "
+            "serving_base out"
+        )
     _refuse_existing(target)
     for run in {str(run_dir), str(settings.model_run or run_dir)}:
         _refuse_inside(target, Path(run))
@@ -95,6 +105,16 @@ def write_bundle(run_dir: Path | str, target: Path | str, settings: ExportSettin
             _copy(run_dir, "quantize", name, partial / "semantic_ids" / name)
         _copy(run_dir, "quantize", f"{TRIE}/", partial / "semantic_ids" / TRIE)
         stored = _write_model(source, parts, settings.dtype, partial / "model")
+        if settings.serving_base is not None:
+            _drop_weights(partial / "model")
+            adapter = stage_folder(source, parts.model_stage) / "adapter"
+            write_serving_base(
+                parts.model,
+                adapter,
+                settings.serving_base,
+                partial / "model",
+                partial / ADAPTER,
+            )
         catalog = pl.read_parquet(parts.catalog, glob=False)
         kept = [name for name in SERVING_COLUMNS if name in catalog.columns]
         write_parquet(partial / "catalog.parquet", catalog.select(kept))
@@ -109,6 +129,7 @@ def write_bundle(run_dir: Path | str, target: Path | str, settings: ExportSettin
             "model_stage": parts.model_stage,
             "base": read_json(parts.model / ABOUT).get("base"),
             "dtype": stored,
+            "adapter_apart": settings.serving_base is not None,
             "items": semantic_ids.n_items,
             "sid_map_sha256": semantic_ids.sha256,
             "prompts_sha256": PromptRenderer(partial / "prompts").sha256(),
@@ -182,10 +203,14 @@ def _write_model(
     trained = str(config.get("dtype") or config.get("torch_dtype"))
     if dtype in (None, trained):
         return {"trained": trained, "stored": trained}
-    for path in [*target.glob("*.safetensors*"), *(target / name for name in _REWRITTEN)]:
-        path.unlink(missing_ok=True)
+    _drop_weights(target)
     load_base(str(parts.model), str(dtype)).save_pretrained(str(target))
     return {"trained": trained, "stored": str(dtype)}
+
+
+def _drop_weights(model: Path) -> None:
+    for path in [*model.glob("*.safetensors*"), *(model / name for name in _REWRITTEN)]:
+        path.unlink(missing_ok=True)
 
 
 def _decoding(run_dir: Path | str, parts: ServedParts, settings: ExportSettings) -> dict[str, Any]:

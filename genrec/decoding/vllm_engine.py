@@ -44,6 +44,7 @@ from genrec.decoding.trie_tensors import LevelFilter, TrieTensors
 
 try:
     import vllm
+    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 except ModuleNotFoundError as error:
@@ -56,6 +57,7 @@ except ModuleNotFoundError as error:
 SUPPORTED_VLLM = "vllm>=0.31,<0.33"
 _SUPPORTED_MINORS = ((0, 31), (0, 32))
 _REQUEST_KEY = "genrec_children"
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)
 CPU_BLOCK_SIZE = 32  # the prefix cache works in whole blocks; vLLM's default on CPU is 128
 
 
@@ -253,6 +255,8 @@ class VllmEngine:
             levels, so it has to hold that many.
         dtype: of weights and activations; the head always computes in float32, since bfloat16
             logits tie.
+        lora: folder of a LoRA adapter in PEFT's format, put on the checkpoint in every search; it
+            holds no embedding rows (`genrec export --serving_base`).
         tensor_parallel_size: workers that share the model: GPUs, or on CPU processes bound by
             VLLM_CPU_OMP_THREADS_BIND; must divide the model's attention heads.
         gpu_memory_utilization: share of GPU memory for weights and cache.
@@ -276,6 +280,7 @@ class VllmEngine:
         batch_size: int = 64,
         *,
         dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+        lora: str | Path | None = None,
         tensor_parallel_size: int = 1,
         gpu_memory_utilization: float = 0.9,
         kv_cache_memory_bytes: int | None = None,
@@ -286,6 +291,8 @@ class VllmEngine:
     ) -> None:
         check_settings(model_dir, normalizer, batch_size)
         on_cpu = prepare_environment(kv_cache_memory_bytes)
+        rank = None if lora is None else _lora_rank(Path(lora))
+        self._lora = None if lora is None else LoRARequest("genrec", 1, str(lora))
         _check_tensor_parallel(Path(model_dir), tensor_parallel_size, on_cpu)
         self.trie, self.normalizer, self.batch_size = trie, normalizer, batch_size
         sid_ids = [np.asarray(ids, dtype=np.int64) for ids in sid_token_ids]
@@ -312,6 +319,7 @@ class VllmEngine:
                 max_num_seqs=max_num_seqs,
                 enforce_eager=enforce_eager,
                 seed=seed,
+                **({} if rank is None else {"enable_lora": True, "max_lora_rank": rank}),
             )
         config = self.llm.llm_engine.vllm_config
         if config.use_v2_model_runner:
@@ -449,7 +457,9 @@ class VllmEngine:
             {"prompt_token_ids": prompts[user] + prefix}
             for user, prefix in zip(users, step.prefixes[step.live].tolist(), strict=True)
         ]
-        outputs = self.llm.generate(texts, step.sampling_params(wanted), use_tqdm=False)
+        outputs = self.llm.generate(
+            texts, step.sampling_params(wanted), use_tqdm=False, lora_request=self._lora
+        )
         # vLLM puts the token that it sampled first and then the best ones, which hold it again.
         best = [output.outputs[0].logprobs for output in outputs]
         tokens = np.array([flat.token_ids[1:] for flat in best])  # (rows, R)
@@ -547,6 +557,21 @@ def check_settings(model_dir: str | Path, normalizer: Normalizer, batch_size: in
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if not (Path(model_dir) / "config.json").is_file():
         raise ValueError(f"{model_dir} holds no config.json; a merged checkpoint is needed")
+
+
+def _lora_rank(adapter: Path) -> int:
+    """The least rank that vLLM can be set to for an adapter.
+
+    Raises:
+        ValueError: the folder holds no adapter, or one of too high a rank.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise ValueError(f"{adapter} holds no adapter_config.json: it is no LoRA adapter")
+    rank = int(json.loads((adapter / "adapter_config.json").read_text())["r"])
+    for known in _LORA_RANKS:
+        if rank <= known:
+            return known
+    raise ValueError(f"{adapter} has rank {rank}, vLLM takes {_LORA_RANKS[-1]} at most; merge it")
 
 
 def _check_version(version: str) -> None:
