@@ -95,7 +95,8 @@ class InputMaker:
         ]
         if CANDIDATES in rows.columns:
             allowed = ItemLists.from_column(rows[CANDIDATES])
-            for i, given in enumerate(made):
+            for i in np.flatnonzero(rows[CANDIDATES].is_not_null().to_numpy()):  # null: no limit
+                given = made[i]
                 own = np.unique(allowed.values[allowed.offsets[i] : allowed.offsets[i + 1]])
                 given["candidate_item_ids"] = self._ids.gather(own).to_list()
         return made, before

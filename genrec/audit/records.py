@@ -320,6 +320,7 @@ def _records(
                 if rule["name"] in removed
                 else rule
                 for rule in rules
+                if rule["name"] != "candidates" or rule["name"] in removed
             ],
             "input": {
                 "split": run.split,
