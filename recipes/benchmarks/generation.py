@@ -71,6 +71,7 @@ class PretendingEngine:
         seen: Sequence[np.ndarray] | None = None,
         view: CatalogueView | None = None,
         progress: Callable[[int], object] | None = None,
+        candidates: Sequence[np.ndarray | None] | None = None,
     ) -> BeamResult:
         """K distinct items for each prompt; filters are not followed."""
         start = np.array([sum(prompt) * 7919 + len(prompt) for prompt in prompts])
