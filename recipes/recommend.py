@@ -53,8 +53,10 @@ from genrec.columns import ITEM_ID, ROW_ID, USER_ID
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
 from genrec.decoding.sampling import GumbelTopK, LevelSampling, Sampler, check_sampler
+from genrec.engine_options import check_engine_options, engine_options
 from genrec.generation.allow_lists import allowed_rows
 from genrec.generation.jobs import (
+    CHECKED,
     PROGRESS,
     WHOLE,
     GenerationJob,
@@ -181,7 +183,8 @@ class RecommendArgs:
             )
         if self.users is not None and self.max_rows is not None:
             raise ValueError("max_rows samples a split; give --users a table of fewer users")
-        check_engine_options(self)
+        check_engine_options(self.engine, engine_options(self))
+        check_gpus(self)
         if self.sampler is not None:
             check_choice("sampler", self.sampler, ("gumbel", "levels"))
             if self.engine != "torch":
@@ -232,12 +235,6 @@ def check_numbers(args: RecommendArgs) -> None:
         raise ValueError(f"gpus_per_actor={args.gpus_per_actor} must be a number of at least 0")
 
 
-def engine_options(args: RecommendArgs) -> dict[str, float]:
-    """The engine's settings that were named."""
-    names = ("tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
-
-
 def gpus_of_an_actor(args: RecommendArgs) -> float | None:
     """GPUs of each; None: one where there are any."""
     if args.gpus_per_actor is None and (args.tensor_parallel_size or 1) > 1:
@@ -245,18 +242,8 @@ def gpus_of_an_actor(args: RecommendArgs) -> float | None:
     return args.gpus_per_actor
 
 
-def check_engine_options(args: RecommendArgs) -> None:
-    """Reject settings that the engine doesn't have, and GPUs that it wouldn't use."""
-    options = engine_options(args)
-    known = {"torch": (), "vllm": tuple(options), "vllm-inworker": ("max_model_len",)}
-    if foreign := [name for name in options if name not in known[args.engine]]:
-        raise ValueError(f"{foreign[0]} is no setting of engine={args.engine}; leave it out")
-    share = args.gpu_memory_utilization
-    if share is not None and not 0 < share <= 1:
-        raise ValueError(f"gpu_memory_utilization={share} must lie in (0, 1]")
-    for name in ("tensor_parallel_size", "max_model_len"):
-        if name in options and options[name] < 1:
-            raise ValueError(f"{name}={options[name]} must be at least 1")
+def check_gpus(args: RecommendArgs) -> None:
+    """Reject GPUs that an engine wouldn't use."""
     size = args.tensor_parallel_size or 1
     gpus = gpus_of_an_actor(args) or 0
     if args.executor == "ray" and (size > 1 or gpus > 1) and size != gpus:
@@ -488,7 +475,7 @@ def finish(
         count = lists.select(pl.col(ROW_ID).n_unique()).collect().item()
         metrics["non_profiling_lists"] = count
         apart = f"; {count:,} lists by popularity for users who opted out"
-    stage.finish(metrics["items"], args.seed, metrics, notes, skip=(PROGRESS, DAMAGED))
+    stage.finish(metrics["items"], args.seed, metrics, notes, skip=(PROGRESS, DAMAGED, CHECKED))
     print(
         f"{job.users.n_rows:,} lists of {args.k} by the {stage.config['model_stage']} model on "
         f"{args.engine} ({metrics['users_per_s']} users/s a process); "
