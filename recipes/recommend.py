@@ -104,6 +104,9 @@ OF_USERS = ("users_split", "users_subset", "user_column", "history_column", "exc
 HOW = ("batch_size", "output_dir", "shard", "executor", "ray_address", "num_actors",
     "cpus_per_actor", "gpus_per_actor", "tensor_parallel_size", "gpu_memory_utilization",
     "max_model_len")  # fmt: skip
+# Those of HOW that can change a list where sums are rounded to 16 bits: in which order they are
+# taken depends on what is computed together.
+ORDER_OF_SUMS = ("batch_size", "tensor_parallel_size")
 
 
 @dataclass
@@ -148,7 +151,7 @@ class RecommendArgs:
     max_per_category: int | None = None  # items of one category in a list
     category_depth: int = -1  # which part of the category path; negative counts from the end
     boosts: list[str] = field(default_factory=list)  # "category=factor"
-    # How the work is done; the result doesn't depend on it.
+    # How the work is done; in float32 the result doesn't depend on it.
     shard: str = "1/1"  # i/n: make every n-th shard from the i-th on
     executor: str = "local"  # local, or ray (genrec[ray])
     ray_address: str | None = None  # of a running cluster; default: one on this machine
@@ -273,7 +276,8 @@ def make_stage(args: RecommendArgs, model_stage: str) -> Stage:
     """The stage with all that decides its result."""
     source = args.run_dir if args.model_run is None else args.model_run
     inputs, of_model = ["prepare", "quantize"], ["build_dataset", model_stage]
-    ignore, hashes = [*HOW], {}
+    exact = args.dtype == "float32"
+    ignore, hashes = [name for name in HOW if exact or name not in ORDER_OF_SUMS], {}
     if args.model_run is None:
         inputs += of_model
         ignore.append("model_run")

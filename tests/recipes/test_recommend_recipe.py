@@ -347,6 +347,18 @@ def test_settings_of_the_engine_are_no_others_of_the_lists():
     assert recipe["gpus_of_an_actor"](recipe["RecommendArgs"](executor="ray")) is None
 
 
+def test_with_16_bits_the_size_of_batches_is_a_setting_of_the_lists(
+    in_process, run_dir, users, tmp_path: Path
+):
+    for dtype, refused in (("float32", False), ("bfloat16", True)):
+        flags = [*FLAGS, "--users", str(users), "--output_dir", str(tmp_path / dtype)]
+        flags += ["--dtype", dtype, "--shard"]
+        in_process("recommend", run_dir, *flags, "1/2", "--batch_size", "4")
+        said = in_process("recommend", run_dir, *flags, "2/2", "--batch_size", "3", fails=refused)
+        assert ("is being written with other batch_size=4 (now 3)" in said) is refused
+        assert (load_manifest(tmp_path / dtype, "recommend") is None) is refused
+
+
 def test_a_beam_wider_than_the_catalogue(in_process, run_dir, users, tmp_path: Path):
     for name, width in (("all", "20"), ("wider", "100000000000")):
         flags = ["--k", "20", "--beam_width", width, "--users", str(users), "--output_dir"]
