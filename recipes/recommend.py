@@ -53,8 +53,10 @@ from genrec.columns import ITEM_ID, ROW_ID, USER_ID
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
 from genrec.decoding.sampling import GumbelTopK, LevelSampling, Sampler, check_sampler
+from genrec.engine_options import check_engine_options, engine_options
 from genrec.generation.allow_lists import allowed_rows
 from genrec.generation.jobs import (
+    CHECKED,
     PROGRESS,
     WHOLE,
     GenerationJob,
@@ -102,6 +104,9 @@ OF_USERS = ("users_split", "users_subset", "user_column", "history_column", "exc
 HOW = ("batch_size", "output_dir", "shard", "executor", "ray_address", "num_actors",
     "cpus_per_actor", "gpus_per_actor", "tensor_parallel_size", "gpu_memory_utilization",
     "max_model_len")  # fmt: skip
+# Those of HOW that can change a list where sums are rounded to 16 bits: in which order they are
+# taken depends on what is computed together.
+ORDER_OF_SUMS = ("batch_size", "tensor_parallel_size")
 
 
 @dataclass
@@ -146,7 +151,7 @@ class RecommendArgs:
     max_per_category: int | None = None  # items of one category in a list
     category_depth: int = -1  # which part of the category path; negative counts from the end
     boosts: list[str] = field(default_factory=list)  # "category=factor"
-    # How the work is done; the result doesn't depend on it.
+    # How the work is done; in float32 the result doesn't depend on it.
     shard: str = "1/1"  # i/n: make every n-th shard from the i-th on
     executor: str = "local"  # local, or ray (genrec[ray])
     ray_address: str | None = None  # of a running cluster; default: one on this machine
@@ -181,7 +186,8 @@ class RecommendArgs:
             )
         if self.users is not None and self.max_rows is not None:
             raise ValueError("max_rows samples a split; give --users a table of fewer users")
-        check_engine_options(self)
+        check_engine_options(self.engine, engine_options(self))
+        check_gpus(self)
         if self.sampler is not None:
             check_choice("sampler", self.sampler, ("gumbel", "levels"))
             if self.engine != "torch":
@@ -232,12 +238,6 @@ def check_numbers(args: RecommendArgs) -> None:
         raise ValueError(f"gpus_per_actor={args.gpus_per_actor} must be a number of at least 0")
 
 
-def engine_options(args: RecommendArgs) -> dict[str, float]:
-    """The engine's settings that were named."""
-    names = ("tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
-
-
 def gpus_of_an_actor(args: RecommendArgs) -> float | None:
     """GPUs of each; None: one where there are any."""
     if args.gpus_per_actor is None and (args.tensor_parallel_size or 1) > 1:
@@ -245,18 +245,8 @@ def gpus_of_an_actor(args: RecommendArgs) -> float | None:
     return args.gpus_per_actor
 
 
-def check_engine_options(args: RecommendArgs) -> None:
-    """Reject settings that the engine doesn't have, and GPUs that it wouldn't use."""
-    options = engine_options(args)
-    known = {"torch": (), "vllm": tuple(options), "vllm-inworker": ("max_model_len",)}
-    if foreign := [name for name in options if name not in known[args.engine]]:
-        raise ValueError(f"{foreign[0]} is no setting of engine={args.engine}; leave it out")
-    share = args.gpu_memory_utilization
-    if share is not None and not 0 < share <= 1:
-        raise ValueError(f"gpu_memory_utilization={share} must lie in (0, 1]")
-    for name in ("tensor_parallel_size", "max_model_len"):
-        if name in options and options[name] < 1:
-            raise ValueError(f"{name}={options[name]} must be at least 1")
+def check_gpus(args: RecommendArgs) -> None:
+    """Reject GPUs that an engine wouldn't use."""
     size = args.tensor_parallel_size or 1
     gpus = gpus_of_an_actor(args) or 0
     if args.executor == "ray" and (size > 1 or gpus > 1) and size != gpus:
@@ -286,7 +276,8 @@ def make_stage(args: RecommendArgs, model_stage: str) -> Stage:
     """The stage with all that decides its result."""
     source = args.run_dir if args.model_run is None else args.model_run
     inputs, of_model = ["prepare", "quantize"], ["build_dataset", model_stage]
-    ignore, hashes = [*HOW], {}
+    exact = args.dtype == "float32"
+    ignore, hashes = [name for name in HOW if exact or name not in ORDER_OF_SUMS], {}
     if args.model_run is None:
         inputs += of_model
         ignore.append("model_run")
@@ -488,7 +479,7 @@ def finish(
         count = lists.select(pl.col(ROW_ID).n_unique()).collect().item()
         metrics["non_profiling_lists"] = count
         apart = f"; {count:,} lists by popularity for users who opted out"
-    stage.finish(metrics["items"], args.seed, metrics, notes, skip=(PROGRESS, DAMAGED))
+    stage.finish(metrics["items"], args.seed, metrics, notes, skip=(PROGRESS, DAMAGED, CHECKED))
     print(
         f"{job.users.n_rows:,} lists of {args.k} by the {stage.config['model_stage']} model on "
         f"{args.engine} ({metrics['users_per_s']} users/s a process); "

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genrec.config import check_choice, parse, run
+from genrec.engine_options import check_engine_options, engine_options
 from genrec.normalizers import NORMALIZERS
 
 
@@ -32,6 +33,9 @@ class ServeArgs:
     engine: str = "torch"  # torch, vllm or vllm-inworker; those on vLLM can't swap models
     normalizer: str | None = None  # full, level or trie; default: what the model declares
     dtype: str = "float32"  # others are faster, but a list may then depend on its batch
+    tensor_parallel_size: int | None = None  # of vllm: GPUs that share a model; default 1
+    gpu_memory_utilization: float | None = None  # of vllm: share of a GPU; default: the engine's
+    max_model_len: int | None = None  # of both vLLM engines: tokens; default: the model's
     host: str = "127.0.0.1"  # 0.0.0.0 to be reached from other machines
     port: int = 8000
     max_batch: int = 32  # users decoded together; 1: no batching
@@ -60,6 +64,7 @@ class ServeArgs:
                 "vLLM engines can't share a process; serve with engine='torch', or drop runs_root "
                 "and start a second server for another model"
             )
+        check_engine_options(self.engine, engine_options(self))
         if self.normalizer is not None:
             check_choice("normalizer", self.normalizer, NORMALIZERS)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
@@ -132,6 +137,7 @@ def main() -> None:
         normalizer=args.normalizer,
         dtype=args.dtype,
         batch_size=args.max_batch,
+        engine_options=engine_options(args),
     )
     with bound_socket(args.host, args.port) as bound:
         config = uvicorn.Config(

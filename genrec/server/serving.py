@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle, islice
@@ -58,10 +58,11 @@ def load_run(
     normalizer: Normalizer | None = None,
     dtype: str = "float32",
     batch_size: int = 32,
+    engine_options: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Load a run or a bundle; arguments and errors as `Recommender.load`."""
     recommender = Recommender.load(
-        run_dir, stage, engine, normalizer, dtype, batch_size, model_run=model_run
+        run_dir, stage, engine, normalizer, dtype, batch_size, model_run, engine_options
     )
     if is_bundle(run_dir):
         return LoadedModel(recommender, sha256_json(read_manifest(Path(run_dir))["files"]))

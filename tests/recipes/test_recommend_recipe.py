@@ -9,13 +9,16 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+import genrec.artifacts
 import genrec.generation.users
 from genrec.artifacts import load_manifest, read_json, require
+from genrec.engine_options import engine_options
 from genrec.generation.users import UserTable
 from genrec.recommend import Recommender
 
@@ -333,7 +336,7 @@ def test_a_prompt_too_long_is_found_before_the_model_is_loaded(
 def test_settings_of_the_engine_are_no_others_of_the_lists():
     recipe = runpy.run_path(str(RECIPE))
     args = recipe["RecommendArgs"](engine="vllm", tensor_parallel_size=2, max_model_len=512)
-    assert recipe["engine_options"](args) == {"tensor_parallel_size": 2, "max_model_len": 512}
+    assert engine_options(args) == {"tensor_parallel_size": 2, "max_model_len": 512}
     assert {"tensor_parallel_size", "gpu_memory_utilization", "max_model_len"} < set(recipe["HOW"])
     args = recipe["RecommendArgs"](
         engine="vllm", tensor_parallel_size=2, executor="ray", gpus_per_actor=2
@@ -342,6 +345,18 @@ def test_settings_of_the_engine_are_no_others_of_the_lists():
     args = recipe["RecommendArgs"](engine="vllm", tensor_parallel_size=2, executor="ray")
     assert recipe["gpus_of_an_actor"](args) == 2
     assert recipe["gpus_of_an_actor"](recipe["RecommendArgs"](executor="ray")) is None
+
+
+def test_with_16_bits_the_size_of_batches_is_a_setting_of_the_lists(
+    in_process, run_dir, users, tmp_path: Path
+):
+    for dtype, refused in (("float32", False), ("bfloat16", True)):
+        flags = [*FLAGS, "--users", str(users), "--output_dir", str(tmp_path / dtype)]
+        flags += ["--dtype", dtype, "--shard"]
+        in_process("recommend", run_dir, *flags, "1/2", "--batch_size", "4")
+        said = in_process("recommend", run_dir, *flags, "2/2", "--batch_size", "3", fails=refused)
+        assert ("is being written with other batch_size=4 (now 3)" in said) is refused
+        assert (load_manifest(tmp_path / dtype, "recommend") is None) is refused
 
 
 def test_a_beam_wider_than_the_catalogue(in_process, run_dir, users, tmp_path: Path):
@@ -405,30 +420,30 @@ def test_the_ray_executor_makes_the_same_files(in_process, recipe, run_dir, user
     assert manifests[0].fingerprint == manifests[1].fingerprint
 
 
-@pytest.mark.slow
-def test_killed_three_times(in_process, recipe_command, run_dir, users, tmp_path: Path):
-    """kill -9 at three moments of a run: the files are those of a run that nothing disturbed."""
-    table = pl.read_parquet(users)
-    many = pl.concat([table.with_columns(pl.col("user_id") + f"-{i}") for i in range(40)])
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed(in_process, recipe_command, run_dir, users, tmp_path: Path, kills: int):
+    """kill -9 at some moments of a run: the files are those of a run that nothing disturbed."""
+    table, copies = pl.read_parquet(users), 6 * kills + 2
+    many = pl.concat([table.with_columns(pl.col("user_id") + f"-{i}") for i in range(copies)])
     many.write_parquet(tmp_path / "many.parquet")
     flags = [*FLAGS, "--users", str(tmp_path / "many.parquet"), "--batch_size", "4"]
     in_process("recommend", run_dir, *flags, "--output_dir", str(tmp_path / "whole"))
     killed = tmp_path / "killed"
     command, env = recipe_command("recommend", run_dir, *flags, "--output_dir", str(killed))
     done = [0]
-    for _ in range(3):
+    for _ in range(kills):
         process = subprocess.Popen(
             command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
         deadline = time.monotonic() + 300
-        while len(shards_named(killed)) < done[-1] + 5:
+        while len(shards_named(killed)) < done[-1] + 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         done.append(len(shards_named(killed)))
-    assert 0 < done[1] < done[2] < done[3] < 220
+    assert done == sorted(set(done)) and done[-1] < len(shards(tmp_path / "whole"))
     assert load_manifest(killed, "recommend") is None
     kept = shards(killed)
     in_process("recommend", run_dir, *flags, "--output_dir", str(killed))
@@ -437,6 +452,53 @@ def test_killed_three_times(in_process, recipe_command, run_dir, users, tmp_path
     assert_frame_equal(lists_of(killed), lists_of(tmp_path / "whole"))
     manifests = [require(folder, "recommend") for folder in (killed, tmp_path / "whole")]
     assert manifests[0].content_hash == manifests[1].content_hash
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the program answers to it."""
+
+
+def test_killed_where_no_shard_is_made(in_process, run_dir, users, tmp_path: Path):
+    """What lies half-done in the folder then is made again, and nothing of it stays."""
+    table = pl.read_parquet(users).with_columns(pl.col("history").list.join(" "))
+    table.write_csv(tmp_path / "users.csv")
+    flags = [*FLAGS, "--users", str(tmp_path / "users.csv"), "--output_dir"]
+    in_process("recommend", run_dir, *flags, str(tmp_path / "whole"))
+    whole = require(tmp_path / "whole", "recommend")
+    sink, write = pl.LazyFrame.sink_parquet, genrec.artifacts.write_bytes
+
+    def half_a_copy(frame: pl.LazyFrame, path: Path, **options: Any) -> None:
+        sink(frame, path, **options)
+        path.write_bytes(path.read_bytes()[:50])
+        raise Killed
+
+    def half_a_check(path: Path, data: bytes) -> None:
+        if path.name != "input_check.json":
+            return write(path, data)
+        path.with_name(f".{path.name}.77.partial").write_bytes(data[:9])
+        raise Killed
+
+    def stop(*args: Any, **options: Any) -> None:
+        raise Killed
+
+    for number, (name, replaced) in enumerate(
+        {
+            "polars.LazyFrame.sink_parquet": half_a_copy,
+            "genrec.generation.jobs.count_allowed": stop,  # while the users are checked
+            "genrec.artifacts.write_bytes": half_a_check,
+            "genrec.artifacts.Stage.finish": stop,  # behind the last shard
+        }.items()
+    ):
+        out = tmp_path / str(number)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(name, replaced)
+            in_process("recommend", run_dir, *flags, str(out))
+        assert load_manifest(out, "recommend") is None
+        in_process("recommend", run_dir, *flags, str(out))
+        made = require(out, "recommend")
+        assert made.content_hash == whole.content_hash and made.metrics["timed_users"] == 22
+        left = [path.name for path in (out / "recommendations").iterdir()]
+        assert not [name for name in left if "partial" in name or name[0] == "."]
 
 
 def shards_named(folder: Path) -> list[Path]:

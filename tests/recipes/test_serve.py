@@ -151,6 +151,8 @@ def test_sigterm_answers_what_is_queued(server):
         (["--host", "no such host"], "host=no such host, port="),
         (["--port", "0"], "port=0 must lie between 1 and 65535"),
         (["--engine", "tpu"], "engine='tpu' is not known"),
+        (["--max_model_len", "99"], "max_model_len is no setting of engine=torch"),
+        (["--engine", "vllm", "--tensor_parallel_size", "0"], "tensor_parallel_size=0 must be"),
         (["--max_batch", "0"], "max_batch=0 must be above 0"),
         (["--max_queue", "3"], "max_requests=64 exceeds max_queue=3"),
         (["--max_connections", "0"], "max_connections=0 must be at least 1"),
