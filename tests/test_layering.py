@@ -13,7 +13,8 @@ ORDER = [
     "averaging", "training_data", "decoding", "supervised_head", "sft_trainer", "reasoning",
     "grounding", "rewards", "chain_rewards", "advantages", "rollout_groups", "group_losses",
     "rollouts", "reasoning_rollouts", "bundle", "warm_start", "list_shaping", "recommend",
-    "generation", "planning", "server", "evaluation", "explain", "audit", "config", "cli",
+    "recommend_in_words", "generation", "planning", "server", "evaluation", "explain", "audit",
+    "config", "cli",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

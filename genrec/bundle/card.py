@@ -48,8 +48,8 @@ def _serving(decoding: Mapping[str, Any], adapter_apart: bool) -> list[str]:
     model = ["`model/` alone is a plain checkpoint with its tokenizer, for transformers and vLLM;"]
     if adapter_apart:
         model = [
-            "`model/` is the base with rows for the SID tokens, `adapter/` the LoRA adapter on it in",
-            "PEFT's format, which vLLM loads too: together they are the trained model;",
+            "`model/` is the base with rows for the SID tokens, `adapter/` the LoRA adapter on it",
+            "in PEFT's format, which vLLM loads too: together they are the trained model;",
         ]
     return [
         "## Use", "",
