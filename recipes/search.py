@@ -3,11 +3,14 @@
     genrec search --run_dir runs/quickstart --query "red wool hat"
     genrec search --run_dir runs/quickstart --query "red wool hat" --history SKU10482 SKU10007
     genrec search --run_dir runs/quickstart --query "red wool hat" --ground true
+    genrec search --run_dir runs/quickstart --write true --history SKU10482 SKU10007
 
 The model answers if it was trained on the family `query_search`; with `history` (item ids, oldest
 first) the search is a joint one and needs `intention_search` (build_dataset --tasks). `ground`
 needs no model: it finds the items whose text vectors lie nearest to the text (BIGRec), by the
-encoder of the embed stage. Prints a table and writes nothing. CPU; seconds.
+encoder of the embed stage. `write` takes a history and no query: the model writes the title of what
+comes next (family `sids_to_title`), and that is grounded. Prints a table and writes nothing. CPU;
+seconds.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ class SearchArgs:
     k: int = 10
     filter_seen: bool = False  # leave out items of the history
     ground: bool = False  # nearest items by text vectors, without the model
+    write: bool = False  # the model writes the query: a title that should follow the history
     popularity: float = 0.0  # ground: exponent by which popular items come nearer; 0: none
     text_prompt: str | None = None  # ground: put before the query, such as "query: " for E5
     model_name_or_path: str | None = None  # ground: the local model that embedded the items
@@ -45,7 +49,12 @@ class SearchArgs:
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""
-        if not escape_text(self.query):
+        if self.write and (self.query or self.ground or not self.history):
+            raise ValueError(
+                "write: the model writes the text, from a history; give --history, and leave query "
+                "and ground out"
+            )
+        if not self.write and not escape_text(self.query):
             raise ValueError(f"query={self.query!r} says nothing; give some words")
         if self.k < 1:
             raise ValueError(f"k={self.k} must be at least 1")
@@ -54,9 +63,12 @@ class SearchArgs:
         if self.model_stage is not None:
             check_choice("model_stage", self.model_stage, ("sft", "grpo"))
         of_text = (self.text_prompt, self.model_name_or_path)
-        if not self.ground and (self.popularity or any(x is not None for x in of_text)):
+        if not (self.ground or self.write) and (
+            self.popularity or any(x is not None for x in of_text)
+        ):
             raise ValueError(
-                "popularity, text_prompt and model_name_or_path belong to --ground true"
+                "popularity, text_prompt and model_name_or_path belong to --ground true or --write "
+                "true"
             )
 
 
@@ -88,8 +100,38 @@ def grounded(args: SearchArgs, catalog: pl.DataFrame, history: list[Any]) -> Tab
             f"the encoder of {args.run_dir} knows no word of {args.query!r}; use words of the "
             "catalogue, or search with the model"
         )
+    return nearest(args, catalog, found.items[0], found.distances[0])
+
+
+def written(args: SearchArgs, catalog: pl.DataFrame, history: list[Any]) -> tuple[str, Table]:
+    """What the model writes, and the items nearest to it."""
+    from genrec.grounding import TextGrounder
+    from genrec.recommend import Recommender
+    from genrec.recommend_in_words import recommend_in_words
+
+    grounder = TextGrounder.load(args.run_dir, args.text_prompt, args.model_name_or_path)
+    (made,) = recommend_in_words(
+        Recommender.load(args.run_dir, args.model_stage),
+        grounder,
+        [history],
+        args.k,
+        popularity=args.popularity,
+        filter_seen=args.filter_seen,
+    )
+    if not len(made.items):
+        raise ValueError(
+            f"the model wrote {escape_text(made.text)!r}, of which the encoder of {args.run_dir} "
+            "knows no word; train it longer on sids_to_title"
+        )
+    return made.text, nearest(args, catalog, made.items, made.distances)
+
+
+def nearest(
+    args: SearchArgs, catalog: pl.DataFrame, items: np.ndarray, distances: np.ndarray
+) -> Table:
+    """Grounded items; −1 is none."""
     table = heading("distance" if not args.popularity else "rescaled distance")
-    for rank, (item, distance) in enumerate(zip(found.items[0], found.distances[0], strict=True)):
+    for rank, (item, distance) in enumerate(zip(items, distances, strict=True)):
         if item >= 0:
             add(table, rank + 1, catalog[ITEM_ID][int(item)], catalog[TITLE][int(item)], distance)
     return table
@@ -134,13 +176,19 @@ def main() -> None:
             f"k={args.k:,} exceeds the {len(catalog):,} items of the catalogue; use at most that"
         )
     history = None if args.history is None else item_ids(catalog, args.history)
-    table = grounded(args, catalog, history or []) if args.ground else searched(args, history)
+    query, how = args.query, "by the model"
+    if args.write:
+        query, table = written(args, catalog, history or [])
+        how = "written by the model, nearest by text"
+    elif args.ground:
+        table, how = grounded(args, catalog, history or []), "nearest by text"
+    else:
+        table = searched(args, history)
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=120)
-    how = "nearest by text" if args.ground else "by the model"
     joint = f", after {len(history)} items" if history is not None and not args.ground else ""
-    console.print(Text(f"“{escape_text(args.query)}”, {how}{joint}"))
+    console.print(Text(f"“{escape_text(query)}”, {how}{joint}"))
     console.print(table)
 
 

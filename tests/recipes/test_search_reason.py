@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
+from genrec import recommend_in_words
 from genrec.artifacts import Stage, read_json
 from genrec.chains import read_chains
+from genrec.decoding.free_text import SampledText, TextSampling
 from genrec.embedding.lsa import fit_lsa, item_texts
 from genrec.grounding import TextGrounder
+from genrec.modeling import encode_prompts
 from genrec.recommend import Recommender
 
 FAMILIES = (
@@ -21,6 +25,7 @@ FAMILIES = (
     "intention_search",
     "preference_recommendation",
     "reasoning_recommendation",
+    "sids_to_title",
 )
 HOSTILE = "[red]tea[/] \x1b[31m <a_1>"
 
@@ -89,6 +94,53 @@ def test_grounding_prints_the_nearest_items(untrained, in_process):
         "search", untrained, "--query", "tea", *flags, "--filter_seen", "true", "--k", "20"
     )
     assert len(listed(said)) == 19 and str(ids[2]) not in listed(said)
+
+
+def test_the_model_writes_and_the_nearest_items_are_printed(trained, in_process, monkeypatch):
+    recommender, grounder = Recommender.load(trained), TextGrounder.load(trained)
+    history = recommender.catalog["item_id"].to_list()[2:5]
+    rows, asked = recommender.rows_of(history), []
+
+    def writes(model, tokenizer, prompts, *args, **settings):
+        asked.extend(tokenizer.batch_decode(prompts))
+        return [[SampledText((), " steel tea pot", "eos")] for _ in prompts]
+
+    monkeypatch.setattr(recommend_in_words, "sample_texts", writes)
+    (made,) = recommend_in_words.recommend_in_words(recommender, grounder, [history], 4)
+    assert asked == recommender.family_prompts("sids_to_title", [rows])
+    everything = grounder.ground(["steel tea pot"], len(recommender.catalog)).items[0]
+    near = [int(i) for i in everything if i not in rows]
+    assert made.text == "steel tea pot" and made.items.tolist() == near[:4]
+    few = np.array(near[5:8])
+    (made,) = recommend_in_words.recommend_in_words(
+        recommender, grounder, [history], 4, allowed=few
+    )
+    assert made.items.tolist() == near[5:8] and len(made.distances) == 3
+    flags = ("--write", "true", "--history", *map(str, history), "--k", "3")
+    said = in_process("search", trained, *flags, "--filter_seen", "true")
+    assert "“steel tea pot”, written by the model, nearest by text" in said
+    ids = [str(recommender.catalog["item_id"][i]) for i in near[:3]]
+    assert listed(said) == ids
+
+
+def test_what_is_written_are_the_likeliest_tokens(trained):
+    recommender, grounder = Recommender.load(trained), TextGrounder.load(trained)
+    histories = [recommender.catalog["item_id"].to_list()[2:5]]
+    made = [
+        recommend_in_words.recommend_in_words(
+            recommender, grounder, histories, 3,
+            sampling=TextSampling(temperature=1e-3, max_tokens=4, seed=seed),
+        )[0].text
+        for seed in (0, 1)
+    ]  # fmt: skip
+    ids = encode_prompts(
+        recommender.tokenizer,
+        recommender.family_prompts("sids_to_title", [recommender.rows_of(histories[0])]),
+    )
+    with torch.no_grad():
+        first = recommender.engine.model(torch.tensor(ids)).logits[0, -1].argmax()
+    assert made[0] == made[1]
+    assert made[0].startswith(recommender.tokenizer.decode([int(first)]).strip())
 
 
 def test_reasoning_prints_the_list_and_its_chains(trained, in_process):
@@ -166,6 +218,7 @@ def test_what_search_and_reason_refuse(trained, untrained, in_process):
     said = refused("search", trained, "--query", "zzz qqq", "--ground", "true")
     assert "knows no word of 'zzz qqq'" in said
     said = refused("search", trained, "--query", "hat", "--popularity", "2")
+    assert "write: the model writes the text" in refused("search", trained, "--write", "true")
     assert "model_name_or_path belong to --ground true" in said
     assert "k=0 must be at least 1" in refused("search", trained, "--query", "hat", "--k", "0")
     for name, flags in (("search", ("--query", "hat")), ("reason", ())):
