@@ -201,7 +201,7 @@ class Recommender:
                 "restore both, or rerun quantize"
             )
         if model_run is not None:
-            _check_descent(run_dir, semantic_ids, model_run, parts.model)
+            check_descent(run_dir, semantic_ids, model_run, parts.model)
         if parts.adapter is not None and engine == "vllm-inworker":
             raise ValueError(
                 f"{run_dir} keeps its adapter apart, which engine='vllm-inworker' doesn't put on a "
@@ -591,7 +591,7 @@ def _check_options(engine: type, options: Mapping[str, Any]) -> None:
         )
 
 
-def _check_descent(
+def check_descent(
     run_dir: Path | str, semantic_ids: ItemMap, model_run: Path | str, model: Path
 ) -> None:
     """Raise ValueError unless the run's map extends the one that the other run's model knows."""

@@ -91,7 +91,7 @@ from genrec.generation.users import (
 )
 from genrec.item_lists import IntArray
 from genrec.normalizers import NORMALIZERS, Normalizer, declared_normalizer, mismatch
-from genrec.recommend import TITLES_ON_TORCH, Recommender
+from genrec.recommend import TITLES_ON_TORCH, Recommender, check_descent
 from genrec.semantic_ids import TITLES, SemanticIds, map_kind
 from genrec.title_ids import load_map
 
@@ -400,6 +400,8 @@ def read_users(
 ) -> dict[str, int]:
     """Check all users, with the length of their prompts, before the model is loaded."""
     parts = ServedParts.of_run(args.run_dir, model_stage, args.model_run)
+    if args.model_run is not None:  # a stranger's map would be called one of other tokens
+        check_descent(args.run_dir, load_map(parts.semantic_ids), args.model_run, parts.model)
     context = context_of(parts.model, args.engine, args.max_model_len)
     with tqdm(total=job.users.n_rows, unit="user", desc="check of the users", delay=2) as bar:
         return check_users(job, n_items, PromptLengths(parts, context), bar.update)

@@ -143,7 +143,9 @@ def test_options_of_an_engine(world, monkeypatch):
     made = {}
 
     class Built:
-        def __init__(self, model, trie, ids, scores, batch_size, *, dtype, max_model_len=None):
+        def __init__(
+            self, model, trie, ids, scores, batch_size, *, dtype, max_model_len=None, lora=None
+        ):
             made.update(dtype=dtype, max_model_len=max_model_len)
 
     for engine, module, name in (
