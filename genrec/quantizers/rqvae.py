@@ -25,7 +25,6 @@ from genrec.quantizers.kmeans import fit_rows, kmeans
 from genrec.quantizers.presets import RQVAESettings
 from genrec.quantizers.projection import Projection, sample_rows
 from genrec.quantizers.quantizer import (
-    BLOCK_ROWS,
     CodeArray,
     FloatArray,
     check_codes,
@@ -34,6 +33,7 @@ from genrec.quantizers.quantizer import (
     check_input,
     encode_by_levels,
     read_tensors,
+    row_blocks,
     squared_distances,
 )
 from genrec.quantizers.rqvae_losses import (
@@ -140,10 +140,8 @@ class RQVAE:
         check_distinct(rows, settings.codebook_sizes)
         projection = Projection.fit(vectors, settings.standardize, settings.pca_dim, seed)
         projected = np.empty((len(vectors), len(projection.scale)), dtype=np.float32)
-        for start in range(0, len(vectors), BLOCK_ROWS):
-            block = np.asarray(vectors[start : start + BLOCK_ROWS], dtype=np.float32)
-            check_finite(block, start)
-            projected[start : start + BLOCK_ROWS] = projection.apply(block)
+        for block in row_blocks(*vectors.shape):
+            projected[block] = projection.apply(np.asarray(vectors[block], dtype=np.float32))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         network = _Network(projected.shape[1], settings, seed).to(device)
         training = _Training(network, settings, torch.from_numpy(projected), collaborative, seed)
