@@ -52,6 +52,7 @@ from genrec.quantizers.rqvae_losses import (
 logger = logging.getLogger(__name__)
 
 _NETWORK_ROWS = 8_192  # vectors that pass through the encoder or decoder at once after training
+_FIT_ITEMS = 2**20  # items that are trained on at most
 _RESET_ROWS = 2**20  # items that unused codes are re-seeded from at most
 _IMPROVEMENT = 1e-3  # relative change that counts for early stopping
 
@@ -95,8 +96,8 @@ class RQVAE:
         projection: what happens to vectors before the encoder.
         network: encoder, codebooks and decoder.
         seed: of initialisation, batches and re-seeding.
-        history: one row per epoch: mean loss parts per item; over the whole catalogue, the share of
-            items that share a SID and, per level, perplexity and codes used; and whether its
+        history: one row per epoch: mean loss parts per item; over all items trained on, the share
+            of those that share a SID and, per level, perplexity and codes used; and whether its
             weights are the ones kept. JSON can hold it. Not saved; empty after `load`.
     """
 
@@ -118,9 +119,9 @@ class RQVAE:
         collaborative: npt.NDArray[np.floating] | None = None,
         progress: bool = True,
     ) -> RQVAE:
-        """Train on all items; the same seed gives the same codes on a CPU.
+        """Train on all items, or a seeded sample of `_FIT_ITEMS`; one seed, one result on a CPU.
 
-        Vectors are held on the device. The global random state is neither used nor changed.
+        Their vectors are held on the device. The global random state is neither used nor changed.
 
         Args:
             vectors: item vectors, (n_items, dim), finite; may be a memory map.
@@ -141,9 +142,14 @@ class RQVAE:
         rows = sample_rows(vectors, fit_rows(max(settings.codebook_sizes)), seed)
         check_distinct(rows, settings.codebook_sizes)
         projection = Projection.fit(vectors, settings.standardize, settings.pca_dim, seed)
-        projected = np.empty((len(vectors), len(projection.scale)), dtype=np.float32)
-        for block in row_blocks(*vectors.shape):
-            projected[block] = projection.apply(np.asarray(vectors[block], dtype=np.float32))
+        items = np.arange(len(vectors))
+        if len(items) > _FIT_ITEMS:
+            items = np.random.default_rng(seed).choice(len(vectors), _FIT_ITEMS, replace=False)
+            items.sort()  # a memory map is then read forwards
+            collaborative = collaborative if collaborative is None else collaborative[items]
+        projected = np.empty((len(items), len(projection.scale)), dtype=np.float32)
+        for block in row_blocks(len(items), vectors.shape[1]):
+            projected[block] = projection.apply(np.asarray(vectors[items[block]], np.float32))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         network = _Network(projected.shape[1], settings, seed).to(device)
         training = _Training(network, settings, torch.from_numpy(projected), collaborative, seed)

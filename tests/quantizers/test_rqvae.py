@@ -247,6 +247,29 @@ def test_preset_losses_weigh_as_in_the_published_code(vectors, collaborative):
         assert torch.allclose(ours, parameter.grad, rtol=1e-3, atol=1e-7)
 
 
+def test_a_large_catalogue_is_sampled(vectors, collaborative, monkeypatch):
+    guided = replace(TINY, collaborative_weight=1.0)
+    whole = fit(vectors, guided, collaborative=collaborative)
+    monkeypatch.setattr("genrec.quantizers.rqvae._FIT_ITEMS", 120)
+    seen = []
+    run = _Training.run
+
+    def watched(self, progress):
+        seen.append((self.vectors.numpy(), self.collaborative.numpy()))
+        return run(self, progress)
+
+    monkeypatch.setattr(_Training, "run", watched)
+    sampled = fit(vectors, guided, collaborative=collaborative)
+    rows, behaviour = seen[0]
+    assert rows.shape == (120, 12)
+    # Row by row the same items: each one's own behaviour beside its vector.
+    every = whole.projection.apply(vectors)
+    items = (rows[:, None] == every).all(-1).argmax(1)
+    assert (np.diff(items) > 0).all() and (collaborative[items] == behaviour).all()
+    assert unexplained(sampled, vectors) < unexplained(whole, vectors) + 0.2
+    assert (fit(vectors, guided, collaborative=collaborative).encode(vectors) == sampled.encode(vectors)).all()  # fmt: skip # noqa: E501
+
+
 def test_uniform_mapping_spreads_the_codes_of_skewed_items():
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(8, 12)) * 2
