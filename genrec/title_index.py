@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -62,13 +63,15 @@ def title_index(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tit
     assert end_id is not None, "declare_titles comes first"
     encoded = _encode(names, tokenizer)
     _check_tokens(names, encoded, tokenizer, end_id)
-    lengths = np.array([len(ids) for ids in encoded], dtype=np.int32)
-    tokens = np.full((len(encoded), int(lengths.max()) + 1), end_id, dtype=np.int64)
-    tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = np.concatenate(encoded)
-    codes, token_ids = np.zeros(tokens.shape, dtype=np.int32), []
-    for level, column in enumerate(tokens.T):
-        inside = column != end_id
-        used, place = np.unique(column[inside], return_inverse=True)
+    lengths = np.fromiter(map(len, encoded), dtype=np.int32, count=len(encoded))
+    tokens = np.fromiter(chain.from_iterable(encoded), dtype=np.int32, count=int(lengths.sum()))
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    del encoded
+    # One long title makes all rows long: nothing but the codes themselves is held in that shape.
+    codes, token_ids = np.zeros((len(names), int(lengths.max()) + 1), dtype=np.int32, order="F"), []
+    for level in range(codes.shape[1]):
+        inside = np.flatnonzero(lengths > level)
+        used, place = np.unique(tokens[starts[inside] + level], return_inverse=True)
         codes[inside, level] = place + 1
         token_ids.append([end_id, *used.tolist()])
     return TitleIndex(codes, token_ids, lengths)

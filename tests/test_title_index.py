@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import polars as pl
 import pytest
@@ -142,6 +144,18 @@ def test_a_title_that_begins_another_ends_in_the_end_mark(tiny):
     children = slice(*trie.children[short][node : node + 2])
     assert set(trie.tokens[short][children]) == {END_CODE, index.codes[1, short]}
     assert trie.path_lengths().tolist() == (index.lengths + 1).tolist()
+
+
+def test_one_long_title_costs_no_more_than_its_codes(tiny):
+    tokenizer = tiny.tokenizer()
+    declare_titles(tokenizer)
+    names = [f"hat {row}" for row in range(600)] + ["oak " * 2000]
+    tracemalloc.start()
+    index = title_index(names, tokenizer)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert index.codes.nbytes > 2**22
+    assert peak < 1.3 * index.codes.nbytes
 
 
 def test_names_that_a_tokenizer_confuses_are_refused(tiny):

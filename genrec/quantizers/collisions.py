@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,13 +38,14 @@ from genrec.quantizers.item_indexes import (
 )
 from genrec.quantizers.quality import collision_rate, row_ids, shared_rows
 from genrec.quantizers.quantizer import (
-    BLOCK_ROWS,
+    BLOCK_CELLS,
     CodeArray,
     FloatArray,
     Quantizer,
     check_capacity,
     check_codes,
     check_input,
+    row_blocks,
 )
 
 logger = logging.getLogger(__name__)
@@ -213,11 +215,10 @@ def _report(
     changed = kept != old
     moved = np.flatnonzero(changed.any(axis=1))
     before = after = 0.0
-    for start in range(0, len(old), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
+    for block in row_blocks(len(old), quantizer.dim):
         before += _distortion(quantizer, vectors[block], old[block])
-    for start in range(0, len(moved), BLOCK_ROWS):
-        rows = moved[start : start + BLOCK_ROWS]
+    for block in row_blocks(len(moved), quantizer.dim):
+        rows = moved[block]
         after += _distortion(quantizer, vectors[rows], kept[rows])
         after -= _distortion(quantizer, vectors[rows], old[rows])
     return CollisionReport(
@@ -236,10 +237,10 @@ def _report(
 def identical_vectors(vectors: npt.NDArray[np.floating]) -> int:
     """Number of rows that equal another row in float32 (found by a 64-bit hash of each)."""
     hashes = np.empty(len(vectors), dtype=np.int64)
-    for start in range(0, len(vectors), BLOCK_ROWS):
+    for block in row_blocks(*vectors.shape):
         # Plus zero, so that -0.0 is 0.0.
-        rows = np.ascontiguousarray(vectors[start : start + BLOCK_ROWS], dtype=np.float32) + 0.0
-        hashes[start : start + BLOCK_ROWS] = [hash(row.tobytes()) for row in rows]
+        rows = np.ascontiguousarray(vectors[block], dtype=np.float32) + 0.0
+        hashes[block] = [hash(row.tobytes()) for row in rows]
     _, counts = np.unique(hashes, return_counts=True)
     return int(counts[counts > 1].sum())
 
@@ -269,6 +270,11 @@ class _Placement:
             self._spill(level)
         self._match_last_level()
 
+    def _blocks(self, n_rows: int, level: int) -> Iterator[slice]:
+        """Slices of rows whose vectors, and whose costs at `level`, may be held at once."""
+        width = max(self.quantizer.dim, self.quantizer.codebook_sizes[level])
+        return row_blocks(n_rows, width)
+
     def _latents(self, rows: IntArray) -> FloatArray:
         """Latents of rows, none of them fixed."""
         vectors = np.asarray(self.vectors[rows - self.n_fixed], dtype=np.float32)
@@ -291,7 +297,8 @@ class _Placement:
         prefixes = row_ids(codes[:, :last])
         shared = np.zeros(prefixes.max() + 1, dtype=bool)
         shared[prefixes[shared_rows(codes)]] = True
-        for batch in _batches(self._groups_of(prefixes, shared), BLOCK_ROWS):
+        most = max(1, BLOCK_CELLS // max(self.quantizer.dim, sizes[last]))
+        for batch in _batches(self._groups_of(prefixes, shared), most):
             rows = np.concatenate(batch)
             distances = self._costs(rows[rows >= self.n_fixed], last)
             at = 0
@@ -324,20 +331,47 @@ class _Placement:
             leaving = []
             for full in np.flatnonzero(counts > capacity):
                 members = np.flatnonzero((own == full) & (rows >= self.n_fixed))
-                cost = self._costs(rows[members], level)[:, full]
+                cost = np.empty(len(members), dtype=np.float32)
+                for block in self._blocks(len(members), level):
+                    cost[block] = self._costs(rows[members[block]], level)[:, full]
                 # Those farthest from the centroid lose least by leaving.
                 surplus = counts[full] - capacity
                 leaving.append(members[np.argsort(-cost, kind="stable")][:surplus])
                 counts[full] = capacity
             movers = np.concatenate(leaving)
             room = np.maximum(capacity - counts, 0)
-            codes[rows[movers], level] = _fill(self._costs(rows[movers], level), room)
+            codes[rows[movers], level] = self._fill(rows[movers], level, room)
             self._reencode(rows[movers], level + 1)
+
+    def _fill(self, rows: IntArray, level: int, room: IntArray) -> IntArray:
+        """Code of each row, none used more often than it has room; cheap rows choose first.
+
+        Costs are computed anew for the rows that a round leaves over: all rows' costs to all codes
+        are never held at once.
+        """
+        left = room.copy()
+        chosen = np.full(len(rows), -1, dtype=np.int64)
+        waiting = np.arange(len(rows))
+        while len(waiting):
+            assert left.sum() >= len(waiting), "the prefix above has room by construction"
+            wanted = np.empty(len(waiting), dtype=np.int64)
+            cost = np.empty(len(waiting), dtype=np.float32)
+            for block in self._blocks(len(waiting), level):
+                costs = np.where(left > 0, self._costs(rows[waiting[block]], level), np.inf)
+                wanted[block] = costs.argmin(axis=1)
+                cost[block] = costs.min(axis=1)
+            order = np.lexsort((cost, wanted))
+            accepted = order[numbers_in_groups(wanted, order)[order] < left[wanted[order]]]
+            chosen[waiting[accepted]] = wanted[accepted]
+            left -= np.bincount(wanted[accepted], minlength=len(left))
+            waiting = np.delete(waiting, accepted)
+        return chosen
 
     def _reencode(self, rows: IntArray, level: int) -> None:
         """Nearest codes from `level` on, as in encoding, for rows whose prefix has changed."""
-        for start in range(0, len(rows), BLOCK_ROWS):
-            block = rows[start : start + BLOCK_ROWS]
+        width = max(self.quantizer.dim, *self.quantizer.codebook_sizes[level:])
+        for part in row_blocks(len(rows), width):
+            block = rows[part]
             latents = self._latents(block)
             for lower in range(level, self.codes.shape[1]):
                 prefix = self.codes[block, :lower]
@@ -346,13 +380,14 @@ class _Placement:
 
     def spread_by_sinkhorn(self) -> None:
         """LC-Rec's rounds: colliding items are mapped uniformly to the last level's codes."""
-        last = self.codes.shape[1] - 1
+        last, sizes = self.codes.shape[1] - 1, self.quantizer.codebook_sizes
         for _ in range(_SINKHORN_ROUNDS):
             rows = np.flatnonzero(shared_rows(self.codes))
             if not len(rows):
                 return
-            for start in range(0, len(rows), BLOCK_ROWS):
-                block = rows[start : start + BLOCK_ROWS]
+            # A plan takes some six times the memory of its costs.
+            for part in row_blocks(len(rows), 6 * max(self.quantizer.dim, sizes[last])):
+                block = rows[part]
                 plan = uniform_plan(self._costs(block, last))
                 self.codes[block, last] = plan.argmax(axis=1)
 
@@ -380,23 +415,6 @@ def _batches(groups: list[IntArray], most: int) -> list[list[IntArray]]:
         batches[-1].append(group)
         held += len(group)
     return batches
-
-
-def _fill(cost: FloatArray, room: IntArray) -> IntArray:
-    """Column of each row, none used more often than it has room; cheap rows choose first."""
-    left = room.copy()
-    chosen = np.full(len(cost), -1, dtype=np.int64)
-    open_rows = np.arange(len(cost))
-    while len(open_rows):
-        assert left.sum() >= len(open_rows), "the prefix above has room by construction"
-        wanted = np.where(left > 0, cost[open_rows], np.inf)
-        column = wanted.argmin(axis=1)
-        order = np.lexsort((wanted[np.arange(len(open_rows)), column], column))
-        accepted = order[numbers_in_groups(column, order)[order] < left[column[order]]]
-        chosen[open_rows[accepted]] = column[accepted]
-        left -= np.bincount(column[accepted], minlength=len(left))
-        open_rows = np.delete(open_rows, accepted)
-    return chosen
 
 
 def uniform_plan(

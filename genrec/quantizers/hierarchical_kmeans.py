@@ -7,6 +7,7 @@ vectors than codes gives each of them its own.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -16,14 +17,13 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from genrec.quantizers.kmeans import kmeans, nearest_codes
-from genrec.quantizers.projection import Kind, Projection
+from genrec.quantizers.kmeans import fit_rows, kmeans, nearest_codes
+from genrec.quantizers.projection import Kind, Projection, sample_rows
 from genrec.quantizers.quantizer import (
     CodeArray,
     FloatArray,
     check_codes,
     check_distinct,
-    check_finite,
     check_input,
     check_settings,
     encode_by_levels,
@@ -71,24 +71,31 @@ class HierarchicalKMeans:
         pca_dim: int | None = None,
         progress: bool = True,
     ) -> HierarchicalKMeans:
-        """Fit the tree on all vectors; arguments and errors as in `ResidualKMeans.fit`.
+        """Fit the tree; arguments and errors as in `ResidualKMeans.fit`.
 
-        `max_fill` caps each cluster's share of its parent.
+        All vectors go down the tree, so that the lowest clusters have as many as there are; but the
+        centroids of a large cluster are those of a seeded sample of it, and no more vectors than
+        that are held at once. `max_fill` caps each cluster's share of its parent, in the sample.
         """
         check_settings(codebook_sizes, n_init, max_fill)
         check_input(vectors)
-        rows = np.asarray(vectors, dtype=np.float32)
-        check_finite(rows)
+        rows = sample_rows(vectors, fit_rows(codebook_sizes[0]), seed)
         check_distinct(rows, codebook_sizes[:1])
-        projection = Projection.fit(rows, standardize, pca_dim, seed)
-        latents = projection.apply(rows)
-        groups = [np.arange(len(latents))]
+        projection = Projection.fit(vectors, standardize, pca_dim, seed)
+        del rows
+
+        def latents_of(items: IntArray) -> FloatArray:
+            return projection.apply(np.asarray(vectors[items], dtype=np.float32))
+
+        groups = [np.arange(len(vectors))]
         centroids, prices, children = [], [], []
         for level, size in enumerate(codebook_sizes):
             below, parts, costs, counts = [], [], [], []
             label = f"level {level + 1} of {len(codebook_sizes)}"
             for group in tqdm(groups, desc=label, disable=not progress or len(groups) < 100):
-                part, price, codes = _cluster(latents[group], size, seed + level, n_init, max_fill)
+                part, price, codes = _cluster(
+                    latents_of, group, size, seed + level, n_init, max_fill
+                )
                 order = np.argsort(codes, kind="stable")
                 ends = np.cumsum(np.bincount(codes, minlength=len(part)))
                 below += np.split(group[order], ends[:-1])
@@ -230,17 +237,32 @@ class _Priced:
 
 
 def _cluster(
-    rows: FloatArray, size: int, seed: int, n_init: int, max_fill: float | None
+    latents_of: Callable[[IntArray], FloatArray],
+    group: IntArray,
+    size: int,
+    seed: int,
+    n_init: int,
+    max_fill: float | None,
 ) -> tuple[FloatArray, FloatArray, IntArray]:
-    """Centroids and prices of one cluster's parts, none of them empty, and each row's part.
+    """Centroids and prices of the parts of a group of items, none empty, and each item's part.
 
     Each distinct vector is a part of its own if they are few.
     """
+    most = fit_rows(size)
+    fitted = group
+    if len(group) > most:
+        fitted = np.sort(np.random.default_rng(seed).choice(group, most, replace=False))
+    rows = latents_of(fitted)
     if len(rows) <= 4 * size:
         distinct, codes = np.unique(rows, axis=0, return_inverse=True)
         if len(distinct) <= size:
             return distinct, np.zeros(len(distinct), dtype=np.float32), codes.ravel()
     centroids, prices = kmeans(rows, size, seed, n_init, max_fill)
+    codes = np.empty(len(group), dtype=np.int64)
+    for start in range(0, len(group), most):
+        if len(group) > most:
+            rows = latents_of(group[start : start + most])
+        codes[start : start + most] = nearest_codes(rows, centroids, prices)
     # Where many rows are identical, k-means leaves centroids that no row is nearest to.
-    used, codes = np.unique(nearest_codes(rows, centroids, prices), return_inverse=True)
+    used, codes = np.unique(codes, return_inverse=True)
     return centroids[used], prices[used], codes

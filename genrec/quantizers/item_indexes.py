@@ -22,12 +22,15 @@ import scipy.sparse as sp
 from sklearn.cluster import SpectralClustering
 
 from genrec.item_lists import ItemLists
+from genrec.quantizers.neighbours import common_users
 from genrec.quantizers.quality import row_ids, shared_rows
 from genrec.quantizers.quantizer import CodeArray, check_codes
 
 logger = logging.getLogger(__name__)
 
 IntArray = npt.NDArray[np.int64]
+
+_LINKS = 2**27  # of the co-occurrence graph that are kept: some 1.6 GB
 Paths = Sequence[Sequence[str | None] | None]
 
 RANDOM, SEQUENTIAL, COLLABORATIVE = "random", "sequential", "collaborative"
@@ -442,13 +445,24 @@ def _numbers(codes: CodeArray, sizes: tuple[int, ...]) -> IntArray:
 
 
 def _co_occurrence(sequences: ItemLists, n_items: int) -> sp.csr_matrix:
-    """Number of sequences that hold both items, (n_items, n_items), without the diagonal."""
-    held = sequences.matrix(n_items)
-    held.data[:] = 1.0
-    graph = (held.T @ held).tocsr()
-    graph.setdiag(0)
-    graph.eliminate_zeros()
-    return graph
+    """Number of sequences that hold both items, (n_items, n_items), without the diagonal.
+
+    Where `_LINKS` links would not do, items keep their strongest ones, and what others keep of
+    them: the graph's memory is bounded, whatever the sequences.
+    """
+    most = max(1, _LINKS // n_items)
+    parts, cut = [], False
+    for start, counts in common_users(sequences, n_items):
+        rows = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
+        other = counts.indices != rows + start
+        rows, columns, values = rows[other], counts.indices[other], counts.data[other]
+        if len(rows) and np.bincount(rows).max() > most:
+            order = np.lexsort((columns, -values, rows))
+            kept = order[numbers_in_groups(rows, order)[order] < most]
+            rows, columns, values, cut = rows[kept], columns[kept], values[kept], True
+        parts.append(sp.csr_matrix((values.astype(np.float64), (rows, columns)), counts.shape))
+    graph = sp.vstack(parts, format="csr")
+    return graph.maximum(graph.T).tocsr() if cut else graph
 
 
 def _spectral_paths(

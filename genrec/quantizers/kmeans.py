@@ -13,7 +13,7 @@ import logging
 import numpy as np
 import numpy.typing as npt
 
-from genrec.quantizers.quantizer import BLOCK_ROWS, FloatArray, squared_distances
+from genrec.quantizers.quantizer import FloatArray, row_blocks, squared_distances
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +88,7 @@ def nearest_codes(
 ) -> npt.NDArray[np.int64]:
     """Code of the least distance plus price of each row, (n,), in blocks of bounded memory."""
     codes = np.empty(len(rows), dtype=np.int64)
-    for start in range(0, len(rows), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
+    for block in row_blocks(len(rows), max(len(centroids), rows.shape[1])):
         costs = squared_distances(rows[block], centroids)
         costs += prices
         codes[block] = costs.argmin(axis=1)

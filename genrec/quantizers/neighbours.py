@@ -7,6 +7,7 @@ chance alone would give.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,23 +148,38 @@ def co_purchases(sequences: ItemLists, n_items: int, k: int = 10) -> Neighbours:
             f"sequences hold items {values.min()} to {values.max()}; the catalogue's rows are 0 to "
             f"{n_items - 1}"
         )
+    items: list[IntArray] = []
+    nearest: list[IntArray] = []
+    for start, counts in common_users(sequences, n_items):
+        found, best = _most_common(counts, start, k)
+        items.append(found)
+        nearest.append(best)
+    return Neighbours(np.concatenate(items), np.concatenate(nearest))
+
+
+def common_users(sequences: ItemLists, n_items: int) -> Iterator[tuple[int, sp.csr_matrix]]:
+    """How many users each two items have in common, some items at a time, in bounded memory.
+
+    Args:
+        sequences: each user's items; an item counts once per user.
+        n_items: size of the catalogue.
+
+    Yields:
+        The first of the items and their counts, ``# (n_block, n_items)`` int32, the number of an
+        item's own users among them.
+    """
     bought = sequences.matrix(n_items).astype(np.int32)  # (n_users, n_items)
     bought.data[:] = 1
     buyers = bought.T.tocsr()  # (n_items, n_users)
     # An upper bound of the pairs that each item makes: what its buyers bought, in sum.
     pairs = np.cumsum(buyers @ np.diff(bought.indptr).astype(np.int64))
-    items: list[IntArray] = []
-    nearest: list[IntArray] = []
     start = 0
     while start < n_items:
         before = pairs[start - 1] if start else 0
         stop = int(np.searchsorted(pairs, before + _PAIRS, side="right"))
         stop = min(max(stop, start + 1), start + _PAIR_ROWS, n_items)
-        found, best = _most_common(buyers[start:stop] @ bought, start, k)
-        items.append(found)
-        nearest.append(best)
+        yield start, buyers[start:stop] @ bought
         start = stop
-    return Neighbours(np.concatenate(items), np.concatenate(nearest))
 
 
 def _most_common(counts: sp.csr_matrix, start: int, k: int) -> tuple[IntArray, IntArray]:

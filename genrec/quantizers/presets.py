@@ -15,6 +15,8 @@ from genrec.quantizers.projection import KINDS, Kind
 
 Gradient = Literal["straight-through", "ema", "rotation"]
 GRADIENTS: tuple[Gradient, ...] = ("straight-through", "ema", "rotation")
+Reduction = Literal["sum", "mean"]
+REDUCTIONS: tuple[Reduction, ...] = ("sum", "mean")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class RQVAESettings:
         epochs: passes over the catalogue.
         batch_size: items per step.
         commitment: weight of the commitment loss (beta).
+        reduction: "sum" adds squared errors over dimensions and losses over levels, as TIGER's
+            equations do; "mean" averages both, as the code of LC-Rec, LETTER and Mender does. That
+            decides how the reconstruction weighs against the codebooks, and both against LETTER's
+            losses: by the input's dimensions in one case, by the latent ones in the other.
         gradient: how the encoder's gradient passes the codes. "ema" is straight-through with
             codebooks that follow a moving average instead of the codebook loss.
         ema_decay: of "ema".
@@ -43,12 +49,13 @@ class RQVAESettings:
         sinkhorn_iterations: of that assignment.
         standardize: see `Projection.fit`; raw text vectors collapse.
         pca_dim: see `Projection.fit`.
-        patience: stop after so many epochs in which neither the reconstruction nor the mean
-            perplexity over the catalogue improved by 0.1%; 0 runs all epochs.
-        collaborative_weight: of LETTER's contrastive loss (alpha), against a reconstruction error
-            that is summed over dimensions; see `collaborative_loss`.
+        patience: above 0, the best epoch is kept, and training stops after so many epochs without a
+            better one. Better is a lower share of items, of the whole catalogue, that share a SID;
+            if that is equal, a reconstruction that is better by 0.1%. 0 runs all epochs and keeps
+            the last, as suits a learning rate that falls to zero over `epochs`.
+        collaborative_weight: of LETTER's contrastive loss (alpha), see `collaborative_loss`.
         temperature: of that loss.
-        diversity_weight: of LETTER's diversity loss (beta), summed over levels.
+        diversity_weight: of LETTER's diversity loss (beta), in each level's loss.
         diversity_clusters: clusters of codes in each codebook.
 
     Raises:
@@ -65,6 +72,7 @@ class RQVAESettings:
     epochs: int = 50
     batch_size: int = 512
     commitment: float = 0.25
+    reduction: Reduction = "sum"
     gradient: Gradient = "ema"
     ema_decay: float = 0.99
     dead_code_reset: bool = True
@@ -86,6 +94,7 @@ class RQVAESettings:
                 object.__setattr__(self, name, tuple(value))
         for choice, allowed in (
             ("gradient", GRADIENTS),
+            ("reduction", REDUCTIONS),
             ("lr_schedule", ("constant", "linear")),
             ("standardize", KINDS),
         ):
@@ -185,7 +194,9 @@ PRESETS: dict[str, RQVAESettings] = {
         hidden_sizes=(2048, 1024, 512, 256, 128, 64),
         latent_dim=32,
         epochs=10_000,
+        patience=10_000,  # never stops, but keeps the epoch of the fewest collisions, as they do
         batch_size=1024,
+        reduction="mean",
         gradient="straight-through",
         dead_code_reset=False,
         sinkhorn_epsilon=(0.0, 0.0, 0.0, 0.003),
@@ -197,7 +208,9 @@ PRESETS: dict[str, RQVAESettings] = {
         latent_dim=32,
         lr_schedule="constant",
         epochs=20_000,
+        patience=20_000,  # as in lc-rec
         batch_size=1024,
+        reduction="mean",
         gradient="straight-through",
         dead_code_reset=False,
         sinkhorn_epsilon=(0.0, 0.0, 0.0, 0.003),
@@ -223,6 +236,7 @@ PRESETS: dict[str, RQVAESettings] = {
         weight_decay=0.1,
         epochs=8000,
         batch_size=1024,
+        reduction="mean",
         gradient="straight-through",
         dead_code_reset=False,
     ),
@@ -241,13 +255,13 @@ PRESET_NOTES: dict[str, str] = {
     ),
     "lc-rec": (
         f"{_RAW} (after 12 epochs 6, 7 and 3 codes of the first levels were used and 95% of the "
-        "items shared a SID). The published code averages errors over dimensions, starts from "
-        "k-means of the first batch and decays codebooks, too."
+        "items shared a SID). The published code starts from k-means of the first batch, decays "
+        "codebooks, too, and lets no commitment loss but the first level's reach the encoder."
     ),
     "letter": (
-        f"{_RAW}. The network is that of lc-rec, which collapsed. Needs collaborative vectors. The "
-        "loss weights are the published ones, for errors averaged over dimensions: on standardised "
-        "vectors, whose summed error grows with the dimensions, raise both by that number."
+        f"{_RAW}. The network is that of lc-rec, which collapsed. Needs collaborative vectors; the "
+        "collaborative loss takes cosines at `temperature`, where the published one takes inner "
+        "products, which depend on the vectors' scale."
     ),
     "grid-rvq": (
         "no encoder: codebooks alone, refined from residual k-means. The 3,000 steps are 500 "

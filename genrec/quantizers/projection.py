@@ -15,12 +15,12 @@ import numpy.typing as npt
 from sklearn.decomposition import PCA
 
 from genrec.quantizers.quantizer import (
-    BLOCK_ROWS,
     FINITE,
     LARGEST,
     FloatArray,
     check_finite,
     check_input,
+    row_blocks,
 )
 
 Kind = Literal["none", "scale", "standard", "whiten"]
@@ -125,9 +125,8 @@ def sample_rows(
     Raises:
         ValueError: any row, of the sample or not, holds NaN, inf or a value beyond `largest`.
     """
-    for start in range(0, len(vectors), BLOCK_ROWS):
-        block = np.asarray(vectors[start : start + BLOCK_ROWS], dtype=np.float32)
-        check_finite(block, start, largest)
+    for block in row_blocks(*vectors.shape):
+        check_finite(np.asarray(vectors[block], dtype=np.float32), block.start, largest)
     if len(vectors) > most:
         picked = np.random.default_rng(seed).choice(len(vectors), most, replace=False)
         vectors = vectors[np.sort(picked)]  # sorted: a memory map is then read forwards

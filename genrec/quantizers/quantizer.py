@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 FloatArray = npt.NDArray[np.float32]
 CodeArray = npt.NDArray[np.int32]
 
-BLOCK_ROWS = 65_536  # vectors whose distances to one level's codes are held at once
+BLOCK_CELLS = 2**24  # of a matrix that is held at once, such as distances: 64 MB of float32
 ROOM = 50  # SIDs an item below which a map is called tight
 LARGEST = 1e15  # of an input value: squares of larger ones overflow when they are summed
 FINITE = float(np.finfo(np.float32).max)
@@ -117,10 +118,9 @@ def encode_by_levels(quantizer: Levels, vectors: npt.NDArray[np.floating]) -> Co
     check_input(vectors, quantizer.dim)
     sizes = quantizer.codebook_sizes
     codes = np.empty((len(vectors), len(sizes)), dtype=np.int32)
-    for start in range(0, len(vectors), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
+    for block in row_blocks(len(vectors), max(quantizer.dim, *sizes)):
         rows = np.asarray(vectors[block], dtype=np.float32)
-        check_finite(rows, start, LARGEST)
+        check_finite(rows, block.start, LARGEST)
         latents = quantizer.project(rows)
         for level in range(len(sizes)):
             distances = quantizer.level_distances(latents, codes[block, :level], level)
@@ -129,6 +129,13 @@ def encode_by_levels(quantizer: Levels, vectors: npt.NDArray[np.floating]) -> Co
                 distances = distances + bias
             codes[block, level] = distances.argmin(axis=1)
     return codes
+
+
+def row_blocks(n_rows: int, width: int) -> Iterator[slice]:
+    """Consecutive slices of rows, so that a matrix of that width holds at most `BLOCK_CELLS`."""
+    rows = max(1, BLOCK_CELLS // width)
+    for start in range(0, n_rows, rows):
+        yield slice(start, min(start + rows, n_rows))
 
 
 def squared_distances(rows: FloatArray, centroids: FloatArray) -> FloatArray:

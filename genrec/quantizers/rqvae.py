@@ -1,8 +1,9 @@
 """RQ-VAE: an autoencoder with residual codes as latents (Lee et al. 2022; Rajput et al. 2023).
 
-Loss per item: squared reconstruction error summed over dimensions, plus at each level the codebook
-loss and `commitment` times the commitment loss. The file is long because network, training and
-quantizer are meant to be read, and copied, as one; settings are in `presets.py`.
+Loss per item: squared reconstruction error, plus at each level the codebook loss and `commitment`
+times the commitment loss; summed or averaged over dimensions and levels (`reduction`). The file is
+long because network, training and quantizer are meant to be read, and copied, as one; settings are
+in `presets.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from genrec.quantizers.kmeans import fit_rows, kmeans
 from genrec.quantizers.presets import RQVAESettings
 from genrec.quantizers.projection import Projection, sample_rows
 from genrec.quantizers.quantizer import (
-    BLOCK_ROWS,
     CodeArray,
     FloatArray,
     check_codes,
@@ -34,6 +34,7 @@ from genrec.quantizers.quantizer import (
     check_input,
     encode_by_levels,
     read_tensors,
+    row_blocks,
     squared_distances,
 )
 from genrec.quantizers.rqvae_losses import (
@@ -51,6 +52,7 @@ from genrec.quantizers.rqvae_losses import (
 logger = logging.getLogger(__name__)
 
 _NETWORK_ROWS = 8_192  # vectors that pass through the encoder or decoder at once after training
+_FIT_ITEMS = 2**20  # items that are trained on at most
 _RESET_ROWS = 2**20  # items that unused codes are re-seeded from at most
 _IMPROVEMENT = 1e-3  # relative change that counts for early stopping
 
@@ -94,8 +96,9 @@ class RQVAE:
         projection: what happens to vectors before the encoder.
         network: encoder, codebooks and decoder.
         seed: of initialisation, batches and re-seeding.
-        history: one row per epoch: mean loss parts per item, and per level perplexity and codes
-            used over the whole catalogue. Not saved; empty after `load`.
+        history: one row per epoch: mean loss parts per item; over all items trained on, the share
+            of those that share a SID and, per level, perplexity and codes used; and whether its
+            weights are the ones kept. JSON can hold it. Not saved; empty after `load`.
     """
 
     kind: ClassVar[str] = "rqvae"
@@ -116,9 +119,9 @@ class RQVAE:
         collaborative: npt.NDArray[np.floating] | None = None,
         progress: bool = True,
     ) -> RQVAE:
-        """Train on all items; the same seed gives the same codes on a CPU.
+        """Train on all items, or a seeded sample of `_FIT_ITEMS`; one seed, one result on a CPU.
 
-        Vectors are held on the device. The global random state is neither used nor changed.
+        Their vectors are held on the device. The global random state is neither used nor changed.
 
         Args:
             vectors: item vectors, (n_items, dim), finite; may be a memory map.
@@ -139,16 +142,20 @@ class RQVAE:
         rows = sample_rows(vectors, fit_rows(max(settings.codebook_sizes)), seed)
         check_distinct(rows, settings.codebook_sizes)
         projection = Projection.fit(vectors, settings.standardize, settings.pca_dim, seed)
-        projected = np.empty((len(vectors), len(projection.scale)), dtype=np.float32)
-        for start in range(0, len(vectors), BLOCK_ROWS):
-            block = np.asarray(vectors[start : start + BLOCK_ROWS], dtype=np.float32)
-            check_finite(block, start)
-            projected[start : start + BLOCK_ROWS] = projection.apply(block)
+        items = np.arange(len(vectors))
+        if len(items) > _FIT_ITEMS:
+            items = np.random.default_rng(seed).choice(len(vectors), _FIT_ITEMS, replace=False)
+            items.sort()  # a memory map is then read forwards
+            collaborative = collaborative if collaborative is None else collaborative[items]
+        projected = np.empty((len(items), len(projection.scale)), dtype=np.float32)
+        for block in row_blocks(len(items), vectors.shape[1]):
+            projected[block] = projection.apply(np.asarray(vectors[items[block]], np.float32))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         network = _Network(projected.shape[1], settings, seed).to(device)
         training = _Training(network, settings, torch.from_numpy(projected), collaborative, seed)
         history = training.run(progress)
-        _warn_of_collapse(history[-1]["perplexity"], settings.codebook_sizes)
+        kept = next(row for row in history if row["kept"])
+        _warn_of_collapse(kept["perplexity"], settings.codebook_sizes)
         return cls(settings, projection, network.to("cpu").requires_grad_(False), seed, history)
 
     @property
@@ -263,32 +270,36 @@ class _Training:
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr)
 
     def run(self, progress: bool) -> list[dict[str, Any]]:
-        """Train; returns one row per epoch."""
+        """Train; returns one row per epoch. With `patience` the best epoch's weights are kept."""
+        patience = self.settings.patience
         history: list[dict[str, Any]] = []
-        best_error, best_perplexity, waited = float("inf"), 0.0, 0
+        best, fewest, least = -1, float("inf"), float("inf")
+        weights: dict[str, Tensor] = {}
         latents, used = self._measure()[:2]
         bar = tqdm(range(self.settings.epochs), desc="RQ-VAE", unit="epoch", disable=not progress)
         for epoch in bar:
             reset = self._reset_dead_codes(latents, used) if self.settings.dead_code_reset else 0
             parts = self._epoch(epoch)
-            latents, used, perplexity = self._measure()
-            row = {"epoch": epoch + 1, **parts, "codes_reset": reset, "perplexity": perplexity}
-            history.append({**row, "codes_used": [int(level.sum()) for level in used]})
             if not np.isfinite(parts["total"]):
                 raise ValueError(
                     f"the loss is {parts['total']} in epoch {epoch + 1}: training diverged; lower "
                     f"lr={self.settings.lr} or use standardize='standard'"
                 )
-            mean = float(np.mean(perplexity))
-            bar.set_postfix(error=f"{parts['reconstruction']:.3g}", perplexity=f"{mean:.0f}")
-            better_error = parts["reconstruction"] < best_error * (1 - _IMPROVEMENT)
-            better_perplexity = mean > best_perplexity * (1 + _IMPROVEMENT)
-            best_error = parts["reconstruction"] if better_error else best_error
-            best_perplexity = mean if better_perplexity else best_perplexity
-            waited = 0 if better_error or better_perplexity else waited + 1
-            if self.settings.patience and waited >= self.settings.patience:
+            latents, used, usage = self._measure()
+            history.append({"epoch": epoch + 1, **parts, "codes_reset": reset, **usage})
+            error, shared = parts["reconstruction"], usage["collision_rate"]
+            bar.set_postfix(error=f"{error:.3g}", collisions=f"{shared:.1%}")
+            if shared < fewest or (shared == fewest and error < least * (1 - _IMPROVEMENT)):
+                best, fewest, least = epoch, shared, error
+                if patience:
+                    weights = {k: v.clone() for k, v in self.network.state_dict().items()}
+            elif patience and epoch - best >= patience:
                 logger.info("RQ-VAE stopped after epoch %d: no improvement", epoch + 1)
                 break
+        if patience:
+            self.network.load_state_dict(weights)
+        for row in history:
+            row["kept"] = row["epoch"] == (best + 1 if patience else len(history))
         return history
 
     def _start_codebooks(self) -> None:
@@ -334,26 +345,29 @@ class _Training:
         batch = self.vectors[rows]  # (batch, projected dim)
         latents = network.encoder(batch)  # (batch, latent_dim)
         residual, quantized = latents, torch.zeros_like(latents)
-        zero = torch.zeros((), device=batch.device)
-        parts = {"codebook": zero, "commitment": zero}
-        if self.clusters:
-            parts["diversity"] = zero
+        parts: dict[str, Tensor] = {}
         for level, codebook in enumerate(network.codebooks):
             codes = self._assign(residual.detach(), level)
             chosen = F.embedding(codes, codebook)  # (batch, latent_dim)
-            parts["codebook"] = parts["codebook"] + _error(chosen, residual.detach())
-            parts["commitment"] = parts["commitment"] + _error(residual, chosen.detach())
+            losses = {
+                "codebook": self._error(chosen, residual.detach()),
+                "commitment": self._error(residual, chosen.detach()),
+            }
             if self.clusters:
-                parts["diversity"] = parts["diversity"] + diversity_loss(
+                losses["diversity"] = diversity_loss(
                     codes, codebook, self.clusters[level], self.generator
                 )
+            for name, loss in losses.items():
+                if settings.reduction == "mean":
+                    loss = loss / settings.n_levels
+                parts[name] = parts[name] + loss if level else loss
             quantized = quantized + chosen.detach()
             if settings.gradient == "ema":
                 self.moving[level].update(residual.detach(), codes)
             residual = residual - chosen.detach()
         through = rotate_through if settings.gradient == "rotation" else straight_through
         quantized = through(latents, quantized)
-        parts["reconstruction"] = _error(network.decoder(quantized), batch)
+        parts["reconstruction"] = self._error(network.decoder(quantized), batch)
         total = parts["reconstruction"] + settings.commitment * parts["commitment"]
         if settings.gradient != "ema":
             total = total + parts["codebook"]
@@ -363,6 +377,11 @@ class _Training:
             parts["collaborative"] = self._collaborative(quantized, rows)
             total = total + settings.collaborative_weight * parts["collaborative"]
         return {**parts, "total": total}
+
+    def _error(self, rows: Tensor, targets: Tensor) -> Tensor:
+        """Squared error, summed or averaged over dimensions, mean over rows."""
+        errors = (rows - targets) ** 2
+        return errors.mean() if self.settings.reduction == "mean" else errors.sum(dim=1).mean()
 
     def _assign(self, residual: Tensor, level: int) -> Tensor:
         codebook = self.network.codebooks[level].detach()
@@ -388,10 +407,11 @@ class _Training:
         return torch.cat([self.network.encoder(v) for v in self.vectors.split(_NETWORK_ROWS)])
 
     @torch.no_grad()
-    def _measure(self) -> tuple[Tensor, list[Tensor], list[float]]:
-        """Latents of all items, and per level which codes are used and the perplexity."""
+    def _measure(self) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
+        """Latents of all items, which codes of each level are used, and figures of the usage."""
         latents = self._encode_all()
         residuals, used, perplexity = latents, [], []
+        sids = torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
         for codebook in self.network.codebooks:
             codes = nearest_codes(residuals, codebook)
             counts = torch.bincount(codes, minlength=len(codebook))
@@ -399,7 +419,16 @@ class _Training:
             share = counts[counts > 0].double() / len(codes)
             used.append(counts > 0)
             perplexity.append(float(torch.exp(-(share * share.log()).sum())))
-        return latents, used, perplexity
+            sids = torch.unique(sids * len(codebook) + codes, return_inverse=True)[1]
+        return (
+            latents,
+            used,
+            {
+                "collision_rate": float((torch.bincount(sids)[sids] > 1).double().mean()),
+                "perplexity": perplexity,
+                "codes_used": [int(level.sum()) for level in used],
+            },
+        )
 
     @torch.no_grad()
     def _reset_dead_codes(self, residuals: Tensor, used: list[Tensor]) -> int:
@@ -438,11 +467,6 @@ class _Training:
         for value in self.optimizer.state.get(self.network.codebooks[level], {}).values():
             if value.dim() == 2:
                 value[codes] = 0.0
-
-
-def _error(rows: Tensor, targets: Tensor) -> Tensor:
-    """Squared error summed over dimensions, mean over rows."""
-    return ((rows - targets) ** 2).sum(dim=1).mean()
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrec.quantizers import collisions as module
+from genrec.quantizers import quantizer as quantizer_module
 from genrec.quantizers.collisions import (
     METHODS,
     has_item_tokens,
@@ -296,23 +297,37 @@ def test_minimal_costs_less_than_the_others():
 def test_identical_vectors_are_counted_by_value(monkeypatch: pytest.MonkeyPatch):
     vectors = np.array([[0.0], [-0.0], [1.0], [2.0], [2.0], [2.0]])
     assert identical_vectors(vectors) == identical_vectors(vectors.astype(np.float16)) == 5
-    monkeypatch.setattr(module, "BLOCK_ROWS", 2)
+    monkeypatch.setattr(quantizer_module, "BLOCK_CELLS", 2)
     assert identical_vectors(vectors) == 5
     many = np.random.default_rng(0).integers(0, 2, (20_000, 40)).astype(np.float32)
     _, counts = np.unique(many, axis=0, return_counts=True)
     assert identical_vectors(many) == counts[counts > 1].sum()
 
 
-def test_small_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("crowd", [False, True])
+def test_small_blocks_change_nothing(crowd: bool, monkeypatch: pytest.MonkeyPatch):
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(60, 3)).astype(np.float32)
     quantizer = random_quantizer((4, 4, 5), 3, 0)
     codes = quantizer.encode(vectors)
+    if crowd:  # prefixes that have to spill
+        codes[:] = codes[0]
     expected = resolve_collisions(quantizer, vectors, codes)
-    monkeypatch.setattr(module, "BLOCK_ROWS", 3)
+    assert crowd == (expected[2].spilled > 30)
+    costs, largest = type(quantizer).level_costs, []
+
+    def watched(self, latents: np.ndarray, prefix: np.ndarray, level: int) -> np.ndarray:
+        found = costs(self, latents, prefix, level)
+        largest.append(found.size)
+        return found
+
+    monkeypatch.setattr(type(quantizer), "level_costs", watched)
+    for holder in (module, quantizer_module):
+        monkeypatch.setattr(holder, "BLOCK_CELLS", 15)
     found = resolve_collisions(quantizer, vectors, codes)
     assert (found[0] == expected[0]).all()
     assert found[2].distortion_after == pytest.approx(expected[2].distortion_after, rel=1e-5)
+    assert max(largest) <= 25  # 15, or one prefix of five items to five codes
 
 
 def test_bad_input():

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genrec.quantizers import hierarchical_kmeans as module
 from genrec.quantizers.collisions import resolve_collisions
 from genrec.quantizers.hierarchical_kmeans import HierarchicalKMeans
 from genrec.quantizers.projection import Projection
@@ -157,3 +158,28 @@ def test_spill_into_clusters_that_do_not_exist(vectors: np.ndarray):
     assert sizes == (4, 4) and len(np.unique(new, axis=0)) == 16
     assert report.spilled >= 9 and math.isfinite(report.distortion_after)
     assert report.identical_vectors == 13 and report.largest_group == 13
+
+
+@pytest.mark.parametrize("max_fill", [None, 1.5])
+def test_large_clusters_are_fitted_on_a_sample(
+    vectors: np.ndarray, max_fill: float | None, monkeypatch: pytest.MonkeyPatch
+):
+    def error(tree: HierarchicalKMeans) -> float:
+        return float(((vectors - tree.decode(tree.encode(vectors))) ** 2).sum())
+
+    whole = HierarchicalKMeans.fit(vectors, (4, 4), max_fill=max_fill)
+    held, apply = [], Projection.apply
+
+    def watched(self: Projection, rows: np.ndarray) -> np.ndarray:
+        held.append(len(rows))
+        return apply(self, rows)
+
+    monkeypatch.setattr(module, "fit_rows", lambda size: 60)
+    monkeypatch.setattr(Projection, "apply", watched)
+    sampled = HierarchicalKMeans.fit(vectors, (4, 4), max_fill=max_fill)
+    assert max(held) == 60  # of 300
+    # All items go down the tree: its lowest clusters are as many as with all of them.
+    assert len(sampled.centroids[1]) == len(whole.centroids[1]) == 16
+    assert error(sampled) < 1.3 * error(whole)
+    again = HierarchicalKMeans.fit(vectors, (4, 4), max_fill=max_fill)
+    assert (again.encode(vectors) == sampled.encode(vectors)).all()

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrec.item_lists import ItemLists
+from genrec.quantizers import item_indexes as module
+from genrec.quantizers import neighbours
 from genrec.quantizers.item_indexes import (
     ItemCodes,
     _co_occurrence,
@@ -191,6 +193,24 @@ def test_links_count_sequences_not_purchases():
     graph = _co_occurrence(lists([0, 0, 1, 0], [1, 0], [2, 2], []), 3)
     assert graph.toarray().tolist() == [[0, 2, 0], [2, 0, 0], [0, 0, 0]]
     assert graph.nnz == 2
+
+
+def test_the_graph_keeps_strong_links_where_all_would_be_too_many(monkeypatch: pytest.MonkeyPatch):
+    # 0 and 1 meet three times, 0 and 2 twice, 2 and 3 once: with one link an item 0 keeps 1, and 2
+    # keeps 0, which links 0 to it, too.
+    sequences = lists([0, 1], [0, 1], [0, 1], [0, 2], [0, 2], [2, 3])
+    monkeypatch.setattr(module, "_LINKS", 4)
+    linked = _co_occurrence(sequences, 4).toarray()
+    assert linked.tolist() == [[0, 3, 2, 0], [3, 0, 0, 0], [2, 0, 0, 1], [0, 0, 1, 0]]
+    monkeypatch.setattr(module, "_LINKS", 8)
+    for rows in (1, 65_536):  # blocks change nothing
+        monkeypatch.setattr(neighbours, "_PAIR_ROWS", rows)
+        assert (_co_occurrence(sequences, 4).toarray() == linked).all()
+    dense = lists(*np.random.default_rng(0).integers(0, 30, (50, 8)).tolist())
+    monkeypatch.setattr(module, "_LINKS", 30 * 4)
+    graph = _co_occurrence(dense, 30)
+    assert graph.nnz <= 2 * 30 * 4 and abs(graph - graph.T).nnz == 0
+    assert (np.diff(graph.indptr) >= 4).all()
 
 
 def test_collaborative_stops_at_max_levels_and_says_so(caplog: pytest.LogCaptureFixture):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from genrec.quantizers import kmeans as module
+from genrec.quantizers import quantizer as quantizer_module
 from genrec.quantizers.kmeans import capped_prices, fit_rows, kmeans, nearest_codes
 from genrec.quantizers.quantizer import squared_distances
 
@@ -157,7 +158,7 @@ def test_nearest_codes_in_blocks(monkeypatch: pytest.MonkeyPatch):
     prices = np.array([0, 1, 2, 30, 4], np.float32)
     expected = (((rows[:, None] - centroids) ** 2).sum(-1) + prices).argmin(1)
     assert (nearest_codes(rows, centroids, prices) == expected).all()
-    monkeypatch.setattr(module, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(quantizer_module, "BLOCK_CELLS", 35)
     assert (nearest_codes(rows, centroids, prices) == expected).all()
 
 

@@ -14,6 +14,8 @@ def test_published_settings():
     assert PRESETS["letter"].hidden_sizes == (2048, 1024, 512, 256, 128, 64)
     assert PRESETS["letter"].collaborative_weight > 0 and PRESETS["letter"].diversity_weight > 0
     assert PRESETS["grid-rvq"].latent_dim is None
+    averaging = {name for name, settings in PRESETS.items() if settings.reduction == "mean"}
+    assert averaging == {"lc-rec", "letter", "mender"}
     assert PRESETS["mender"].standardize == "standard" and PRESETS["mender"].weight_decay == 0.1
 
 
@@ -65,6 +67,7 @@ def test_lists_become_tuples():
         ({"patience": -1}, "patience=-1"),
         ({"gradient": "gumbel"}, "gradient='gumbel' is none of straight-through, ema, rotation"),
         ({"standardize": "minmax"}, "standardize='minmax'"),
+        ({"reduction": "max"}, "reduction='max' is none of sum, mean"),
         ({"lr_schedule": "cosine"}, "lr_schedule='cosine'"),
         ({"diversity_weight": 0.1, "gradient": "ema"}, "diversity_weight"),
         ({"diversity_weight": 0.1, "codebook_size": 16, "gradient": "rotation"}, "use at most 8"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from genrec.quantizers import projection as module
+from genrec.quantizers import quantizer as quantizer_module
 from genrec.quantizers.projection import KINDS, Projection, sample_rows
 
 
@@ -143,7 +144,7 @@ def test_a_large_catalogue_is_sampled(
 def test_a_bad_row_is_named_even_if_it_is_not_in_the_sample(
     vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(module, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(quantizer_module, "BLOCK_CELLS", 16 * vectors.shape[1])
     bad = vectors.copy()
     bad[77, 1] = np.nan
     for seed in range(5):

@@ -164,7 +164,7 @@ def test_a_memory_map_and_other_float_types_encode_alike(name: str, tmp_path: Pa
 @each_kind
 def test_blocks_give_the_codes_of_one_block(name: str, monkeypatch: pytest.MonkeyPatch):
     codes = fitted(name).encode(vectors())
-    monkeypatch.setattr(module, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(module, "BLOCK_CELLS", 7 * DIM)
     assert (fitted(name).encode(vectors()) == codes).all()
 
 
@@ -187,7 +187,7 @@ def test_values_that_are_no_numbers_name_the_row(name: str, bad: float):
 
 
 def test_the_row_is_named_across_blocks(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(module, "BLOCK_CELLS", 7 * DIM)
     rows = vectors().copy()
     rows[100, 0] = np.nan
     with pytest.raises(ValueError, match="1 vectors hold NaN or inf, the first is row 100"):

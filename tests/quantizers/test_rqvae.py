@@ -1,15 +1,19 @@
 """RQ-VAE: training, and the quantizer that comes out of it."""
 
+import json
 import logging
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
-from genrec.quantizers.presets import RQVAESettings
+from genrec.quantizers.presets import RQVAESettings, preset
+from genrec.quantizers.quality import collision_rate
 from genrec.quantizers.residual_kmeans import ResidualKMeans
-from genrec.quantizers.rqvae import RQVAE
+from genrec.quantizers.rqvae import RQVAE, _Network, _Training
+from genrec.quantizers.rqvae_losses import collaborative_loss
 
 TINY = RQVAESettings(
     n_levels=3, codebook_size=(8, 8, 4), hidden_sizes=(16,), latent_dim=6, epochs=8, batch_size=64,
@@ -191,6 +195,79 @@ def test_patience_stops_early(vectors):
     still = replace(CODEBOOKS_ONLY, epochs=30, lr=1e-9, patience=4, dead_code_reset=False)
     assert len(fit(vectors, still).history) == 5  # the first epoch counts as an improvement
     assert len(fit(vectors, replace(still, patience=0, epochs=7)).history) == 7
+
+
+def test_patience_keeps_the_best_epoch(vectors):
+    """Steps that are far too long ruin codebooks that start from k-means."""
+    wild = replace(CODEBOOKS_ONLY, epochs=30, lr=0.5, lr_schedule="constant", patience=6,
+        dead_code_reset=False)  # fmt: skip
+    quantizer = fit(vectors, wild)
+    rates = [row["collision_rate"] for row in quantizer.history]
+    assert collision_rate(quantizer.encode(vectors)) == min(rates) < rates[-1]
+    kept = [row["epoch"] for row in quantizer.history if row["kept"]]
+    assert [rates[epoch - 1] for epoch in kept] == [min(rates)] and len(rates) == kept[0] + 6
+    last = fit(vectors, replace(wild, patience=0))
+    assert collision_rate(last.encode(vectors)) == last.history[-1]["collision_rate"] > min(rates)
+    assert [row["epoch"] for row in last.history if row["kept"]] == [30]
+    json.dumps(quantizer.history)  # a caller can store it
+
+
+def test_preset_losses_weigh_as_in_the_published_code(vectors, collaborative):
+    """LETTER's total, written out as its code has it: means over dimensions and over levels."""
+    settings = preset("letter", n_levels=2, codebook_size=8, hidden_sizes=(16,), latent_dim=6,
+        diversity_clusters=4, sinkhorn_epsilon=0.0)  # fmt: skip
+    assert settings.collaborative_weight == 0.01 and settings.diversity_weight == 1e-4
+    network = _Network(12, settings)
+    training = _Training(network, settings, torch.from_numpy(vectors), collaborative, seed=0)
+    training.clusters = [torch.arange(8) // 2] * 2  # pairs, so that partners aren't drawn
+    rows = torch.arange(64)
+    training._losses(rows)["total"].backward()
+    found = [parameter.grad.clone() for parameter in network.parameters()]
+    network.zero_grad()
+
+    x = torch.from_numpy(vectors[:64])
+    latents = network.encoder(x)
+    residual, quantized, level_losses = latents, 0, []
+    for book in network.codebooks:
+        codes = torch.cdist(residual, book).argmin(dim=1)
+        code = book[codes]
+        similar = (code @ book.T).scatter(1, codes[:, None], -torch.inf)
+        diversity = F.cross_entropy(similar, codes ^ 1)
+        commitment = F.mse_loss(code.detach(), residual)
+        codebook = F.mse_loss(code, residual.detach())
+        level_losses.append(codebook + 0.25 * commitment + 1e-4 * diversity)
+        residual, quantized = residual - code.detach(), quantized + code.detach()
+    quantized = latents + (quantized - latents).detach()
+    total = F.mse_loss(network.decoder(quantized), x) + torch.stack(level_losses).mean()
+    behaviour = torch.from_numpy(collaborative[:64])
+    total = total + 0.01 * collaborative_loss(quantized, behaviour, settings.temperature)
+    assert training._losses(rows)["total"].item() == pytest.approx(total.item(), rel=1e-5)
+    total.backward()
+    for ours, parameter in zip(found, network.parameters(), strict=True):
+        assert torch.allclose(ours, parameter.grad, rtol=1e-3, atol=1e-7)
+
+
+def test_a_large_catalogue_is_sampled(vectors, collaborative, monkeypatch):
+    guided = replace(TINY, collaborative_weight=1.0)
+    whole = fit(vectors, guided, collaborative=collaborative)
+    monkeypatch.setattr("genrec.quantizers.rqvae._FIT_ITEMS", 120)
+    seen = []
+    run = _Training.run
+
+    def watched(self, progress):
+        seen.append((self.vectors.numpy(), self.collaborative.numpy()))
+        return run(self, progress)
+
+    monkeypatch.setattr(_Training, "run", watched)
+    sampled = fit(vectors, guided, collaborative=collaborative)
+    rows, behaviour = seen[0]
+    assert rows.shape == (120, 12)
+    # Row by row the same items: each one's own behaviour beside its vector.
+    every = whole.projection.apply(vectors)
+    items = (rows[:, None] == every).all(-1).argmax(1)
+    assert (np.diff(items) > 0).all() and (collaborative[items] == behaviour).all()
+    assert unexplained(sampled, vectors) < unexplained(whole, vectors) + 0.2
+    assert (fit(vectors, guided, collaborative=collaborative).encode(vectors) == sampled.encode(vectors)).all()  # fmt: skip # noqa: E501
 
 
 def test_uniform_mapping_spreads_the_codes_of_skewed_items():
