@@ -22,8 +22,8 @@ fastest input: one relevant item a row, and five. With `--rectools`, a Python th
 (`pip install rectools` in an environment of its own), against RecTools' on the same lists.
 `max_abs_diff` is the largest difference of any user's metric from any of them.
 
-The last line is one JSON object. CPU only; needs the dev extra. Files lie below `--folder` (default:
-a temporary one) while it runs.
+The last line is one JSON object. CPU only; needs the dev extra. Files lie below `--folder`
+(default: a temporary one) while it runs.
 """
 
 from __future__ import annotations
