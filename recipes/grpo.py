@@ -60,9 +60,9 @@ from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 from genrec.embedding.vectors import COLLABORATIVE_VECTORS, content_vectors
 from genrec.evaluation.collapse import CollapseStop
-from genrec.evaluation.curves import CurvesPicture
 from genrec.evaluation.normalizer_choice import measure_normalizers
 from genrec.evaluation.reasoning_validation import ReasoningValidation
+from genrec.evaluation.training_picture import CurvesPicture
 from genrec.evaluation.validation import BeamValidation
 from genrec.group_losses import LOSSES, Loss
 from genrec.normalizers import NORMALIZERS, Normalizer, declared_normalizer

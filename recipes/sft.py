@@ -47,13 +47,13 @@ from genrec.config import check_choice, parse, run, training_fingerprint
 from genrec.data.splits import read_split
 from genrec.decoding.item_tokens import item_tokens, prepare_tokenizer
 from genrec.decoding.torch_engine import TorchEngine
-from genrec.evaluation.curves import CurvesPicture
 from genrec.evaluation.normalizer_choice import (
     NormalizerChoice,
     declared_by_hand,
     declared_unmeasured,
     measure_normalizers,
 )
+from genrec.evaluation.training_picture import CurvesPicture
 from genrec.evaluation.validation import BeamValidation
 from genrec.normalizers import NORMALIZERS, Normalizer
 from genrec.prompt_format import FORMATS, declare_format

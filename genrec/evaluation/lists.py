@@ -22,6 +22,8 @@ from genrec.metrics import EMPTY
 
 logger = logging.getLogger(__name__)
 
+_ROWS = 1 << 16  # lists looked through at once for seen items
+
 
 @dataclass(frozen=True)
 class RecommendedLists:
@@ -125,11 +127,15 @@ def align(
     picked = table.select(key, ITEM_ID, order, *extra)
     for name, dtype in types.items():
         picked = _cast(picked, name, dtype)
+    # Numbers for ids; null where the catalogue or the split doesn't know them.
+    known_items = catalog.select(ITEM_ID, pl.col(ITEM_INDEX).alias("_index"))
+    picked = picked.join(known_items, on=ITEM_ID, how="left", maintain_order="left")
+    numbers = split_rows.select(key).with_row_index("_split")
+    picked = picked.join(numbers, on=key, how="left", maintain_order="left")
+    _check_distinct(picked, key, catalog.height)
     lists = _ranked(picked, key, order)
-    lists = lists.join(
-        catalog.select(ITEM_ID, pl.col(ITEM_INDEX).alias("_index")), on=ITEM_ID, how="left"
-    )
-    _check_origin(lists, key, split_rows, bool(extra))
+    del picked  # a copy of every row
+    _check_origin(lists, key, bool(extra))
     place = rows.select(key).with_row_index("_row")
     known = lists.join(place, on=key, how="inner").filter(pl.col("_place") < k)
     items = np.full((rows.height, k), EMPTY, dtype=np.int64)
@@ -198,14 +204,25 @@ def _cast(table: pl.DataFrame, name: str, dtype: pl.DataType) -> pl.DataFrame:
     return table.with_columns(cast)
 
 
+def _check_distinct(table: pl.DataFrame, key: str, n_items: int) -> None:
+    numbered = pl.col("_split").is_not_null() & pl.col("_index").is_not_null()
+    known = table.filter(numbered).select(
+        pl.col("_split").cast(pl.Int64) * n_items + pl.col("_index")
+    )
+    codes = np.sort(known.to_series().to_numpy())  # a tenth of the memory of a check by ids
+    twice = pl.struct(key, ITEM_ID).is_duplicated()
+    rest = table.filter(~numbered)
+    if not (codes[1:] == codes[:-1]).any() and not rest.select(twice).to_series().any():
+        return
+    example = table.filter(twice).row(0, named=True)
+    raise ValueError(
+        f"{key} {example[key]!r} is recommended item {example[ITEM_ID]!r} more than once; "
+        "items of a list must be distinct"
+    )
+
+
 def _ranked(table: pl.DataFrame, key: str, order: str) -> pl.DataFrame:
     """Add `_place`, 0 for the best item of a list, and `_tied`, whether another has its score."""
-    if (twice := table.select(pl.struct(key, ITEM_ID).is_duplicated()).to_series()).any():
-        example = table.filter(twice).row(0, named=True)
-        raise ValueError(
-            f"{key} {example[key]!r} is recommended item {example[ITEM_ID]!r} more than once; "
-            "items of a list must be distinct"
-        )
     items = table[ITEM_ID].unique().sort()
     lot = np.random.default_rng(0).permutation(len(items))
     drawn = pl.DataFrame([items, pl.Series("_lot", lot)])
@@ -227,8 +244,8 @@ def _ranked(table: pl.DataFrame, key: str, order: str) -> pl.DataFrame:
     return table
 
 
-def _check_origin(lists: pl.DataFrame, key: str, split_rows: pl.DataFrame, has_index: bool) -> None:
-    strangers = lists.select(key).unique().join(split_rows.select(key), on=key, how="anti")
+def _check_origin(lists: pl.DataFrame, key: str, has_index: bool) -> None:
+    strangers = lists.filter(pl.col("_split").is_null()).select(key).unique(maintain_order=True)
     found = lists[key].n_unique()
     # Users without a row in the split are normal in other systems' output; unknown row ids are not.
     if strangers.height and (key == ROW_ID or strangers.height == found):
@@ -260,11 +277,15 @@ def check_unseen(items: npt.NDArray[np.int64], seen: ItemLists, n_items: int) ->
         seen: seen items of each row.
         n_items: size of the catalogue.
     """
-    keys = np.arange(len(items))[:, None] * n_items + items
-    again = contains(seen.keys(n_items), keys) & (items != EMPTY)
-    if again.any():
+    known, again = seen.keys(n_items), 0
+    for start in range(0, len(items), _ROWS):
+        block = items[start : start + _ROWS]
+        rows = np.arange(start, start + len(block))[:, None]
+        met = contains(known, rows * n_items + block) & (block != EMPTY)
+        again += int(met.any(axis=1).sum())
+    if again:
         raise ValueError(
-            f"{int(again.any(axis=1).sum())} of {len(items)} lists hold items the user has seen "
+            f"{again} of {len(items)} lists hold items the user has seen "
             "already, but filter_seen is true; filter the lists, or evaluate with "
             "--filter_seen false"
         )

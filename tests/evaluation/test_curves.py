@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from genrec.evaluation import curves
-from genrec.evaluation.curves import CurvesPicture, training_curves, write_curves
+from genrec.evaluation.curves import training_curves, write_curves
+from genrec.evaluation.training_picture import CurvesPicture
 
 VALIDATION = [
     {"step": step, "epoch": step / 10, "hr@10": 0.1 + step / 1000, "ndcg@10": 0.05 + step / 2000}
@@ -111,3 +114,13 @@ def test_one_process_draws(tmp_path: Path, main: bool):
     state = TrainerState(log_history=LOG, is_world_process_zero=main)
     picture.on_train_end(TrainingArguments(str(tmp_path)), state, TrainerControl())
     assert (tmp_path / "curves.svg").exists() == main
+
+
+def test_pages_load_neither_torch_nor_transformers():
+    """They would cost an evaluation many seconds before its first line."""
+    code = (
+        "import sys, genrec.evaluation.pages, genrec.evaluation.suite;"
+        "sys.exit(str({'torch', 'transformers'} & set(sys.modules)).replace('set()', ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == "", done.stderr
