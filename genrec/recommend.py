@@ -489,12 +489,7 @@ class Recommender:
             ValueError: as there.
         """
         self.require_family(REASONING)
-        engine = self.engine
-        if not isinstance(engine, TorchEngine):
-            raise ValueError(
-                f"chains are sampled in process, which {type(engine).__name__} doesn't offer; load "
-                "the run with engine='torch'"
-            )
+        engine = self.writing_engine()
         least = FAMILIES[REASONING].least_history
         if short := [i for i, history in enumerate(histories) if len(history) < least]:
             raise ValueError(
@@ -542,6 +537,19 @@ class Recommender:
     def _chain_reader(self) -> ChainReader:
         assert isinstance(self.semantic_ids, SemanticIds), "titles are refused before"
         return ChainReader.of_run(self.semantic_ids, self.catalog, self.renderer.folder)
+
+    def writing_engine(self) -> TorchEngine:
+        """The engine, where it can sample text.
+
+        Raises:
+            ValueError: it is one of vLLM's.
+        """
+        if not isinstance(self.engine, TorchEngine):
+            raise ValueError(
+                f"texts and chains are sampled in process, which {type(self.engine).__name__} "
+                "doesn't offer; load the run with engine='torch'"
+            )
+        return self.engine
 
     def require_family(self, family: str) -> None:
         """Raise ValueError if the model was not trained on a task family."""

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from genrec.decoding.free_text import TextSampling, sample_texts
-from genrec.decoding.torch_engine import TorchEngine
 from genrec.grounding import TextGrounder
 from genrec.modeling import encode_prompts
 from genrec.recommend import Recommender
@@ -69,12 +68,7 @@ def recommend_in_words(
             shorter than any it was trained on or holds an unknown item; and as `ground`.
     """
     recommender.require_family(TO_TITLE)
-    engine = recommender.engine
-    if not isinstance(engine, TorchEngine):
-        raise ValueError(
-            f"texts are sampled in process, which {type(engine).__name__} doesn't offer; load the "
-            "run with engine='torch'"
-        )
+    engine = recommender.writing_engine()
     rows = [recommender.rows_of(history) for history in histories]
     least = FAMILIES[TO_TITLE].least_history
     if short := [len(own) for own in rows if len(own) < least]:

@@ -5,6 +5,8 @@ that is not in explain's sample has no chains, and its record says so. A record 
 pseudonym and files by hash. What replay needs and the record must not hold (user id, history,
 prompt, chains that cite the history) is its payload, which can be erased. The recommended items
 stay in the record: treat it as pseudonymous data.
+
+Longer than other modules: a record is written and opened again by what stands here side by side.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ five settings. A value at its grid's edge, which of two every value is, is repor
 
 Deviations from the papers: pre-norm and GELU in both; positions count from a window's start;
 logits are computed only where something is predicted, not on padding.
+
+Longer than other modules: model, losses, training and lists differ by one flag, `causal`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ dataset share it:
     <cache>/<split hash>/<name>-tuned-<hash>.json   chosen settings, for any rows and list length
     <cache>/<split hash>/training-<n>-items-v<version>/   SASRec's and BERT4Rec's states: a killed
         training goes on from its own, and lists of trained models cost seconds
+
+Longer than other modules: what a baseline is fitted on, tuned on and cached under has to be the
+same for all, and is seen to be so in one place.
 """
 
 from __future__ import annotations
