@@ -50,7 +50,7 @@ READ_BY = {
     "codebook_sizes": QUANTIZERS, "collisions": QUANTIZERS,
     "standardize": KMEANS, "pca_dim": KMEANS, "n_init": KMEANS, "max_fill": KMEANS,
     "normalize_residuals": ("residual-kmeans",), "rotate": ("product",),
-    "preset": ("rqvae",), "epochs": ("rqvae",), "rqvae_options": ("rqvae",),
+    "preset": ("rqvae",), "epochs": ("rqvae",), "rqvae_options": ("rqvae",), "device": ("rqvae",),
     "branching": ("collaborative", "hybrid"), "leaf_size": ("collaborative", "hybrid"),
     "index": ("import",), "index_offset": ("import",),
 }  # fmt: skip
@@ -89,7 +89,7 @@ class QuantizeArgs:
     epochs: int | None = None  # null: the preset's; published ones are thousands
     # Further fields of RQVAESettings as name=value: gradient=ema, dead_code_reset=true, patience=5
     rqvae_options: list[str] = field(default_factory=list)
-    device: str | None = None
+    device: str | None = None  # that it trains on; null: a GPU where there is one
     # collaborative, hybrid: children of a cluster, and items of a cluster that is cut no further
     branching: int = 20
     leaf_size: int = 256
@@ -299,7 +299,7 @@ def extended_map(
         if n_new:
             codes[~known] = place_items(
                 quantizer, vectors[~known], taken, old.codebook_sizes,
-                has_item_tokens(taken, old.codebook_sizes),
+                has_item_tokens(taken, old.codebook_sizes), seed,
             )  # fmt: skip
     elif method in INDEXES and method != "semantic":
         codes[~known] = next_codes(method, taken, old.codebook_sizes, n_new, seed)

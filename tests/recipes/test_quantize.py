@@ -100,6 +100,7 @@ def test_every_method_gives_a_complete_map(quantize, shop: Path, method: str, fl
     [
         (["--method", "rqvae", "--max_fill", "1.5"], "max_fill is no setting of method=rqvae"),
         (["--method", "random", "--collisions", "suffix"], "collisions is no setting of method="),
+        (["--device", "cuda"], "device is no setting of method=residual-kmeans, but of rqvae"),
         (["--preset", "tiger"], "preset is no setting of method=residual-kmeans, but of rqvae"),
         (["--method", "rqvae", "--rqvae_options", "patience"], "must read name=value"),
         (["--method", "rqvae", "--rqvae_options", "speed=3"], "speed: no such setting"),
