@@ -1,8 +1,8 @@
-"""How much memory, time and money will lists for N users take? An estimate, before anything runs.
+r"""How much memory, time and money will lists for N users take? An estimate, before anything runs.
 
     genrec plan --model qwen3-0.6b --n_items 1000000 --n_users 10000000 --hardware h100-80
     genrec plan --run_dir runs/mine --hardware l4-24 --price_per_hour 0.8 --devices 4
-    genrec plan --model models/mine --hardware own --tflops 150 --tflops_float32 40 \\
+    genrec plan --model models/mine --hardware own --tflops 150 --tflops_float32 40 \
         --bandwidth 900 --memory 48
 
 `model` is a named shape or a folder with a Hugging Face config.json. With `run_dir` the model, the
