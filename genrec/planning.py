@@ -3,8 +3,9 @@
 Counts floating-point operations and bytes of constrained beam search as the engines do it: the
 prompt is prefilled once per user, and all beams share its keys and values. Time is a roofline
 (Williams et al. 2009): each phase takes the longer of its arithmetic and its memory traffic, both
-at a stated share of the hardware's peak, that of float32 where the engine computes in it. Overheads (tokenising, masks, kernel launches, writing)
-are in that share and nowhere else: an estimate, to be replaced by a measured rate.
+at a stated share of the hardware's peak (float32's where the engine computes in it). Overheads
+(tokenising, masks, kernel launches, writing) are in that share and nowhere else: an estimate, to be
+replaced by a measured rate.
 
 Longer than other modules, since the formulae refer to each other.
 """

@@ -76,13 +76,7 @@ class PlanArgs:
             check_choice("normalizer", self.normalizer, NORMALIZERS)
         check_choice("dtype", self.dtype, BYTES)
         check_choice("hardware", self.hardware, (*HARDWARE, "own"))
-        if self.engine == "vllm":
-            raise ValueError(
-                "engine=vllm makes a request of each beam and level, whose overhead decides its "
-                "rate and no roofline tells; plan --engine vllm-inworker, or make lists for some "
-                "users with it: --run_dir then shows the measured rate"
-            )
-        check_choice("engine", self.engine, ("torch", "vllm-inworker"))
+        check_engine(self.engine)
         if self.model_stage is not None:
             check_choice("model_stage", self.model_stage, ("sft", "grpo"))
         for name in ("run_dir", "model"):
@@ -92,22 +86,38 @@ class PlanArgs:
             raise ValueError(f"give --run_dir, or --model: a folder or one of {', '.join(SHAPES)}")
         if self.k < 1 or (self.beam_width is not None and self.beam_width < self.k):
             raise ValueError(f"k={self.k} must lie between 1 and beam_width={self.beam_width}")
-        for name in ("memory", "bandwidth", "tflops"):
-            value = getattr(self, name)
-            if value is None and self.hardware == "own":
-                raise ValueError(f"--hardware own needs --{name}")
-        half = self.engine == "torch" and self.dtype != "float32"
-        if self.hardware == "own" and half and self.tflops_float32 is None:
-            raise ValueError(
-                f"--hardware own needs --tflops_float32: with {self.dtype} the torch engine still "
-                "scores items in float32"
-            )
+        check_own_hardware(self)
         for name in ("prompt_tokens", "n_items", "n_users", "batch_size", "devices"):
             value = getattr(self, name)
             if value is not None and not value >= 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.price_per_hour is not None and not self.price_per_hour >= 0:
             raise ValueError(f"price_per_hour={self.price_per_hour} must be at least 0")
+
+
+def check_engine(engine: str) -> None:
+    """Reject an engine that the estimate is not for."""
+    if engine == "vllm":
+        raise ValueError(
+            "engine=vllm makes a request of each beam and level, whose overhead decides its rate "
+            "and no roofline tells; plan --engine vllm-inworker, or make lists for some users with "
+            "it: --run_dir then shows the measured rate"
+        )
+    check_choice("engine", engine, ("torch", "vllm-inworker"))
+
+
+def check_own_hardware(args: PlanArgs) -> None:
+    """Reject a device of one's own without the peaks that the estimate needs."""
+    if args.hardware != "own":
+        return
+    for name in ("memory", "bandwidth", "tflops"):
+        if getattr(args, name) is None:
+            raise ValueError(f"--hardware own needs --{name}")
+    if args.engine == "torch" and args.dtype != "float32" and args.tflops_float32 is None:
+        raise ValueError(
+            f"--hardware own needs --tflops_float32: with {args.dtype} the torch engine still "
+            "scores items in float32"
+        )
 
 
 def facts_of_run(args: PlanArgs) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def test_a_roofline_by_hand():
 
 
 def test_the_head_runs_at_the_peak_of_float32():
-    """The torch engine scores in it whatever the model's dtype; sixteen bits are no faster there."""
+    """The torch engine scores in it whatever the dtype; sixteen bits are no faster there."""
     half = replace(WORK, dtype="bfloat16")
     heads = [1600 * n for n in (1, 4, 5)]  # 2 * 8 * 100 columns a beam
     assert [p.in_float32 for p in phases(SMALL, half)] == heads
