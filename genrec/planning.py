@@ -3,8 +3,9 @@
 Counts floating-point operations and bytes of constrained beam search as the engines do it: the
 prompt is prefilled once per user, and all beams share its keys and values. Time is a roofline
 (Williams et al. 2009): each phase takes the longer of its arithmetic and its memory traffic, both
-at a stated share of the hardware's peak. Overheads (tokenising, masks, kernel launches, writing)
-are in that share and nowhere else: an estimate, to be replaced by a measured rate.
+at a stated share of the hardware's peak (float32's where the engine computes in it). Overheads
+(tokenising, masks, kernel launches, writing) are in that share and nowhere else: an estimate, to be
+replaced by a measured rate.
 
 Longer than other modules, since the formulae refer to each other.
 """
@@ -131,8 +132,9 @@ class Workload:
         normalizer: "full" needs a logit for each token of the vocabulary, "level" and "trie" for
             the level's codes alone.
         dtype: of the weights and the cache.
-        head_columns: "needed" counts the columns that the normaliser needs, "all" the whole
-            vocabulary in any case, for an engine that computes all of it.
+        head_columns: "needed" counts the columns that the normaliser needs, in float32 as the torch
+            engine computes them whatever the dtype; "all" the whole vocabulary in any case and in
+            the dtype, for an engine that computes all of it.
     """
 
     beam_width: int
@@ -194,10 +196,12 @@ class Phase:
     Attributes:
         flops: floating-point operations.
         traffic: bytes read of the user's cache.
+        in_float32: those of the operations that are computed in float32 whatever the dtype.
     """
 
     flops: float
     traffic: float
+    in_float32: float = 0.0
 
 
 def phases(model: ModelShape, work: Workload) -> list[Phase]:
@@ -212,7 +216,9 @@ def phases(model: ModelShape, work: Workload) -> list[Phase]:
     width = model.layers * model.heads * model.head_dim
     prompt, size = work.prompt_tokens, BYTES[work.dtype]
     head = 2 * model.hidden * work.columns(0, model.vocab)
-    found = [Phase(2 * model.block_parameters * prompt + 2 * width * prompt**2 + head, 0.0)]
+    exact = float(work.head_columns == "needed")
+    blocks = 2 * model.block_parameters * prompt + 2 * width * prompt**2
+    found = [Phase(blocks + head, 0.0, exact * head)]
     decoded = 0
     for level in range(1, work.levels):
         beams = work.beams(level - 1)
@@ -220,7 +226,7 @@ def phases(model: ModelShape, work: Workload) -> list[Phase]:
         seen = prompt + decoded
         head = 2 * model.hidden * work.columns(level, model.vocab) * beams
         flops = 2 * model.block_parameters * beams + 4 * width * beams * seen + head
-        found.append(Phase(flops, model.kv_numbers * size * seen))
+        found.append(Phase(flops, model.kv_numbers * size * seen, exact * head))
     return found
 
 
@@ -315,7 +321,8 @@ def estimate(
     """Memory, rate and cost of a workload.
 
     A batch of U users takes, per phase, ``max(U·flops / (peak·u), (weights + U·traffic) /
-    (bandwidth·u))`` seconds with u the utilisation: the weights are read once per pass.
+    (bandwidth·u))`` seconds with u the utilisation: the weights are read once per pass. Operations
+    in float32 are divided by its own peak.
 
     Args:
         model: sizes of the decoder.
@@ -336,7 +343,8 @@ def estimate(
             if devices < 1
             else f"devices={devices} must be at most {MOST_DEVICES:,}"
         )
-    _check_hardware(hardware, work.dtype)
+    passes = phases(model, work)
+    _check_hardware(hardware, work.dtype, any(phase.in_float32 for phase in passes))
     weights, trie = model.parameters * BYTES[work.dtype], trie_bytes(work)
     per_user = user_bytes(model, work)
     each, one = sum(per_user.values()), normaliser_bytes(model, work, 1)
@@ -354,10 +362,12 @@ def estimate(
     users = min(largest, 64) if batch is None else batch
     if not 1 <= users <= largest:
         raise ValueError(f"batch={users} must lie between 1 and the {largest} users that fit")
-    peak, seconds, limited = hardware.flops[work.dtype] * utilisation, 0.0, 0.0
-    passes = phases(model, work)
+    seconds = limited = 0.0
     for phase in passes:
-        compute = users * phase.flops / peak
+        compute = (phase.flops - phase.in_float32) / hardware.flops[work.dtype]
+        if phase.in_float32:
+            compute += phase.in_float32 / hardware.flops["float32"]
+        compute *= users / utilisation
         moving = (weights + users * phase.traffic) / (hardware.bandwidth * utilisation)
         seconds += max(compute, moving)
         limited += max(compute, moving) if compute >= moving else 0.0
@@ -378,13 +388,16 @@ def estimate(
     )
 
 
-def _check_hardware(hardware: Hardware, dtype: str) -> None:
+def _check_hardware(hardware: Hardware, dtype: str, in_float32: bool) -> None:
     """Raise ValueError unless the peaks are numbers that a device can have."""
-    for name, value, unit in (
+    stated = [
         ("memory", hardware.memory / 1e9, "GB"),
         ("bandwidth", hardware.bandwidth / 1e9, "GB/s"),
         ("tflops", hardware.flops.get(dtype, 0) / 1e12, "TFLOP/s"),
-    ):
+    ]
+    if in_float32 and dtype != "float32":
+        stated.append(("tflops_float32", hardware.flops.get("float32", 0) / 1e12, "TFLOP/s"))
+    for name, value, unit in stated:
         if not 0 < value:
             raise ValueError(f"{name}={value} must be above 0 ({unit})")
         if not 1e-6 <= value <= 1e9:

@@ -1,8 +1,9 @@
-"""How much memory, time and money will lists for N users take? An estimate, before anything runs.
+r"""How much memory, time and money will lists for N users take? An estimate, before anything runs.
 
     genrec plan --model qwen3-0.6b --n_items 1000000 --n_users 10000000 --hardware h100-80
     genrec plan --run_dir runs/mine --hardware l4-24 --price_per_hour 0.8 --devices 4
-    genrec plan --model models/mine --hardware own --tflops 150 --bandwidth 900 --memory 48
+    genrec plan --model models/mine --hardware own --tflops 150 --tflops_float32 40 \
+        --bandwidth 900 --memory 48
 
 `model` is a named shape or a folder with a Hugging Face config.json. With `run_dir` the model, the
 semantic ids, the catalogue and the length of prompts (of validation rows) are that run's, and where
@@ -62,11 +63,12 @@ class PlanArgs:
     memory: float | None = None  # GB, of one device
     bandwidth: float | None = None  # GB/s
     tflops: float | None = None  # peak in `dtype`, dense
+    tflops_float32: float | None = None  # that in float32, in which the torch engine scores items
     price_per_hour: float | None = None  # of one device, in your currency
     devices: int = 1
     utilisation: float = 0.4  # share of the peaks that is reached; an assumption
     batch_size: int | None = None  # users decoded together; default the most that fit, up to 64
-    head_columns: str = "needed"  # all: the engine computes every logit whatever the normaliser
+    engine: str = "torch"  # torch or vllm-inworker
 
     def __post_init__(self) -> None:
         """Reject settings that can't work."""
@@ -74,7 +76,7 @@ class PlanArgs:
             check_choice("normalizer", self.normalizer, NORMALIZERS)
         check_choice("dtype", self.dtype, BYTES)
         check_choice("hardware", self.hardware, (*HARDWARE, "own"))
-        check_choice("head_columns", self.head_columns, ("needed", "all"))
+        check_engine(self.engine)
         if self.model_stage is not None:
             check_choice("model_stage", self.model_stage, ("sft", "grpo"))
         for name in ("run_dir", "model"):
@@ -84,16 +86,38 @@ class PlanArgs:
             raise ValueError(f"give --run_dir, or --model: a folder or one of {', '.join(SHAPES)}")
         if self.k < 1 or (self.beam_width is not None and self.beam_width < self.k):
             raise ValueError(f"k={self.k} must lie between 1 and beam_width={self.beam_width}")
-        for name in ("memory", "bandwidth", "tflops"):
-            value = getattr(self, name)
-            if value is None and self.hardware == "own":
-                raise ValueError(f"--hardware own needs --{name}")
+        check_own_hardware(self)
         for name in ("prompt_tokens", "n_items", "n_users", "batch_size", "devices"):
             value = getattr(self, name)
             if value is not None and not value >= 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.price_per_hour is not None and not self.price_per_hour >= 0:
             raise ValueError(f"price_per_hour={self.price_per_hour} must be at least 0")
+
+
+def check_engine(engine: str) -> None:
+    """Reject an engine that the estimate is not for."""
+    if engine == "vllm":
+        raise ValueError(
+            "engine=vllm makes a request of each beam and level, whose overhead decides its rate "
+            "and no roofline tells; plan --engine vllm-inworker, or make lists for some users with "
+            "it: --run_dir then shows the measured rate"
+        )
+    check_choice("engine", engine, ("torch", "vllm-inworker"))
+
+
+def check_own_hardware(args: PlanArgs) -> None:
+    """Reject a device of one's own without the peaks that the estimate needs."""
+    if args.hardware != "own":
+        return
+    for name in ("memory", "bandwidth", "tflops"):
+        if getattr(args, name) is None:
+            raise ValueError(f"--hardware own needs --{name}")
+    if args.engine == "torch" and args.dtype != "float32" and args.tflops_float32 is None:
+        raise ValueError(
+            f"--hardware own needs --tflops_float32: with {args.dtype} the torch engine still "
+            "scores items in float32"
+        )
 
 
 def facts_of_run(args: PlanArgs) -> dict[str, Any]:
@@ -130,8 +154,9 @@ def make_hardware(args: PlanArgs) -> Hardware:
         device = replace(device, memory=args.memory * 1e9)
     if args.bandwidth is not None:
         device = replace(device, bandwidth=args.bandwidth * 1e9)
-    if args.tflops is not None:
-        device = replace(device, flops={args.dtype: args.tflops * 1e12})
+    for dtype, peak in (("float32", args.tflops_float32), (args.dtype, args.tflops)):
+        if peak is not None:
+            device = replace(device, flops={**device.flops, dtype: peak * 1e12})
     return replace(device, price=args.price_per_hour)
 
 
@@ -149,7 +174,10 @@ def make_workload(args: PlanArgs, facts: dict[str, Any]) -> Workload:
         beam_width=default_beam_width(args.k) if args.beam_width is None else args.beam_width,
         n_users=args.n_users,
         dtype=args.dtype,
-        head_columns=args.head_columns,
+        # In vLLM's worker the full normaliser is that of all logits, in the model's dtype.
+        head_columns="all"
+        if args.engine != "torch" and found["normalizer"] == "full"
+        else "needed",
         **found,
     )
 
@@ -169,6 +197,7 @@ def lines(
             f"{work.beam_width}, {work.levels} levels, {work.n_items:,} items, scores over "
             f"{work.normalizer}",
         ),
+        ("engine", args.engine),
         ("device", f"{args.hardware}{many}, {args.utilisation:.0%} of its peaks assumed"),
         ("weights", f"{made.weights / 1e9:,.2f} GB"),
         ("trie", f"{made.trie / 1e6:,.1f} MB at most"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,13 +82,18 @@ def test_a_run_and_its_measured_rate(plan, run_dir: Path):
 def test_own_hardware(plan):
     flags = ["--model", "qwen3-0.6b", "--n_items", "9", "--prompt_tokens", "50"]
     own = "--hardware own --memory 4 --bandwidth 100 --tflops 10".split()
-    device = Hardware(4e9, 1e11, {"bfloat16": 1e13})
+    own += ["--tflops_float32", "2"]
+    device = Hardware(4e9, 1e11, {"bfloat16": 1e13, "float32": 2e12})
     work = Workload(50, (256,) * 3, 50, 9, 1_000_000)
     made = estimate(SHAPES["qwen3-0.6b"], work, device)
     said = plan(*flags, *own)
     assert f"{made.largest_batch:,} users in 90%" in said
     assert f"{made.users_per_s:,.1f} users/s" in said
-    for left_out in ("memory", "bandwidth", "tflops"):
+    work = replace(work, head_columns="all")
+    made = estimate(SHAPES["qwen3-0.6b"], work, device)
+    said = plan(*flags, *own[:-2], "--engine", "vllm-inworker")
+    assert f"{made.users_per_s:,.1f} users/s" in said and "vllm-inworker" in said
+    for left_out in ("memory", "bandwidth", "tflops", "tflops_float32"):
         at = own.index(f"--{left_out}")
         said = plan(*flags, *own[:at], *own[at + 2 :], fails=True)
         assert f"--hardware own needs --{left_out}" in said
@@ -111,6 +117,8 @@ WHOLE = "--model qwen3-4b --prompt_tokens 9 --n_items 9".split()
         ([*WHOLE, "--tflops", "-1"], "tflops=-1.0 must be above 0"),
         (["--model", "qwen3-4b", "--price_per_hour", "-1"], "price_per_hour=-1.0 must be at least"),
         (["--model", ""], "model is empty"),
+        ([*WHOLE, "--engine", "vllm"], "engine=vllm makes a request of each beam and level"),
+        ([*WHOLE, "--engine", "tpu"], "engine='tpu' is not known"),
         (["--model", "qwen3-4b", "--n_items", "0"], "n_items=0 must be at least 1"),
         (["--model", "qwen3-4b", "--prompt_tokens", "nan"], "prompt_tokens=nan must be at least 1"),
         ([*WHOLE, "--prompt_tokens", "1e300"], "prompt_tokens=1e+300 must be at most"),
