@@ -8,7 +8,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "genrec"
 ORDER = [
     "columns", "item_lists", "artifacts", "normalizers", "page", "svg", "metrics", "data",
-    "embedding", "quantizers", "semantic_ids", "chains", "prompts", "title_ids", "tasks",
+    "embedding", "quantizers", "semantic_ids", "map_extension", "chains", "prompts",
+    "title_ids", "tasks",
     "chain_reader", "prompt_format", "title_index", "sharding", "modeling", "adapters",
     "averaging", "training_data", "decoding", "supervised_head", "sft_trainer", "reasoning",
     "grounding", "rewards", "chain_rewards", "advantages", "rollout_groups", "group_losses",

@@ -138,6 +138,7 @@ def place_items(
     taken: npt.NDArray[np.integer],
     codebook_sizes: tuple[int, ...],
     item_tokens: bool = False,
+    wanted: npt.NDArray[np.integer] | None = None,
 ) -> CodeArray:
     """Codes of new items, none of them taken, none shared, nothing else moved.
 
@@ -148,6 +149,8 @@ def place_items(
         codebook_sizes: the map's: the quantizer's, and a level of suffixes or item tokens if it
             has one.
         item_tokens: the last level holds item tokens, see `has_item_tokens`.
+        wanted: codes that the items shall have as far as they are free, (n_new, n_levels); default:
+            the quantizer's. Not for maps with a level of suffixes or item tokens.
 
     Returns:
         (n_new, n_levels) int32.
@@ -173,7 +176,8 @@ def place_items(
             "belong together"
         )
     check_capacity(len(taken) + len(vectors), sizes)
-    codes = np.concatenate([taken, quantizer.encode(vectors)]).astype(np.int32)
+    own = quantizer.encode(vectors) if wanted is None else wanted
+    codes = np.concatenate([taken, own]).astype(np.int32)
     _Placement(quantizer, vectors, codes, n_fixed=len(taken)).make_distinct()
     assert not shared_rows(codes).any()
     return codes[len(taken) :]
