@@ -28,12 +28,14 @@ import numpy as np
 import polars as pl
 import yaml
 
-from genrec.artifacts import Stage, load_manifest, require, sha256_file, stage_folder, write_json
-from genrec.columns import CATEGORIES, HISTORY, ITEM_ID, TARGET
+from genrec.artifacts import Stage, load_manifest, sha256_file, stage_folder, write_json
+from genrec.columns import HISTORY, ITEM_ID, TARGET
 from genrec.config import check_choice, dataset_path, parse, run
 from genrec.data.splits import read_split
 from genrec.decoding.trie import FOLDER, SidTrie
 from genrec.item_lists import ItemLists
+from genrec.map_extension import IMPORTED, QUANTIZER_FILE, extended_map
+from genrec.quantizers.category_names import CategoryNames, rootless_paths
 from genrec.semantic_ids import TITLES, SemanticIds, map_kind
 from genrec.title_ids import LEAST_BYTES, TitleIds
 
@@ -44,7 +46,7 @@ QUANTIZERS = (*KMEANS, "rqvae")
 INDEXES = ("random", "sequential", "collaborative", "independent", "semantic", "hybrid")
 COLLISIONS = ("minimal", "sinkhorn", "suffix", "item-token")
 METHODS = (*QUANTIZERS, *INDEXES, "import", "title")
-QUANTIZER_FILE = "quantizer.safetensors"
+LISTED = 100  # groups of items that quality.json names
 # Settings that only some methods read; of all others a value would be overlooked.
 READ_BY = {
     "codebook_sizes": QUANTIZERS, "collisions": QUANTIZERS,
@@ -53,8 +55,8 @@ READ_BY = {
     "preset": ("rqvae",), "epochs": ("rqvae",), "rqvae_options": ("rqvae",), "device": ("rqvae",),
     "branching": ("collaborative", "hybrid"), "leaf_size": ("collaborative", "hybrid"),
     "index": ("import",), "index_offset": ("import",),
+    "import_collisions": ("import",), "import_missing": ("import",),
 }  # fmt: skip
-SAME_SPACE = 0.5  # share of old items whose vectors still give their first code, at least
 
 
 @dataclass
@@ -96,6 +98,8 @@ class QuantizeArgs:
     # import
     index: str | None = None  # index.json
     index_offset: int | None = None  # item id = key + offset; 1 if the file counts from 0
+    import_collisions: str = "resolve"  # items that share a SID: resolve, or refuse such a file
+    import_missing: str = "refuse"  # items that it lacks: refuse, or place them by their vectors
     data_dir: str | None = None
     max_title_bytes: int = 120  # title: longer ones are cut; a byte is a token at most
     # A later catalogue: the run whose SIDs stay; new items are placed by its quantizer
@@ -108,6 +112,8 @@ class QuantizeArgs:
         check_choice("method", self.method, METHODS)
         check_choice("collisions", self.collisions, COLLISIONS)
         check_choice("standardize", self.standardize, ("scale", "standard", "whiten", "none"))
+        check_choice("import_collisions", self.import_collisions, ("resolve", "refuse"))
+        check_choice("import_missing", self.import_missing, ("refuse", "place"))
         check_choice("report_map", self.report_map, ("tsne", "pca"))
         for name, low in (("n_levels", 1), ("codebook_size", 2), ("n_init", 1), ("branching", 2),
             ("leaf_size", 2), ("pca_dim", 1), ("epochs", 1)):  # fmt: skip
@@ -227,7 +233,8 @@ def index_codes(
     elif args.method == "independent":
         found = item_indexes.independent_index(n_items, args.spare)
     elif args.method == "semantic":
-        found = item_indexes.semantic_index(category_paths(catalog), n_items, args.spare, seed=seed)
+        paths, _ = rootless_paths(catalog)
+        found = item_indexes.semantic_index(paths, n_items, args.spare, seed=seed)
     else:
         found = item_indexes.collaborative_index(
             sequences, n_items, args.branching, args.leaf_size, seed=seed, spare=args.spare
@@ -237,93 +244,56 @@ def index_codes(
     return found.codes, found.codebook_sizes
 
 
-def category_paths(catalog: pl.DataFrame) -> list[list[str] | None]:
-    """Category path of each item, without a root that all share: it would cost a token."""
-    if CATEGORIES not in catalog.columns:
-        raise ValueError("method=semantic needs categories; this catalogue has none")
-    paths = catalog[CATEGORIES]
-    while paths.list.get(0, null_on_oob=True).drop_nulls().n_unique() == 1:
-        paths = paths.list.slice(1)
-    return paths.to_list()
-
-
 def imported_codes(
     args: QuantizeArgs, path: Path, catalog: pl.DataFrame, vectors: np.ndarray
 ) -> tuple[np.ndarray, tuple[int, ...], dict[str, Any]]:
-    """Codes of an index.json, collisions resolved and accounted for."""
-    from genrec.quantizers.index_files import read_index, resolve_shared
-    from genrec.quantizers.quality import collision_rate
+    """Codes of an index.json; items that share one, or have none, get one that fits and is free."""
+    from genrec.quantizers.code_vectors import quantizer_of_codes
+    from genrec.quantizers.collisions import place_items
+    from genrec.quantizers.index_files import read_index, rows_to_move
 
     found = read_index(path, catalog[ITEM_ID], args.index_offset)
-    if found.missing:
+    if found.missing and args.import_missing == "refuse":
         raise ValueError(
             f"{path} lacks {len(found.missing)} items of the catalogue, such as {found.missing[:3]}"
+            "; with `import_missing: place` they get codes of the items that they are like"
         )
-    codes = resolve_shared(found.codes, found.codebook_sizes, vectors, args.seed)
+    if found.shared_items and args.import_collisions == "refuse":
+        raise ValueError(
+            f"{sum(map(len, found.shared_items))} items share a SID in {path}, such as "
+            f"{found.shared_items[0]}; `import_collisions: resolve` moves all but one of each group"
+        )
+    codes, sizes = found.codes.copy(), found.codebook_sizes
+    there = codes[:, 0] >= 0
+    like = quantizer_of_codes(vectors[there], codes[there], sizes)
+    moving = rows_to_move(codes, vectors) & there
+    kept = there & ~moving
+    rows = np.flatnonzero(~kept)
+    if found.missing:
+        codes[~there] = like.encode(vectors[~there])
+    codes[rows] = place_items(
+        like, vectors[rows], codes[kept], sizes, seed=args.seed, wanted=codes[rows]
+    )
     report = {
         "method": "import",
-        "rate_before": collision_rate(found.codes),
+        "rate_before": sum(map(len, found.shared_items)) / len(codes),
         "groups": len(found.shared_items),
-        "moved": int((codes != found.codes).any(axis=1).sum()),
+        "shared_items": [list(group) for group in found.shared_items[:LISTED]],
+        "moved": int(moving.sum()),
+        "placed": len(found.missing),
         "unused_keys": len(found.extra),
     }
-    return codes, found.codebook_sizes, report
+    return codes, sizes, report
 
 
-def extended_map(
-    old_run: Path, catalog: pl.DataFrame, vectors: np.ndarray, seed: int
-) -> tuple[SemanticIds, Any, dict[str, Any]]:
-    """The old run's map for a later catalogue: known items keep their SIDs, new ones get free ones.
-
-    Returns:
-        The map, the quantizer (None for an index without one), and what was done.
-    """
-    from genrec.quantizers.collisions import has_item_tokens, place_items
-    from genrec.quantizers.item_indexes import next_codes
-    from genrec.quantizers.loading import load_quantizer
-
-    folder = stage_folder(old_run, "quantize")
-    manifest, old = require(old_run, "quantize"), SemanticIds.load(folder)
-    codes, known = old.known_codes(catalog[ITEM_ID])
-    taken, n_new = old.taken_codes(), int((~known).sum())
-    quantizer, method = None, manifest.metrics["method"]
-    if (folder / QUANTIZER_FILE).exists():
-        if sha256_file(folder / QUANTIZER_FILE) != old.quantizer_sha256:
-            raise ValueError(
-                f"{folder / QUANTIZER_FILE} is not the quantizer that gave this map its codes; "
-                "restore it: with another one new items would get codes that don't fit"
-            )
-        quantizer = load_quantizer(folder / QUANTIZER_FILE)
-        if known.any():
-            check_same_space(quantizer, vectors[known], codes[known], old_run)
-        if n_new:
-            codes[~known] = place_items(
-                quantizer, vectors[~known], taken, old.codebook_sizes,
-                has_item_tokens(taken, old.codebook_sizes), seed,
-            )  # fmt: skip
-    elif method in INDEXES and method != "semantic":
-        codes[~known] = next_codes(method, taken, old.codebook_sizes, n_new, seed)
-    elif n_new:
-        raise ValueError(
-            f"{n_new} new items can't be placed in a map made by method={method}: it has no rule "
-            "for them; build a new map"
-        )
-    grown = old.successor(catalog[ITEM_ID], codes)
-    reserved = 0 if grown.reserved is None else len(grown.reserved)
-    report = {"method": "extend", "new": n_new, "kept": int(known.sum()), "reserved": reserved}
-    return grown, quantizer, {**report, "index_method": method}
-
-
-def check_same_space(quantizer: Any, vectors: np.ndarray, codes: np.ndarray, run: Path) -> None:
-    """Refuse vectors of another encoder: new items would be placed at random."""
-    same = float((quantizer.encode(vectors)[:, 0] == codes[:, 0]).mean())
-    if same < SAME_SPACE:
-        raise ValueError(
-            f"only {same:.0%} of the old items' vectors still give their first code: they are of "
-            f"another space than those of {run}; embed with `extend: {run}`"
-        )
-    if same < 0.95:
-        logger.warning("%.0f%% of the old items' vectors give their first code", 100 * same)
+def category_names(
+    args: QuantizeArgs, catalog: pl.DataFrame, semantic_ids: SemanticIds
+) -> CategoryNames:
+    """Names behind the codes of a semantic index: those of the extended map, or its own."""
+    if args.extend:
+        return CategoryNames.load(stage_folder(args.extend, "quantize"))
+    paths, root_steps = rootless_paths(catalog)
+    return CategoryNames.of(paths, semantic_ids.codes, root_steps)
 
 
 def make_map(
@@ -393,19 +363,28 @@ def measure_quality(
     return quality
 
 
+def input_files(args: QuantizeArgs) -> dict[str, Path]:
+    """Files that decide the result, by role: they are hashed, wherever they lie."""
+    if not args.extend:
+        return {"index": dataset_path(str(args.index), args.data_dir)} if args.index else {}
+    folder = stage_folder(args.extend, "quantize")
+    files = {"extended_map": folder / "semantic_ids.json"}
+    if not files["extended_map"].exists():
+        raise ValueError(f"extend={args.extend}: there is no {files['extended_map']}")
+    if (folder / QUANTIZER_FILE).exists():
+        files["extended_quantizer"] = folder / QUANTIZER_FILE
+    return files
+
+
 def main() -> None:
     """Run the stage."""
     args = parse(QuantizeArgs)
-    files = {}
-    if args.method == "import" and not args.extend:
-        files["index"] = dataset_path(args.index, args.data_dir)
-    if args.extend:
-        files["extended_map"] = stage_folder(args.extend, "quantize") / "semantic_ids.json"
-        if not files["extended_map"].exists():
-            raise ValueError(f"extend={args.extend}: there is no {files['extended_map']}")
+    files = input_files(args)
     ignore = ["index", "data_dir", "device", "extend"]
     if args.method != "title":
         ignore.append("max_title_bytes")
+    if args.method != IMPORTED or args.extend:
+        ignore += ["import_collisions", "import_missing"]
     stage = Stage(args.run_dir, "quantize", asdict(args), ["prepare", "embed"], files, ignore)
     if stage.is_done(args.overwrite):
         return
@@ -433,6 +412,8 @@ def main() -> None:
         quantizer.save(stage.folder / QUANTIZER_FILE)
         digest = sha256_file(stage.folder / QUANTIZER_FILE)
         semantic_ids = semantic_ids.with_quantizer(digest)
+    if made == "semantic":
+        category_names(args, catalog, semantic_ids).save(stage.folder)
     semantic_ids.save(stage.folder)
     semantic_ids.export_index(stage.folder / "index.json")
     shutil.rmtree(stage.folder / FOLDER, ignore_errors=True)  # of a run that was killed

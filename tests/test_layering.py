@@ -8,13 +8,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "genrec"
 ORDER = [
     "columns", "item_lists", "item_index", "artifacts", "normalizers", "page", "svg", "metrics",
-    "data", "embedding", "quantizers", "semantic_ids", "chains", "prompts", "title_ids",
-    "sid_texts", "tasks", "chain_reader", "prompt_format", "title_index", "sharding", "modeling",
-    "adapters", "averaging", "training_data", "decoding", "supervised_head", "sft_trainer",
-    "reasoning", "grounding", "rewards", "chain_rewards", "advantages", "rollout_groups",
-    "group_losses", "rollouts", "reasoning_rollouts", "bundle", "warm_start", "list_shaping",
-    "engine_options", "recommend", "recommend_in_words", "generation", "planning", "server",
-    "evaluation", "explain", "audit", "config", "cli",
+    "data", "embedding", "quantizers", "semantic_ids", "map_extension", "chains", "prompts",
+    "title_ids", "sid_texts", "tasks", "chain_reader", "prompt_format", "title_index", "sharding",
+    "modeling", "adapters", "averaging", "training_data", "decoding", "supervised_head",
+    "sft_trainer", "reasoning", "grounding", "rewards", "chain_rewards", "advantages",
+    "rollout_groups", "group_losses", "rollouts", "reasoning_rollouts", "bundle", "warm_start",
+    "list_shaping", "engine_options", "recommend", "recommend_in_words", "generation", "planning",
+    "server", "evaluation", "explain", "audit", "config", "cli",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
-from genrec.quantizers.quantizer import CodeArray, FloatArray, check_codes
+from genrec.quantizers.projection import Projection
+from genrec.quantizers.quantizer import LARGEST, CodeArray, FloatArray, check_codes
+from genrec.quantizers.residual_kmeans import ResidualKMeans
 
 
 def code_vectors(
@@ -43,3 +45,26 @@ def code_vectors(
         residual = residual - means[own]
         found.append(means)
     return found
+
+
+def quantizer_of_codes(
+    vectors: npt.NDArray[np.floating], codes: CodeArray, codebook_sizes: Sequence[int]
+) -> ResidualKMeans:
+    """A quantizer for a map that came without one: its codebooks are `code_vectors`.
+
+    Items find the codes of those most like them. It encodes to no code that no item has, since a
+    model has not learned any; where items must be told apart such codes are free to be taken.
+
+    Args:
+        vectors: item vectors, (n_items, dim).
+        codes: (n_items, n_levels).
+        codebook_sizes: number of codes per level.
+    """
+    means = code_vectors(vectors, codes, codebook_sizes)
+    prices = tuple(
+        np.where(np.bincount(codes[:, level], minlength=size) > 0, 0, LARGEST).astype(np.float32)
+        for level, size in enumerate(codebook_sizes)
+    )
+    centre = np.asarray(vectors, dtype=np.float32).mean(axis=0)
+    projection = Projection(centre, None, np.ones(len(centre), np.float32))
+    return ResidualKMeans(projection, tuple(means), prices, None, 0)

@@ -146,6 +146,7 @@ def place_items(
     codebook_sizes: tuple[int, ...],
     item_tokens: bool = False,
     seed: int = 0,
+    wanted: npt.NDArray[np.integer] | None = None,
 ) -> CodeArray:
     """Codes of new items, none of them taken, none shared, nothing else moved.
 
@@ -157,6 +158,8 @@ def place_items(
             has one.
         item_tokens: the last level holds item tokens, see `has_item_tokens`.
         seed: of the order in which suffixes, and the codes of equal vectors, are dealt.
+        wanted: codes that the items shall have as far as they are free, (n_new, n_levels); default:
+            the quantizer's. Not for maps with a level of suffixes or item tokens.
 
     Returns:
         (n_new, n_levels) int32.
@@ -188,7 +191,8 @@ def place_items(
             "belong together"
         )
     check_capacity(len(taken) + len(vectors), sizes)
-    codes = np.concatenate([taken, quantizer.encode(vectors)]).astype(np.int32)
+    own = quantizer.encode(vectors) if wanted is None else wanted
+    codes = np.concatenate([taken, own]).astype(np.int32)
     _Placement(quantizer, vectors, codes, len(taken), seed).make_distinct()
     assert not shared_rows(codes).any()
     return codes[len(taken) :]

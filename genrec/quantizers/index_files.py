@@ -135,13 +135,7 @@ def resolve_shared(
     sizes = tuple(codebook_sizes)
     new = np.array(codes, dtype=np.int32)
     _check_resolvable(new, sizes, vectors)
-    moving = np.zeros(len(new), dtype=bool)
-    for group in _shared_groups(new):
-        stays = 0
-        if vectors is not None:
-            rows = vectors[group].astype(np.float64)
-            stays = int(((rows - rows.mean(axis=0)) ** 2).sum(axis=1).argmin())
-        moving[np.delete(group, stays)] = True
+    moving = rows_to_move(new, vectors)
     rng = np.random.default_rng(seed)
     for level in reversed(range(len(sizes))):
         if not moving.any():
@@ -149,6 +143,25 @@ def resolve_shared(
         _place_under_prefixes(new, sizes, level, moving, rng)
     assert not moving.any(), "the root has room for every item"
     return new
+
+
+def rows_to_move(
+    codes: CodeArray, vectors: npt.NDArray[np.floating] | None = None
+) -> npt.NDArray[np.bool_]:
+    """Which items give up a shared SID, (n_items,): all of a group but one, see `resolve_shared`.
+
+    Args:
+        codes: (n_items, n_levels).
+        vectors: item vectors, (n_items, dim), or None.
+    """
+    moving = np.zeros(len(codes), dtype=bool)
+    for group in _shared_groups(codes):
+        stays = 0
+        if vectors is not None:
+            rows = vectors[group].astype(np.float64)
+            stays = int(((rows - rows.mean(axis=0)) ** 2).sum(axis=1).argmin())
+        moving[np.delete(group, stays)] = True
+    return moving
 
 
 def _place_under_prefixes(

@@ -9,13 +9,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
 from genrec.artifacts import require
+from genrec.data.synthetic import synthetic_shop
 from genrec.quantizers.loading import load_quantizer
 from genrec.semantic_ids import SemanticIds
 
 MAP = ["--report_map", "pca"]
+ONE_LEVEL = ["--n_levels", "1", "--codebook_size", "8", *MAP]
 SMALL = ["--n_levels", "3", "--codebook_size", "8", *MAP]
 
 
@@ -134,6 +137,103 @@ def test_another_quantizer_places_no_new_items(
     assert "is not the quantizer that gave this map its codes" in said
 
 
+@pytest.fixture(scope="module")
+def smaller(embedded: Path, recipe, tmp_path_factory) -> Path:
+    """The shop before its last twelve items came, in the same space of vectors."""
+    folder = tmp_path_factory.mktemp("smaller")
+    tables = folder / "tables"
+    shop = synthetic_shop(n_users=60, n_items=90, seed=0)
+    tables.mkdir()
+    shop.interactions.write_parquet(tables / "log.parquet")
+    ids = pl.read_parquet(embedded / "data" / "catalog.parquet")["item_id"]
+    shop.catalog.filter(pl.col("item_id").is_in(ids[:78].implode())).write_parquet(
+        tables / "items.parquet"
+    )
+    flags = (
+        "--format table --interactions log.parquet --items items.parquet --time_column timestamp "
+        "--unknown_items drop --brand_column brand --category_column categories"
+    ).split()
+    recipe("prepare", folder / "run", *flags, "--data_dir", str(tables))
+    recipe("embed", folder / "run", "--extend", str(embedded))
+    return folder / "run"
+
+
+GROWING = [
+    ("residual-kmeans", SMALL),
+    ("hierarchical-kmeans", SMALL),
+    ("product", SMALL),
+    ("rqvae", [*SMALL, "--epochs", "2"]),
+    ("residual-kmeans", [*SMALL, "--collisions", "suffix"]),
+    ("residual-kmeans", [*ONE_LEVEL, "--collisions", "item-token", "--spare", "0.2"]),
+    ("random", SMALL),
+    ("sequential", SMALL),
+    ("collaborative", ["--branching", "4", "--leaf_size", "16", "--spare", "0.2", *MAP]),
+    ("independent", ["--spare", "0.2", *MAP]),
+    ("semantic", ["--spare", "3", *MAP]),
+    ("hybrid", ["--branching", "4", "--leaf_size", "16", "--spare", "0.2", *MAP]),
+]
+
+
+@pytest.mark.parametrize(("method", "flags"), GROWING)
+def test_every_map_grows(
+    quantize, embedded: Path, smaller: Path, tmp_path: Path, method: str, flags: list[str]
+):
+    old_run, later = (
+        shutil.copytree(run, tmp_path / name)
+        for run, name in ((smaller, "old"), (embedded, "later"))
+    )
+    quantize(old_run, "--method", method, *flags)
+    quantize(later, "--extend", str(old_run), *MAP)
+    old, new = (SemanticIds.load(run / "semantic_ids") for run in (old_run, later))
+    codes, known = old.known_codes(new.item_ids)
+    assert (old.n_items, known.sum(), new.n_items) == (78, 78, 90)
+    assert (new.codes[known] == codes[known]).all() and new.descends_from(old.sha256)
+    assert new.codebook_sizes == old.codebook_sizes
+    assert require(later, "quantize").metrics["method"] == method
+    if method == "semantic":  # new items stand in the category that old ones have under its name
+        categories = pl.read_parquet(later / "data" / "catalog.parquet")["categories"]
+        firsts = {}
+        for path, code in zip(categories.to_list(), new.codes.tolist(), strict=True):
+            firsts.setdefault(tuple(path), set()).add(tuple(code[:-1]))
+        assert all(len(found) == 1 for found in firsts.values())
+
+
+def test_an_imported_map_grows_by_its_items_vectors(
+    quantize, embedded: Path, smaller: Path, tmp_path: Path
+):
+    old_run, later = (
+        shutil.copytree(run, tmp_path / name)
+        for run, name in ((smaller, "old"), (embedded, "later"))
+    )
+    quantize(old_run, *SMALL)
+    index = shutil.copy(old_run / "semantic_ids" / "index.json", tmp_path / "index.json")
+    again = ["--method", "import", "--index", str(index), "--overwrite", "true", *MAP]
+    quantize(old_run, *again)
+    quantize(later, "--extend", str(old_run), *MAP)
+    old, new = (SemanticIds.load(run / "semantic_ids") for run in (old_run, later))
+    codes, known = old.known_codes(new.item_ids)
+    assert (new.codes[known] == codes[known]).all() and (~known).sum() == 12
+    vectors = np.load(later / "embeddings" / "item_embeddings.npy")
+    means = np.stack([vectors[known][codes[known, 0] == c].mean(axis=0) for c in range(8)])
+    nearest = ((vectors[~known, None] - means) ** 2).sum(axis=2).argmin(axis=1)
+    assert (new.codes[~known, 0] == nearest).mean() > 0.9
+
+
+def test_beyond_the_spare_tokens_a_map_does_not_grow(
+    quantize, embedded: Path, smaller: Path, tmp_path: Path
+):
+    old_run, later = (
+        shutil.copytree(run, tmp_path / name)
+        for run, name in ((smaller, "old"), (embedded, "later"))
+    )
+    flags = [*ONE_LEVEL, "--collisions", "item-token"]
+    quantize(old_run, *flags, "--spare", "0.153")  # 12 of 78: just enough
+    quantize(later, "--extend", str(old_run), *MAP)
+    quantize(old_run, *flags, "--spare", "0.14", "--overwrite", "true")
+    said = quantize(later, "--extend", str(old_run), "--overwrite", "true", *MAP, fails=True)
+    assert "spare" in said
+
+
 def test_too_many_items_are_found_before_the_fit(quantize, shop: Path, monkeypatch):
     monkeypatch.setattr("genrec.quantizers.residual_kmeans.ResidualKMeans.fit", None)
     said = quantize(shop, "--n_levels", "2", "--codebook_size", "4", fails=True)
@@ -178,12 +278,25 @@ def test_an_index_file_goes_round(quantize, shop: Path, tmp_path: Path):
     said = quantize(shop, "--method", "import", "--index", str(index), "--overwrite", "true", *MAP)
     report = quality(shop)["collisions"]
     assert (report["groups"], report["moved"]) == (1, 1) and report["rate_before"] == 2 / 90
+    row = SemanticIds.load(shop / "semantic_ids")
+    given = first.codes[[1, 1, *range(2, 90)]]
+    moved = (row.codes != given).any(axis=1)
+    assert moved.sum() == 1 and (row.codes[moved, :2] == given[1, :2]).all()  # the prefix stays
+    assert report["shared_items"] == [row.item_ids[:2].to_list()]
+    again = [*"--method import --overwrite true --index".split(), str(index), *MAP]
+    said = quantize(shop, *again, "--import_collisions", "refuse", fails=True)
+    assert "2 items share a SID" in said and keys[0] in said and keys[1] in said
     del shared[keys[5]]
     index.write_text(json.dumps(shared))
     said = quantize(
         shop, "--method", "import", "--index", str(index), "--overwrite", "true", fails=True
     )
     assert "lacks 1 items of the catalogue" in said
+    quantize(shop, *again, "--import_missing", "place")
+    placed = SemanticIds.load(shop / "semantic_ids")
+    assert quality(shop)["collisions"]["placed"] == 1
+    kept = np.delete(np.arange(90), 5)
+    assert (placed.codes[kept] == row.codes[kept]).all()
 
 
 def test_too_small_a_space_is_refused_and_a_tight_one_named(quantize, shop: Path):
