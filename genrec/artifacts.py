@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import polars as pl
+import pyarrow.parquet as pq
 
 from genrec import __version__
 
@@ -129,6 +130,24 @@ def write_parquet(path: Path | str, table: pl.DataFrame) -> None:
     finally:
         with suppress(FileNotFoundError):
             partial.unlink()
+
+
+def write_parquet_parts(path: Path | str, parts: Iterable[pl.DataFrame]) -> None:
+    """Write one Parquet file of tables with the same columns, atomically, without holding them all.
+
+    Args:
+        path: the file.
+        parts: at least one table; each becomes row groups of its own.
+    """
+    with writing(path) as stream, ExitStack() as stack:
+        writer = None
+        for part in parts:
+            table = part.to_arrow(compat_level=pl.CompatLevel.oldest())
+            if writer is None:
+                writer = pq.ParquetWriter(stream, table.schema, compression="zstd")
+                stack.enter_context(writer)
+            writer.write_table(table)
+        assert writer is not None, f"{path}: there is no part to write"
 
 
 def read_shards(folder: Path | str, prefix: str) -> pl.DataFrame:

@@ -49,7 +49,7 @@ class ItemLists:
 
     def take(self, rows: IntArray) -> ItemLists:
         """The lists of `rows`, in that order."""
-        lengths = self.lengths[rows]
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         shift = np.repeat(self.offsets[rows] - offsets[:-1], lengths)
         return ItemLists(self.values[np.arange(offsets[-1]) + shift], offsets)
@@ -59,6 +59,28 @@ class ItemLists:
         ones = np.ones(len(self.values))
         found = sp.csr_matrix((ones, self.values, self.offsets), shape=(len(self), n_items))
         found.sum_duplicates()
+        return found
+
+    def met_by(self, items: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+        """Which rows of `items` hold an item of their list.
+
+        Args:
+            items: item indices, or -1. ``# (n_rows, k)``
+
+        Returns:
+            ``# (n_rows,)``
+        """
+        met = np.zeros(len(self), dtype=bool)
+        order = np.argsort(-self.lengths, kind="stable")
+        ascending = -self.lengths[order]
+        items = items[order]
+        # One pass over `items` per place of the longest list, over ever fewer rows.
+        for place in range(int(self.lengths.max(initial=0))):
+            n = int(np.searchsorted(ascending, -place, side="left"))
+            wanted = self.values[self.offsets[order[:n]] + place].astype(items.dtype)
+            met[:n] |= (items[:n] == wanted[:, None]).any(axis=1)
+        found = np.empty_like(met)
+        found[order] = met
         return found
 
     def keys(self, n_items: int) -> IntArray:

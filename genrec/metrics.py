@@ -304,15 +304,29 @@ def exposures(recommended: IntArray, n_items: int, k: int) -> npt.NDArray[np.int
 
 def coverage_at_k(recommended: IntArray, n_items: int, k: int) -> float:
     """Share of the catalogue that appears among the first `k` of any list."""
-    return float(np.count_nonzero(exposures(recommended, n_items, k)) / n_items)
+    return coverage(exposures(recommended, n_items, k))
 
 
 def gini_at_k(recommended: IntArray, n_items: int, k: int) -> float:
+    """Gini coefficient of the items' exposure, see `gini`."""
+    return gini(exposures(recommended, n_items, k))
+
+
+def coverage(shown: IntArray) -> float:
+    """Share of the catalogue that is shown at all; `shown` is the result of `exposures`."""
+    return float(np.count_nonzero(shown) / len(shown))
+
+
+def gini(shown: IntArray) -> float:
     """Gini coefficient of the items' exposure: 0 all alike, towards 1 a single item.
 
     Over the whole catalogue, items that are never shown included. NaN if nothing is shown.
+
+    Args:
+        shown: result of `exposures`. ``# (n_items,)``
     """
-    shown = np.sort(exposures(recommended, n_items, k)).astype(np.float64)
+    n_items = len(shown)
+    shown = np.sort(shown).astype(np.float64)
     if shown.sum() == 0:
         return float("nan")
     place = 2.0 * np.arange(1, n_items + 1) - n_items - 1

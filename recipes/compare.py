@@ -33,19 +33,22 @@ from genrec.evaluation.comparison import (
     compare_ranks,
     comparison_table,
     describe_difference,
+    with_values,
 )
 from genrec.evaluation.evaluated_runs import (
     all_scores,
     check_comparable,
     differing_settings,
-    gather_ranks,
+    gather,
     load_evaluated,
     mean_over_seeds,
     noted_reads,
     notes_on_seeds,
+    other_vectors,
     rank_curves,
 )
 from genrec.evaluation.pages import render_comparison_page
+from genrec.evaluation.row_values import RowValues
 from genrec.metrics import gains
 
 logger = logging.getLogger("genrec.compare")
@@ -128,15 +131,17 @@ def main() -> None:
         raise ValueError(f"--output_dir {output} is not an empty folder; name a new one")
     runs = [load_evaluated(name, folder) for name, folder in args.named()]
     check_comparable(runs)
-    ranks, notes = gather_ranks(runs)
+    ranks, values, notes = gather(runs)
     reference = args.reference or runs[0].system
     first = runs[0].metrics
     groups = runs[0].rows[USER_ID].rank("dense").to_numpy().astype(np.int64) - 1
     found = compare_ranks(
         ranks, first["ks"], reference, args.samples, args.permutations, args.seed, groups
     )
-
     settings = differing_settings(runs)
+    if other_vectors(settings):  # means of lists measured by other yardsticks aren't to be compared
+        values = {name: [without_diversity(run) for run in own] for name, own in values.items()}
+    found = with_values(found, values, args.samples, args.seed, groups)
     notes += notes_on_seeds(runs, settings)
     for note in notes:
         logger.warning("%s", note)
@@ -181,6 +186,11 @@ def main() -> None:
     write_text(output / "comparison.html", page)
     show(found, results)
     print(f"details: {output}/comparison.html, comparison.json, comparison.parquet")
+
+
+def without_diversity(values: RowValues) -> RowValues:
+    """All values but the diversity of lists."""
+    return {name: value for name, value in values.items() if not name.startswith("ild@")}
 
 
 def show(found: Comparison, results: dict[str, Any]) -> None:

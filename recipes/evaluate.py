@@ -58,7 +58,6 @@ from genrec.evaluation.baselines import DEVICES, UnfitData
 from genrec.evaluation.beyond_accuracy import category_matrix
 from genrec.evaluation.comparison import (
     Comparison,
-    ItemFacts,
     compare,
     comparison_table,
     describe_difference,
@@ -73,6 +72,7 @@ from genrec.evaluation.lists import (
 )
 from genrec.evaluation.pages import render_run_page
 from genrec.evaluation.results import write_results
+from genrec.evaluation.row_values import ItemFacts
 from genrec.evaluation.slices import gaps, make_slices, score_slices
 from genrec.evaluation.suite import (
     BASELINES,
@@ -271,7 +271,7 @@ def main() -> None:
     del tables  # of a million users a gigabyte
     if args.filter_seen:
         for one in found:
-            check_unseen(one.items, ItemLists.from_column(rows[SEEN]), catalog.height)
+            check_unseen(one.items, ItemLists.from_column(rows[SEEN]))
     facts = read_json(stage_folder(args.run_dir, "prepare") / "split.json")
     data = load_split_data(args.run_dir, rows, split, depth, args.filter_seen, args.fit_on)
     lists, settings, not_run = baseline_lists(args, data)

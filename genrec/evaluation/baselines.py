@@ -74,6 +74,8 @@ def fill_from_order(lists: IntArray, order: IntArray, seen: ItemLists) -> IntArr
     """
     filled, k = lists.copy(), lists.shape[1]
     n_items = 1 + max(int(ids.max(initial=0)) for ids in (lists, order, seen.values))
+    place_of = np.full(n_items, len(order))
+    place_of[order] = np.arange(len(order))
     short = np.flatnonzero((lists == EMPTY).any(axis=1))
     width = 2 * k + seen.lengths[short]
     by_width = np.argsort(width, kind="stable")  # one long history must not widen other rows
@@ -84,14 +86,16 @@ def fill_from_order(lists: IntArray, order: IntArray, seen: ItemLists) -> IntArr
         rows = short[start : start + max(1, int(np.searchsorted(cells, _CELLS, side="right")))]
         start += len(rows)
         part, banned = lists[rows], seen.take(rows)
-        listed, _ = np.nonzero(part != EMPTY)
-        used = np.concatenate([listed * n_items + part[part != EMPTY], banned.keys(n_items)])
         # As many candidates as can be needed: a full list behind every used item.
         candidates = order[: 2 * k + int(banned.lengths.max())]
-        keys = np.arange(len(rows))[:, None] * n_items + candidates[None, :]
-        free = ~contains(np.sort(used), keys)  # (rows, candidates)
+        free = np.ones((len(rows), len(candidates)), dtype=bool)
+        listed, column = np.nonzero(part != EMPTY)
+        for row, items in ((listed, part[listed, column]), (banned.rows, banned.values)):
+            place = place_of[items]
+            near = place < len(candidates)
+            free[row[near], place[near]] = False
         have = (part != EMPTY).sum(axis=1)
-        place = have[:, None] + np.cumsum(free, axis=1) - 1
+        place = have[:, None] + np.cumsum(free, axis=1, dtype=np.int32) - 1
         row, column = np.nonzero(free & (place < k))
         filled[rows[row], place[row, column]] = candidates[column]
     return filled
@@ -108,7 +112,7 @@ def popularity(order: IntArray, seen: ItemLists, k: int) -> IntArray:
     Returns:
         Item indices, padded with `EMPTY`. ``# (n_rows, k)``
     """
-    return fill_from_order(np.full((len(seen), k), EMPTY, dtype=np.int64), order, seen)
+    return fill_from_order(np.full((len(seen), k), EMPTY, dtype=np.int32), order, seen)
 
 
 def random_lists(n_items: int, seen: ItemLists, k: int, seed: int = 0) -> IntArray:

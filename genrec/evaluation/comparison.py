@@ -7,22 +7,15 @@ its interval is a bootstrap over users and, where there are several, over seeds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse as sp
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from genrec.evaluation.beyond_accuracy import (
-    calibration,
-    history_popularity,
-    intra_list_diversity,
-    list_popularity,
-    novelty,
-)
+from genrec.evaluation.row_values import ItemFacts, RowValues, compare_values, row_values
 from genrec.evaluation.significance import (
     Difference,
     Interval,
@@ -36,14 +29,14 @@ from genrec.item_lists import ItemLists
 from genrec.metrics import (
     RelevantRanks,
     average_precisions,
-    coverage_at_k,
+    coverage,
+    exposures,
     find_relevant,
     gains,
-    gini_at_k,
+    gini,
     hits,
     recalls,
     reciprocal_ranks,
-    shared_sid_credit,
     target_rank,
 )
 
@@ -56,44 +49,25 @@ _PER_ROW_OF_SEVERAL = {"Recall": recalls, "MAP": average_precisions}
 
 
 @dataclass(frozen=True)
-class ItemFacts:
-    """What metrics beyond accuracy need to know of items and rows.
-
-    Attributes:
-        train_count: training interactions of each item. ``# (n_items,)``
-        n_users: users in training.
-        history: items of each row.
-        vectors: item vectors for the diversity of a list, or None. ``# (n_items, dim)``
-        categories: result of `category_matrix`, or None.
-        sid_of_item: a number per semantic id for every item, where several items share some
-            (`shared_sid_credit`), or None. ``# (n_items,)``
-    """
-
-    train_count: IntArray
-    n_users: int
-    history: ItemLists
-    vectors: npt.NDArray | None = None
-    categories: sp.csr_matrix | None = None
-    sid_of_item: npt.NDArray[np.int64] | None = None
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Scores of several systems on the same rows.
 
     Attributes:
         ranks: system -> where the relevant items stand, one entry per seed.
-        metrics: system -> metric (``HR@10`` …) -> value and interval. Coverage, Gini and lift of
-            all lists together have no interval: they are no means over rows.
+        metrics: system -> metric (``HR@10`` …) -> value and interval. Coverage and Gini of all
+            lists together have no interval: they are no means over rows.
         differences: other system -> metric -> reference minus other, paired. Empty without a
             reference.
         reference: the system that the others are compared with.
+        values: system -> of each seed, what each row's list is like apart from being right; empty
+            where that wasn't measured.
     """
 
     ranks: dict[str, list[RelevantRanks]]
     metrics: dict[str, dict[str, Interval]]
     differences: dict[str, dict[str, Difference]]
     reference: str | None
+    values: Mapping[str, Sequence[RowValues]] = field(default_factory=dict)
 
 
 def compare(
@@ -137,33 +111,40 @@ def compare(
     found = compare_ranks(ranks, ks, reference, samples, permutations, seed, groups)
     for name, runs in systems.items():
         for k in ks:
+            shown = [exposures(lists, n_items, k) for lists in runs]
             whole = {
-                f"coverage@{k}": [coverage_at_k(lists, n_items, k) for lists in runs],
-                f"gini@{k}": [gini_at_k(lists, n_items, k) for lists in runs],
+                f"coverage@{k}": [coverage(one) for one in shown],
+                f"gini@{k}": [gini(one) for one in shown],
             }
             # Gini is not defined where nothing is shown.
-            values = {
-                m: Interval(float(np.mean(v)), seeds=tuple(v))
-                for m, v in whole.items()
-                if not np.isnan(v).any()
-            }
-            found.metrics[name].update(values)
-            if facts is not None and facts.sid_of_item is not None:
-                if isinstance(relevant, ItemLists):
-                    raise ValueError("shared SID credit is defined for one relevant item a row")
-                credit = np.stack(
-                    [shared_sid_credit(x, relevant, facts.sid_of_item, k) for x in runs], axis=1
-                )  # (n_rows, n_seeds)
-                tables = {f"SID-match@{k}": (credit > 0).astype(float), f"SID-credit@{k}": credit}
-                found_draws = _means_and_draws(tables, samples, seed, groups)
-                for metric, (means, draws) in found_draws.items():
-                    drawn = resample_seeds(draws[:, :, None], seed)[:, 0]
-                    found.metrics[name][metric] = interval(
-                        means.mean(), drawn, seeds=means.tolist()
-                    )
-        if facts is not None:
-            found.metrics[name].update(_beyond_accuracy(runs, facts, ks, samples, seed, groups))
-    return found
+            found.metrics[name].update(
+                {
+                    m: Interval(float(np.mean(v)), seeds=tuple(v))
+                    for m, v in whole.items()
+                    if not np.isnan(v).any()
+                }
+            )
+    if facts is None:
+        return found
+    values = row_values(systems, relevant, facts, ks)
+    return with_values(found, values, samples, seed, groups)
+
+
+def with_values(
+    found: Comparison,
+    values: Mapping[str, Sequence[RowValues]],
+    samples: int = 1000,
+    seed: int = 0,
+    groups: IntArray | None = None,
+) -> Comparison:
+    """The comparison with metrics beyond accuracy (see `compare_values`)."""
+    means, apart = compare_values(values, found.reference, samples, seed, groups)
+    return replace(
+        found,
+        metrics={name: {**own, **means.get(name, {})} for name, own in found.metrics.items()},
+        differences={n: {**own, **apart.get(n, {})} for n, own in found.differences.items()},
+        values=values,
+    )
 
 
 def compare_ranks(
@@ -267,69 +248,6 @@ def _differences(
             for j, m in enumerate(names)
         }  # fmt: skip
     return result
-
-
-def _beyond_accuracy(
-    runs: Sequence[IntArray],
-    facts: ItemFacts,
-    ks: Sequence[int],
-    samples: int,
-    seed: int,
-    groups: IntArray | None,
-) -> dict[str, Interval]:
-    """Novelty, diversity, lift and calibration; rows for which one is not defined are left out."""
-    columns: dict[str, list[FloatArray]] = {}  # metric -> per-row values of each seed
-    for k in ks:
-        measured: dict[str, list[FloatArray]] = {
-            "novelty": [novelty(x, facts.train_count, facts.n_users, k) for x in runs],
-            "popularity_lift": [list_popularity(x, facts.train_count, k) for x in runs],
-        }
-        if facts.vectors is not None and k > 1:
-            measured["ild"] = [intra_list_diversity(x, facts.vectors, k) for x in runs]
-        if facts.categories is not None and facts.categories.shape[1]:
-            mixes = [calibration(x, facts.history, facts.categories, k) for x in runs]
-            measured["calibration"] = mixes
-        columns |= {f"{name}@{k}": values for name, values in measured.items()}
-    before = history_popularity(facts.history, facts.train_count)
-    tables = {
-        name: np.stack([*values, *([before] if name.startswith("popularity_lift") else [])], axis=1)
-        for name, values in columns.items()
-    }
-    result = {}
-    for name, (means, draws) in _means_and_draws(tables, samples, seed, groups).items():
-        if name.startswith("popularity_lift"):  # a ratio of two means
-            if means[-1] == 0:
-                continue
-            draws, means = draws[:, :-1] / draws[:, -1:] - 1, means[:-1] / means[-1] - 1
-        drawn = resample_seeds(draws[:, :, None], seed)[:, 0]
-        result[name] = interval(means.mean(), drawn, seeds=means.tolist())
-    return result
-
-
-def _means_and_draws(
-    tables: Mapping[str, FloatArray], samples: int, seed: int, groups: IntArray | None
-) -> dict[str, tuple[FloatArray, FloatArray]]:
-    """Column means and bootstrap draws of each table over the rows where it has no NaN.
-
-    Tables that are defined for the same rows are drawn together: with many rows the drawing, not
-    the arithmetic, takes the time.
-    """
-    alike: dict[bytes, list[str]] = {}
-    defined = {name: ~np.isnan(table).any(axis=1) for name, table in tables.items()}
-    for name, rows in defined.items():
-        if rows.any():
-            alike.setdefault(np.packbits(rows).tobytes(), []).append(name)
-    found = {}
-    for names in alike.values():
-        rows = defined[names[0]]
-        stacked = np.concatenate([tables[name][rows] for name in names], axis=1)
-        draws = bootstrap_means(stacked, samples, seed, None if groups is None else groups[rows])
-        means, start = stacked.mean(axis=0), 0
-        for name in names:
-            stop = start + tables[name].shape[1]
-            found[name] = (means[start:stop], draws[:, start:stop])
-            start = stop
-    return {name: found[name] for name in tables if name in found}
 
 
 def comparison_table(comparison: Comparison, columns: Sequence[str], title: str) -> Table:

@@ -16,9 +16,11 @@ import polars as pl
 from genrec.artifacts import load_manifest, read_json, stage_folder
 from genrec.columns import ROW_ID, USER_ID
 from genrec.evaluation.comparison import Comparison
+from genrec.evaluation.row_values import COLUMNS, HISTORY_POPULARITY, RowValues
 from genrec.metrics import RelevantRanks, gains, recalls
 
 Ranks = list[RelevantRanks]  # one entry per training seed
+Values = list[RowValues]
 
 SAME = ("split_sha256", "split", "filter_seen", "ks")  # what makes scores comparable
 # Stages whose settings decide a run's lists.
@@ -35,6 +37,7 @@ class Evaluated:
         metrics: content of ``metrics.json``.
         rows: row ids and user ids, in the order of the row ids.
         ranks: system of the evaluation -> where the relevant items stand, one entry per seed.
+        values: the same systems -> what rows' lists are like beyond accuracy, one entry per seed.
     """
 
     system: str
@@ -42,6 +45,7 @@ class Evaluated:
     metrics: dict[str, Any]
     rows: pl.DataFrame
     ranks: dict[str, Ranks]
+    values: dict[str, Values]
 
     @property
     def own(self) -> Ranks:
@@ -84,12 +88,14 @@ def load_evaluated(system: str, folder: Path) -> Evaluated:
     table = table.sort(ROW_ID)
     rows = table.select(ROW_ID, USER_ID).unique(ROW_ID, keep="first", maintain_order=True)
     ranks: dict[str, Ranks] = {}
+    values: dict[str, Values] = {}
     for (name,), part in table.group_by("system", maintain_order=True):
         seeds = [one for _, one in sorted(part.group_by("seed"), key=lambda pair: pair[0])]
         if any(not one[ROW_ID].equals(rows[ROW_ID]) for one in seeds):
             raise ValueError(f"{source}/per_user.parquet lacks rows of {name}; rerun evaluate")
         ranks[str(name)] = [_relevant_ranks(one) for one in seeds]
-    return Evaluated(system, folder, metrics, rows, ranks)
+        values[str(name)] = [_row_values(one) for one in seeds]
+    return Evaluated(system, folder, metrics, rows, ranks, values)
 
 
 def _relevant_ranks(table: pl.DataFrame) -> RelevantRanks:
@@ -102,6 +108,12 @@ def _relevant_ranks(table: pl.DataFrame) -> RelevantRanks:
         hits["hit_ranks"].to_numpy().astype(np.int64),
         table["n_relevant"].to_numpy().astype(np.int64),
     )
+
+
+def _row_values(table: pl.DataFrame) -> RowValues:
+    """One seed's values beyond accuracy; an evaluation by an older genrec has none."""
+    names = [c for c in table.columns if c.partition("@")[0] in (*COLUMNS, HISTORY_POPULARITY)]
+    return {name: table[name].fill_null(float("nan")).to_numpy() for name in names}
 
 
 def _same(one: Ranks, other: Ranks) -> bool:
@@ -133,15 +145,17 @@ def check_comparable(runs: Sequence[Evaluated]) -> None:
             raise ValueError(f"{run.folder} is named twice; each run counts once")
 
 
-def gather_ranks(runs: Sequence[Evaluated]) -> tuple[dict[str, Ranks], list[str]]:
-    """Ranks per system: seeds under their name, baselines once.
+def gather(
+    runs: Sequence[Evaluated],
+) -> tuple[dict[str, Ranks], dict[str, Values], list[str]]:
+    """Ranks and values per system: seeds under their name, baselines once.
 
     A baseline whose lists are not the same in all runs that have it is no common ground, and is
     left out: content-kNN reads each run's own vectors, others may have been fitted to other rows.
     Of one that was trained with more seeds in one run than in another the common ones count.
 
     Returns:
-        Ranks, and what the reader has to know of the baselines.
+        Ranks, values beyond accuracy, and what the reader has to know of the baselines.
 
     Raises:
         ValueError: a run is named like a baseline.
@@ -149,8 +163,11 @@ def gather_ranks(runs: Sequence[Evaluated]) -> tuple[dict[str, Ranks], list[str]
     depth = min(int(run.metrics["depth"]) for run in runs)
     runs = [run.up_to(depth) for run in runs]
     ranks: dict[str, Ranks] = {}
+    values: dict[str, Values] = {}
     for run in runs:
         ranks[run.system] = [*ranks.get(run.system, []), *run.own]
+        own = run.values[run.metrics["reference"]]
+        values[run.system] = [*values.get(run.system, []), *own]
     notes = []
     for name in dict.fromkeys(name for run in runs for name in run.baselines):
         having = [run for run in runs if name in run.baselines]
@@ -172,10 +189,11 @@ def gather_ranks(runs: Sequence[Evaluated]) -> tuple[dict[str, Ranks], list[str]
         if seeds < max(map(len, found)):
             notes.append(f"{name} counts with the {seeds} training seeds that all runs have")
         ranks[name] = found[0][:seeds]
+        values[name] = having[0].values[name][:seeds]
     rules = {str(run.metrics.get("fit_on")) for run in runs if run.baselines}
     if len(rules) > 1:
         notes.append(f"baselines were fitted to different parts: {', '.join(sorted(rules))}")
-    return ranks, notes
+    return ranks, values, notes
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:
@@ -221,12 +239,17 @@ def notes_on_seeds(runs: Sequence[Evaluated], settings: Sequence[Mapping[str, An
         pairs = itertools.combinations(own, 2)
         if any(_same(runs[i].own, runs[j].own) for i, j in pairs):
             notes.append(f"two runs of {name} have the same lists: one may be a copy of the other")
-    if any(s["name"].startswith("embed: ") for s in settings):
+    if other_vectors(settings):
         notes.append(
             "the runs have other item vectors: diversity is measured in each run's own, and "
             "doesn't compare between them"
         )
     return notes
+
+
+def other_vectors(settings: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the runs' item vectors, in which diversity is measured, differ."""
+    return any(s["name"].startswith("embed: ") for s in settings)
 
 
 def all_scores(runs: Sequence[Evaluated], done: Comparison) -> dict[str, dict[str, Any]]:

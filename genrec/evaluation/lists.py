@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +18,13 @@ import polars as pl
 
 from genrec.artifacts import read_json
 from genrec.columns import ITEM_ID, ITEM_INDEX, RANK, RELEVANT, ROW_ID, SCORE, TARGET, USER_ID
-from genrec.item_lists import ItemLists, contains
+from genrec.item_lists import ItemLists
 from genrec.metrics import EMPTY
 
 logger = logging.getLogger(__name__)
 
 _ROWS = 1 << 16  # lists looked through at once for seen items
+_PIECE = 1 << 23  # recommendations looked up at once
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class RecommendedLists:
         tied_lists: evaluated lists in which scores are equal, so that a rule decides.
     """
 
-    items: npt.NDArray[np.int64]
+    items: npt.NDArray[np.int32]
     unknown_items: int
     rows_without_list: int
     ignored_lists: int
@@ -124,31 +126,32 @@ def align(
     types = {key: split_rows[key].dtype, ITEM_ID: catalog[ITEM_ID].dtype}
     types[order] = pl.Int64() if order == RANK else pl.Float64()
     extra = [ITEM_INDEX] if ITEM_INDEX in table.columns else []
-    picked = table.select(key, ITEM_ID, order, *extra)
+    table = table.select(key, ITEM_ID, order, *extra)
     for name, dtype in types.items():
-        picked = _cast(picked, name, dtype)
-    # Numbers for ids; null where the catalogue or the split doesn't know them.
-    known_items = catalog.select(ITEM_ID, pl.col(ITEM_INDEX).alias("_index"))
-    picked = picked.join(known_items, on=ITEM_ID, how="left", maintain_order="left")
-    numbers = split_rows.select(key).with_row_index("_split")
-    picked = picked.join(numbers, on=key, how="left", maintain_order="left")
-    _check_distinct(picked, key, catalog.height)
-    lists = _ranked(picked, key, order)
-    del picked  # a copy of every row
-    _check_origin(lists, key, bool(extra))
-    place = rows.select(key).with_row_index("_row")
-    known = lists.join(place, on=key, how="inner").filter(pl.col("_place") < k)
-    items = np.full((rows.height, k), EMPTY, dtype=np.int64)
-    items[known["_row"].to_numpy(), known["_place"].to_numpy()] = (
-        known["_index"].fill_null(EMPTY).to_numpy()
-    )
-    evaluated = known["_row"].n_unique()
+        table = _cast(table, name, dtype)
+    # From here on numbers, also for what the split and the catalogue don't know, behind the others:
+    # a table of a million lists, joined as it is, would be in memory several times.
+    ids = catalog.sort(ITEM_INDEX)[ITEM_ID]
+    lists, strangers = _numbers(table[key], split_rows[key])
+    item, ghosts = _numbers(table[ITEM_ID], ids)
+    _check_distinct(table, lists, item)
+    place, tied = _places(table, order, lists, item, len(ids) + ghosts)
+    _check_origin(table, lists, item, split_rows.height, strangers, len(ids))
+    row_of = np.full(split_rows.height + strangers, -1, dtype=np.int64)
+    row_of[_numbers(rows[key], split_rows[key])[0]] = np.arange(rows.height)
+    row = row_of[lists]
+    kept = (row >= 0) & (place < k)
+    row, place, item = row[kept], place[kept], item[kept]
+    unknown = item >= len(ids)
+    items = np.full((rows.height, k), EMPTY, dtype=np.int32)
+    items[row, place] = np.where(unknown, EMPTY, item)
+    evaluated = int(np.count_nonzero(np.bincount(row, minlength=rows.height)))
     found = RecommendedLists(
         items=items,
-        unknown_items=known["_index"].null_count(),
+        unknown_items=int(unknown.sum()),
         rows_without_list=rows.height - evaluated,
-        ignored_lists=lists[key].n_unique() - evaluated,
-        tied_lists=known.filter(pl.col("_tied"))["_row"].n_unique(),
+        ignored_lists=len(np.unique(lists)) - evaluated,
+        tied_lists=len(np.unique(row[tied[kept]])),
     )
     for count, what in (
         (found.unknown_items, "recommended items are not in the catalogue: counted as misses"),
@@ -204,85 +207,143 @@ def _cast(table: pl.DataFrame, name: str, dtype: pl.DataType) -> pl.DataFrame:
     return table.with_columns(cast)
 
 
-def _check_distinct(table: pl.DataFrame, key: str, n_items: int) -> None:
-    numbered = pl.col("_split").is_not_null() & pl.col("_index").is_not_null()
-    known = table.filter(numbered).select(
-        pl.col("_split").cast(pl.Int64) * n_items + pl.col("_index")
-    )
-    codes = np.sort(known.to_series().to_numpy())  # a tenth of the memory of a check by ids
-    twice = pl.struct(key, ITEM_ID).is_duplicated()
-    rest = table.filter(~numbered)
-    if not (codes[1:] == codes[:-1]).any() and not rest.select(twice).to_series().any():
-        return
-    example = table.filter(twice).row(0, named=True)
+def _numbers(column: pl.Series, known: pl.Series) -> tuple[npt.NDArray[np.int32], int]:
+    """Places of values in `known`; others are numbered behind those, in their own order.
+
+    Returns:
+        Numbers ``# (n_values,)``, and how many distinct values are not in `known`.
+    """
+    numbers = np.empty(len(column), dtype=np.int32)
+    for start in range(0, len(column), _PIECE):
+        part = _looked_up(column.slice(start, _PIECE), known)
+        numbers[start : start + len(part)] = part
+    strange = numbers < 0
+    if not strange.any():
+        return numbers, 0
+    rest = column.filter(pl.Series(strange))
+    strangers = rest.unique().sort()
+    numbers[strange] = len(known) + _looked_up(rest, strangers)
+    return numbers, len(strangers)
+
+
+def _looked_up(values: pl.Series, known: pl.Series) -> npt.NDArray[np.int32]:
+    places = pl.DataFrame({"value": known, "place": np.arange(len(known), dtype=np.int32)})
+    found = values.to_frame("value").join(places, on="value", how="left", maintain_order="left")
+    return found["place"].fill_null(-1).to_numpy()
+
+
+def _check_distinct(
+    table: pl.DataFrame, lists: npt.NDArray[np.int32], item: npt.NDArray[np.int32]
+) -> None:
+    codes = lists * np.int64(item.max(initial=0) + 1) + item
+    ordered = np.sort(codes)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        key, value, *_ = table.row(int(np.flatnonzero(np.isin(codes, twice))[0]))
+        raise ValueError(
+            f"{table.columns[0]} {key!r} is recommended item {value!r} more than once; "
+            "items of a list must be distinct"
+        )
+
+
+def _places(
+    table: pl.DataFrame,
+    order: str,
+    lists: npt.NDArray[np.int32],
+    item: npt.NDArray[np.int32],
+    n_items: int,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """Place of each item in its list, 0 for the best, and whether another has its score."""
+    length = np.bincount(lists)
+    first = np.concatenate([[0], np.cumsum(length)])
+    if order == RANK:
+        rank = table[RANK].to_numpy()
+        wrong = (rank < 1) | (rank > length[lists])
+        filled = np.zeros(len(table), dtype=bool)
+        filled[(first[lists] + rank - 1)[~wrong]] = True
+        if wrong.any() or not filled.all():
+            _refuse_ranks(table, lists, np.flatnonzero(wrong), first, filled)
+        return (rank - 1).astype(np.int32), np.zeros(len(table), dtype=bool)
+    lot = np.random.default_rng(0).permutation(n_items)[item]
+    entries = pl.DataFrame({"list": lists, "score": table[SCORE], "lot": lot})
+    at = entries.select(
+        pl.arg_sort_by("list", "score", "lot", descending=[False, True, False])
+    ).to_series().to_numpy()  # fmt: skip
+    place, tied = np.empty(len(table), dtype=np.int32), np.zeros(len(table), dtype=bool)
+    place[at] = np.arange(len(table)) - first[lists[at]]
+    score = table[SCORE].to_numpy()
+    alike = (lists[at][1:] == lists[at][:-1]) & (score[at][1:] == score[at][:-1])
+    tied[at[1:][alike]] = tied[at[:-1][alike]] = True
+    return place, tied
+
+
+def _refuse_ranks(
+    table: pl.DataFrame,
+    lists: npt.NDArray[np.int32],
+    wrong: npt.NDArray[np.int64],
+    first: npt.NDArray[np.int64],
+    filled: npt.NDArray[np.bool_],
+) -> NoReturn:
+    """Say of one list with wrong ranks what is wrong."""
+    if len(wrong):
+        number = int(lists[wrong[0]])
+    else:  # no rank is too large, so one stands twice, and one is missing
+        number = int(np.searchsorted(first, np.flatnonzero(~filled)[0], side="right")) - 1
+    its = table.filter(pl.Series(lists == number)).sort(RANK)
+    place = int((its[RANK].to_numpy() != np.arange(1, its.height + 1)).argmax())
     raise ValueError(
-        f"{key} {example[key]!r} is recommended item {example[ITEM_ID]!r} more than once; "
-        "items of a list must be distinct"
+        f"the ranks of {its.columns[0]} {its[0, 0]!r} are not 1, 2, 3, … (rank {its[RANK][place]} "
+        f"stands in place {place + 1}); renumber them, or give a score column instead"
     )
 
 
-def _ranked(table: pl.DataFrame, key: str, order: str) -> pl.DataFrame:
-    """Add `_place`, 0 for the best item of a list, and `_tied`, whether another has its score."""
-    items = table[ITEM_ID].unique().sort()
-    lot = np.random.default_rng(0).permutation(len(items))
-    drawn = pl.DataFrame([items, pl.Series("_lot", lot)])
-    table = (
-        table.join(drawn, on=ITEM_ID, how="left", maintain_order="left")
-        .sort([order, "_lot"], descending=[order == SCORE, False])
-        .with_columns(
-            pl.int_range(pl.len()).over(key).alias("_place"),
-            (pl.len().over(key, order) > 1).alias("_tied"),
-        )
-        .drop("_lot")
-    )
-    if order == RANK and (wrong := table.filter(pl.col(RANK) != pl.col("_place") + 1)).height:
-        example = wrong.row(0, named=True)
-        raise ValueError(
-            f"the ranks of {key} {example[key]!r} are not 1, 2, 3, … (rank {example[RANK]} stands "
-            f"in place {example['_place'] + 1}); renumber them, or give a score column instead"
-        )
-    return table
-
-
-def _check_origin(lists: pl.DataFrame, key: str, has_index: bool) -> None:
-    strangers = lists.filter(pl.col("_split").is_null()).select(key).unique(maintain_order=True)
-    found = lists[key].n_unique()
+def _check_origin(
+    table: pl.DataFrame,
+    lists: npt.NDArray[np.int32],
+    item: npt.NDArray[np.int32],
+    n_rows: int,
+    strangers: int,
+    n_items: int,
+) -> None:
+    key = table.columns[0]
+    known = np.count_nonzero(np.bincount(lists, minlength=n_rows)[:n_rows])
     # Users without a row in the split are normal in other systems' output; unknown row ids are not.
-    if strangers.height and (key == ROW_ID or strangers.height == found):
+    if strangers and (key == ROW_ID or not known):
+        example = table[key][int(np.argmax(lists >= n_rows))]
         raise ValueError(
-            f"{strangers.height} of {found} {key} values of the recommendations are not in the "
-            f"split, for example {strangers[key][0]!r}: they were made for another dataset or split"
+            f"{strangers} of {known + strangers} {key} values of the recommendations are not in "
+            f"the split, for example {example!r}: they were made for another dataset or split"
         )
-    if lists.height and lists["_index"].null_count() == lists.height:
+    if len(item) and item.min() >= n_items:
         raise ValueError(
             f"none of the recommended items is in the catalogue, for example "
-            f"{lists[ITEM_ID][0]!r}: the recommendations were made for another dataset"
+            f"{table[ITEM_ID][0]!r}: the recommendations were made for another dataset"
         )
-    if has_index:
-        wrong = lists.filter(pl.col("_index").ne_missing(pl.col(ITEM_INDEX)))
-        if wrong.height:
-            example = wrong.row(0, named=True)
+    if ITEM_INDEX in table.columns:
+        given = table[ITEM_INDEX].cast(pl.Int64).fill_null(-1).to_numpy()
+        index = np.where(item < n_items, item, -1)
+        if len(wrong := np.flatnonzero(given != index)):
+            at = int(wrong[0])
+            own = int(index[at]) if index[at] >= 0 else None
             raise ValueError(
-                f"item {example[ITEM_ID]!r} has item_index {example[ITEM_INDEX]} in the "
-                f"recommendations and {example['_index']} in the catalogue: they were made for "
+                f"item {table[ITEM_ID][at]!r} has item_index {table[ITEM_INDEX][at]} in the "
+                f"recommendations and {own} in the catalogue: they were made for "
                 "another dataset; rerun recommend"
             )
 
 
-def check_unseen(items: npt.NDArray[np.int64], seen: ItemLists, n_items: int) -> None:
+def check_unseen(items: npt.NDArray[np.integer], seen: ItemLists) -> None:
     """Raise ValueError if a list holds an item that its row has seen already.
 
     Args:
         items: item indices. ``# (n_rows, k)``
         seen: seen items of each row.
-        n_items: size of the catalogue.
     """
-    known, again = seen.keys(n_items), 0
+    again = 0
     for start in range(0, len(items), _ROWS):
         block = items[start : start + _ROWS]
-        rows = np.arange(start, start + len(block))[:, None]
-        met = contains(known, rows * n_items + block) & (block != EMPTY)
-        again += int(met.any(axis=1).sum())
+        part = seen.take(np.arange(start, start + len(block)))
+        again += int(part.met_by(block).sum())
     if again:
         raise ValueError(
             f"{again} of {len(items)} lists hold items the user has seen "

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from genrec.artifacts import write_json, write_parquet
+from genrec.artifacts import write_json, write_parquet, write_parquet_parts
 from genrec.columns import (
     CATEGORIES,
     HISTORY,
@@ -25,12 +25,14 @@ from genrec.columns import (
     USER_ID,
 )
 from genrec.evaluation.comparison import Comparison
-from genrec.metrics import EMPTY, RelevantRanks, gains, recalls
+from genrec.evaluation.row_values import RowValues
+from genrec.metrics import EMPTY, RelevantRanks
 
 IntArray = npt.NDArray[np.integer]
 
 EXAMPLES = 10
 EXAMPLE_HISTORY = 10
+_LIST_ROWS = 1 << 22  # recommendations written at once
 
 
 def scores(comparison: Comparison) -> dict[str, Any]:
@@ -48,9 +50,14 @@ def scores(comparison: Comparison) -> dict[str, Any]:
 
 
 def per_user_table(
-    rows: pl.DataFrame, ranks: Mapping[str, Sequence[RelevantRanks]]
+    rows: pl.DataFrame,
+    ranks: Mapping[str, Sequence[RelevantRanks]],
+    values: Mapping[str, Sequence[RowValues]],
 ) -> pl.DataFrame:
     """Rank of every row's target, per system and training seed; 0 where it isn't in the list.
+
+    Behind it what the row's list is like apart from being right (``novelty@10`` …), null where that
+    is not defined.
 
     Where rows have several relevant items, `target_rank` is that of the best placed one, and the
     columns `hit_ranks` and `n_relevant` say the rest.
@@ -76,23 +83,44 @@ def per_user_table(
                     lists["hit_ranks"].fill_null([]),
                     pl.Series("n_relevant", run.n_relevant, dtype=pl.Int32),
                 )
+            if system in values:
+                part = part.with_columns(
+                    pl.Series(name, value, dtype=pl.Float32).fill_nan(None)
+                    for name, value in values[system][seed].items()
+                )
             parts.append(part)
     return pl.concat(parts)
 
 
 def curves_table(ranks: Mapping[str, Sequence[RelevantRanks]], depth: int) -> pl.DataFrame:
     """Mean recall and NDCG at every list length up to `depth`, over rows and seeds."""
-    records = [
-        {
-            "system": system,
-            "k": k,
-            "recall": float(np.mean([recalls(run, k).mean() for run in runs])),
-            "ndcg": float(np.mean([gains(run, k).mean() for run in runs])),
-        }
-        for system, runs in ranks.items()
-        for k in range(1, depth + 1)
-    ]
-    return pl.DataFrame(records)
+    parts = []
+    for system, runs in ranks.items():
+        found = np.mean([_curves(run, depth) for run in runs], axis=0)  # (2, depth)
+        parts.append(
+            pl.DataFrame(
+                {"k": np.arange(1, depth + 1), "recall": found[0], "ndcg": found[1]}
+            ).select(pl.lit(system).alias("system"), pl.all())
+        )
+    return pl.concat(parts)
+
+
+def _curves(run: RelevantRanks, depth: int) -> npt.NDArray[np.float64]:
+    """Mean recall and NDCG at every length. ``# (2, depth)``.
+
+    From how many hits have each rank, by the row's number of relevant items: one pass over them.
+    """
+    kept = run.within(depth)
+    rank, relevant = run.rank[kept], run.n_relevant[run.row[kept]]
+    recall = np.bincount(rank, 1.0 / relevant, minlength=depth + 1)[1:].cumsum()
+    counts, kind = np.unique(relevant, return_inverse=True)
+    ideal = np.cumsum(1.0 / np.log2(np.arange(depth) + 2.0))
+    ndcg = np.zeros(depth)
+    for number, count in enumerate(counts.tolist()):
+        gained = np.bincount(rank[kind == number], minlength=depth + 1)[1:]
+        gained = (gained / np.log2(np.arange(depth) + 2.0)).cumsum()
+        ndcg += gained / ideal[np.minimum(count, np.arange(1, depth + 1)) - 1]
+    return np.stack([recall, ndcg]) / len(run.n_relevant)
 
 
 def long_table(lists: IntArray, rows: pl.DataFrame, catalog: pl.DataFrame) -> pl.DataFrame:
@@ -103,6 +131,16 @@ def long_table(lists: IntArray, rows: pl.DataFrame, catalog: pl.DataFrame) -> pl
         pl.Series(RANK, place + 1, dtype=pl.Int32),
         catalog[ITEM_ID].gather(index),
         pl.Series(ITEM_INDEX, index, dtype=pl.Int32),
+    )
+
+
+def write_lists(path: Path, lists: IntArray, rows: pl.DataFrame, catalog: pl.DataFrame) -> None:
+    """Write `long_table` piece by piece: of a million users it takes gigabytes."""
+    ids = rows.select(ROW_ID, USER_ID)
+    size = max(1, _LIST_ROWS // max(1, lists.shape[1]))
+    starts = range(0, max(1, len(lists)), size)
+    write_parquet_parts(
+        path, (long_table(lists[s : s + size], ids[s : s + size], catalog) for s in starts)
     )
 
 
@@ -174,9 +212,9 @@ def write_results(
             continue
         for seed, items in enumerate(runs):
             label = name if len(runs) == 1 else f"{name}-seed-{seed}"
-            path = folder / "baselines" / f"{label}.parquet"
-            write_parquet(path, long_table(items, rows, catalog))
-    write_parquet(folder / "per_user.parquet", per_user_table(rows, comparison.ranks))
+            write_lists(folder / "baselines" / f"{label}.parquet", items, rows, catalog)
+    per_user = per_user_table(rows, comparison.ranks, comparison.values)
+    write_parquet(folder / "per_user.parquet", per_user)
     write_parquet(folder / "curves.parquet", curves_table(comparison.ranks, results["depth"]))
     write_parquet(folder / "slices.parquet", slices)
     best = max(

@@ -6,8 +6,10 @@ columns is paired: what makes a user hard is hard for both systems and cancels.
 
 Rows with equal values are interchangeable, so both methods work on the distinct rows and how often
 each occurs. Where they are few, as with hit ranks of one or two systems, the draws are multinomial
-and binomial, and a million users take no longer than a thousand; a table of many systems or of
-averages over seeds has few equal rows, and takes a draw per user.
+and binomial, and a million users take no longer than a thousand. A table of many systems or of
+averages over seeds has few equal rows, and takes a draw per user; of many users the draws are
+independent Poisson counts of mean 1, whose sum isn't exactly the number of users: a mean is the
+ratio of two sums then (Chamandy et al. 2012, "Estimating uncertainty for massive data streams").
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.integer]
 
 _FEW = 8  # equal rows per distinct one from which on multinomial draws are the faster ones
+_MANY = 1 << 16  # users from which on their draws may be independent of each other
 _BLOCK_CELLS = 1 << 23  # cells of one block of draws: 64 MiB
 
 
@@ -79,6 +82,8 @@ def _units(values: FloatArray, groups: IntArray | None) -> tuple[FloatArray, Flo
     if groups.shape != (len(values),):
         raise ValueError(f"groups has shape {groups.shape}; it must be ({len(values)},)")
     sizes = np.bincount(groups).astype(np.float64)
+    if sizes.max() == 1:
+        return values, np.ones(len(values))
     columns = [np.bincount(groups, weights=column) for column in values.T]
     sums = np.stack(columns, axis=1).astype(np.float64)
     there = sizes > 0  # group numbers may have holes
@@ -113,9 +118,15 @@ def bootstrap_means(
     if samples < 1:
         raise ValueError(f"samples={samples} must be at least 1")
     sums, sizes = _units(values, groups)
+    n_units = len(sizes)
+    if n_units > _MANY:  # a look at some spares the rest a sort that would find all distinct
+        _, count = _distinct(np.column_stack([sums[:_MANY], sizes[:_MANY]]))
+        if 2 * len(count) > _MANY:
+            return _poisson_means(sums, sizes, samples, seed)
     distinct, count = _distinct(np.column_stack([sums, sizes]))
+    if n_units > _MANY and _FEW * len(count) > n_units:
+        return _poisson_means(sums, sizes, samples, seed)
     sums, sizes = distinct[:, :-1], distinct[:, -1]
-    n_units = int(count.sum())
     owner = np.repeat(np.arange(len(count), dtype=np.int32), count)  # distinct row of each unit
     rng = np.random.default_rng(seed)
     per_block = max(1, _BLOCK_CELLS // len(count))
@@ -131,6 +142,33 @@ def bootstrap_means(
             drawn = rng.multinomial(n_units, count / n_units, size=size).astype(np.float64)
         means[start : start + size] = (drawn @ sums) / (drawn @ sizes)[:, None]
     return means
+
+
+def _poisson_counts() -> npt.NDArray[np.float32]:
+    """Poisson(1) quantiles of the 65,536 values of two random bytes; mean and variance to 1e-4."""
+    upper = np.cumsum(np.exp(-1.0) / np.cumprod([1.0, *range(1, 20)]))  # P(count <= 0, 1, 2, …)
+    middle = (np.arange(1 << 16) + 0.5) / (1 << 16)
+    return np.searchsorted(upper, middle).astype(np.float32)
+
+
+def _poisson_means(
+    sums: FloatArray, sizes: FloatArray, samples: int, seed: int
+) -> npt.NDArray[np.float64]:
+    """Means of resampled units, each drawn a Poisson number of times. ``# (samples, n_columns)``.
+
+    Single precision serves for products of one block: values are centred first, so what is lost is
+    a millionth of their spread, far below the noise of the draws.
+    """
+    centre = sums.sum(axis=0, dtype=np.float64) / sizes.sum()
+    rng, counts = np.random.default_rng(seed), _poisson_counts()
+    rows = max(1, _BLOCK_CELLS // samples)
+    total = np.zeros((samples, sums.shape[1] + 1))
+    for start in range(0, len(sums), rows):
+        size = sizes[start : start + rows, None]
+        away = sums[start : start + rows] - size * centre
+        drawn = counts[rng.integers(0, 1 << 16, (samples, len(size)), dtype=np.uint16)]
+        total += drawn @ np.hstack([away, size]).astype(np.float32)
+    return centre + total[:, :-1] / total[:, -1:]
 
 
 def resample_seeds(draws: FloatArray, seed: int) -> FloatArray:

@@ -12,6 +12,7 @@ from genrec.evaluation import beyond_accuracy
 from genrec.evaluation.beyond_accuracy import (
     calibration,
     category_matrix,
+    category_profile,
     history_popularity,
     intra_list_diversity,
     list_popularity,
@@ -84,8 +85,18 @@ def test_category_matrix_without_any_category():
     none = pl.Series([None, []], dtype=pl.List(pl.String))
     assert category_matrix(none).shape == (2, 0)
     assert category_matrix(pl.Series([None, None], dtype=pl.List(pl.Null))).shape == (2, 0)
-    found = calibration(np.array([[0], [1]]), lists_of([0], [1]), category_matrix(none), 1)
+    found = mix_apart(np.array([[0], [1]]), lists_of([0], [1]), category_matrix(none), 1)
     assert np.isnan(found).all()
+
+
+def mix_apart(lists, history, categories, k):
+    return calibration(lists, category_profile(history, categories), categories, k)
+
+
+def test_a_profile_is_the_mix_of_the_history():
+    found = category_profile(lists_of([0, 0, 1], [3], []), category_matrix(CATEGORIES)).toarray()
+    assert sorted(found[0]) == pytest.approx([1 / 3, 2 / 3])
+    assert not found[1:].any()  # an item without a category; no item
 
 
 def kl(p: list[float], q: list[float]) -> float:
@@ -103,12 +114,12 @@ def test_calibration_by_hand():
         *[math.nan] * 3,  # a list without category or item, a history without item
         0,  # items without category count for neither
     ]
-    found = calibration(lists, history, category_matrix(CATEGORIES), 2)
+    found = mix_apart(lists, history, category_matrix(CATEGORIES), 2)
     same(found, expected)
     assert found[1] == pytest.approx(math.log(100))
     # The first place alone.
     same(
-        calibration(lists, history, category_matrix(CATEGORIES), 1)[:3],
+        mix_apart(lists, history, category_matrix(CATEGORIES), 1)[:3],
         [kl([0.5, 0.5], [1, 0]), math.log(100), kl([2 / 3, 1 / 3], [0.5, 0.5])],
     )
 
@@ -127,7 +138,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
                 novelty(lists, count, 9, 4),
                 list_popularity(lists, count, 4),
                 intra_list_diversity(lists, vectors, 4),
-                calibration(lists, history, category_matrix(kinds), 4),
+                mix_apart(lists, history, category_matrix(kinds), 4),
             ]
         )
 
@@ -144,7 +155,7 @@ def test_items_outside_the_catalogue_and_wrong_k_raise():
         lambda k: novelty(LISTS, COUNT[:3], 7, k),
         lambda k: list_popularity(LISTS, COUNT[:3], k),
         lambda k: intra_list_diversity(LISTS, vectors, k),
-        lambda k: calibration(LISTS, history, category_matrix(CATEGORIES[:3]), k),
+        lambda k: mix_apart(LISTS, history, category_matrix(CATEGORIES[:3]), k),
     ):
         with pytest.raises(ValueError, match="holds 3, but the catalogue has 3 items"):
             call(2)

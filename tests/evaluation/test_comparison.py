@@ -12,12 +12,12 @@ from rich.console import Console
 
 from genrec.evaluation.beyond_accuracy import category_matrix
 from genrec.evaluation.comparison import (
-    ItemFacts,
     compare,
     compare_ranks,
     comparison_table,
     describe_difference,
 )
+from genrec.evaluation.row_values import ItemFacts, compare_values
 from genrec.item_lists import ItemLists
 from genrec.metrics import RelevantRanks, find_relevant
 
@@ -303,3 +303,48 @@ def test_table_says_how_many_seeds_a_system_has_and_takes_any_name():
     systems = {"ours [bold]": runs_of(2, [0.2, 0.3]), "theirs": runs_of(1, [0.5])}
     text = rendered(comparison_table(compare(systems, target, 2, [1]), ["HR@1"], "t"))
     assert "ours [bold] (2 seeds)" in text and "theirs  " in text and "(1 seed" not in text
+
+
+def test_differences_beyond_accuracy_are_paired():
+    """What makes a row's lists novel for both systems must not widen the interval."""
+    rng = np.random.default_rng(0)
+    of_row = rng.normal(5, 3, 300)
+    values = {
+        "ours": [{"novelty@1": of_row + 0.2 + rng.normal(0, 0.1, 300)}],
+        "theirs": [{"novelty@1": of_row}],
+        "others": [{"novelty@1": rng.permutation(of_row)}],
+    }
+    means, apart = compare_values(values, "ours", samples=500)
+    assert means["ours"]["novelty@1"].half_width == pytest.approx(1.96 * 3 / 300**0.5, rel=0.15)
+    found = apart["theirs"]["novelty@1"]
+    assert found.value == pytest.approx(0.2, abs=0.02)
+    assert found.value - found.low == pytest.approx(1.96 * 0.1 / 300**0.5, rel=0.2)
+    assert found.p == pytest.approx(2 / 501) and found.p_holm == pytest.approx(4 / 501)
+    unpaired = apart["others"]["novelty@1"]
+    assert unpaired.low < 0 < unpaired.high and unpaired.p > 0.1
+
+
+def test_a_difference_counts_rows_that_both_systems_have():
+    nan = float("nan")
+    values = {
+        "ours": [{"ild@2": np.array([1.0, 2.0, nan, 4.0])}],
+        "theirs": [{"ild@2": np.array([nan, 1.0, 1.0, 1.0])}],
+        "nowhere": [{"ild@2": np.array([nan, nan, 9.0, nan])}],
+    }
+    means, apart = compare_values(values, "ours", samples=50)
+    assert means["ours"]["ild@2"].value == pytest.approx(7 / 3)
+    assert apart["theirs"]["ild@2"].value == pytest.approx(3 - 1)
+    assert "nowhere" not in apart
+
+
+def test_the_lift_is_compared_as_a_ratio():
+    before = np.array([2.0, 4.0, 6.0])
+    values = {
+        "ours": [{"history_popularity": before, "popularity@2": np.array([2.0, 4.0, 12.0])}],
+        "theirs": [{"history_popularity": before, "popularity@2": np.array([1.0, 2.0, 3.0])}],
+    }
+    means, apart = compare_values(values, "ours", samples=50)
+    assert means["ours"]["popularity_lift@2"].value == pytest.approx(0.5)
+    assert means["theirs"]["popularity_lift@2"].value == pytest.approx(-0.5)
+    assert apart["theirs"]["popularity_lift@2"].value == pytest.approx(1)
+    assert set(means["ours"]) == {"popularity_lift@2"}

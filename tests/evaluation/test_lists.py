@@ -132,10 +132,10 @@ def test_csv_keeps_leading_zeros(tmp_path):
 
 def test_seen_items_in_a_list_break_the_rule():
     seen = ItemLists.from_column(pl.Series([[1, 2], []], dtype=pl.List(pl.Int32)))
-    check_unseen(np.array([[0, 3], [1, 2]]), seen, 4)
-    check_unseen(np.array([[0, -1], [-1, -1]]), seen, 4)
+    check_unseen(np.array([[0, 3], [1, 2]]), seen)
+    check_unseen(np.array([[0, -1], [-1, -1]]), seen)
     with pytest.raises(ValueError, match="1 of 2 lists hold items the user has seen"):
-        check_unseen(np.array([[0, 2], [1, 2]]), seen, 4)
+        check_unseen(np.array([[0, 2], [1, 2]]), seen)
 
 
 def test_unsorted_ranks_and_what_lies_behind_k():

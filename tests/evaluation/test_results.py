@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from genrec.evaluation import results
 from genrec.evaluation.comparison import compare
 from genrec.evaluation.lists import align
 from genrec.evaluation.results import (
@@ -16,11 +17,12 @@ from genrec.evaluation.results import (
     long_table,
     per_user_table,
     scores,
+    write_lists,
     write_results,
 )
 from genrec.evaluation.slices import score_slices
 from genrec.item_lists import ItemLists
-from genrec.metrics import RelevantRanks, find_relevant, gains, ndcg_at_k
+from genrec.metrics import RelevantRanks, find_relevant, gains, ndcg_at_k, recalls
 
 ROWS = pl.DataFrame(
     {
@@ -48,7 +50,7 @@ def test_ranks_per_user_system_and_seed():
         "ours": [RelevantRanks.of_targets(np.array(r)) for r in ([2, 1, 0], [1, 0, 0])],
         "theirs": [RelevantRanks.of_targets(np.array([0, 2, 1]))],
     }
-    found = per_user_table(ROWS, ranks)
+    found = per_user_table(ROWS, ranks, {})
     assert found.columns == ["row_id", "user_id", "system", "seed", "target_rank"]
     assert found["row_id"].to_list() == ["test-0", "test-1", "test-2"] * 3
     assert found["user_id"].to_list() == [10, 20, 10] * 3
@@ -60,15 +62,34 @@ def test_ranks_per_user_system_and_seed():
     assert gains(rank, 2).mean() == ndcg_at_k(LISTS, np.array([2, 0, 1]), 2)
 
 
+def test_what_lists_are_like_stands_beside_the_ranks():
+    ranks = {"ours": [RelevantRanks.of_targets(np.array([2, 1, 0]))] * 2}
+    values = {
+        "ours": [{"novelty@2": np.array([1.5, np.nan, 2])}, {"novelty@2": np.array([0, 1, 2])}]
+    }
+    found = per_user_table(ROWS, ranks, values)
+    assert found["novelty@2"].to_list() == [1.5, None, 2, 0, 1, 2]
+    assert found["novelty@2"].dtype == pl.Float32
+
+
+def test_lists_written_in_pieces_are_the_long_table(tmp_path, monkeypatch):
+    for cells in (1, 2, 4, 100):  # a row at a time, …
+        monkeypatch.setattr(results, "_LIST_ROWS", cells)
+        write_lists(tmp_path / "lists.parquet", OTHER, ROWS, CATALOG)
+        assert pl.read_parquet(tmp_path / "lists.parquet").equals(long_table(OTHER, ROWS, CATALOG))
+    write_lists(tmp_path / "none.parquet", OTHER[:0], ROWS[:0], CATALOG)
+    assert pl.read_parquet(tmp_path / "none.parquet").height == 0
+
+
 def test_rows_with_several_relevant_items_say_where_all_stand():
     rows = ROWS.with_columns(
         pl.Series("relevant_item_index", [[2, 1], [0], [1, 3, 0]], dtype=pl.List(pl.Int32))
     )
-    found = per_user_table(rows, {"ours": [find_relevant(LISTS, RELEVANT)]})
+    found = per_user_table(rows, {"ours": [find_relevant(LISTS, RELEVANT)]}, {})
     assert found["target_rank"].to_list() == [1, 1, 0]
     assert found["hit_ranks"].to_list() == [[1, 2], [1], []]
     assert found["n_relevant"].to_list() == [2, 1, 3]
-    none = per_user_table(rows, {"ours": [find_relevant(np.full((3, 2), -1), RELEVANT)]})
+    none = per_user_table(rows, {"ours": [find_relevant(np.full((3, 2), -1), RELEVANT)]}, {})
     assert none["hit_ranks"].to_list() == [[], [], []]
     assert none.schema == found.schema
 
@@ -83,7 +104,7 @@ def test_lists_of_many_rows_stay_with_their_rows():
             "relevant_item_index": [[0]] * 5000,
         }
     )
-    found = per_user_table(rows, {"ours": [RelevantRanks.of_targets(rank)]})
+    found = per_user_table(rows, {"ours": [RelevantRanks.of_targets(rank)]}, {})
     assert found["hit_ranks"].to_list() == [[r] if r else [] for r in rank.tolist()]
 
 
@@ -92,6 +113,19 @@ def test_curves_at_every_length():
     assert found["k"].to_list() == [1, 2] and found["system"].unique().to_list() == ["ours"]
     assert found["recall"].to_list() == pytest.approx([(1 / 2 + 1) / 3, (1 + 1) / 3])
     assert found["ndcg"].to_list() == pytest.approx([2 / 3, 2 / 3])
+
+
+def test_curves_equal_the_metrics_at_every_length():
+    rng = np.random.default_rng(0)
+    lists = rng.permuted(np.tile(np.arange(30), (50, 1)), axis=1)[:, :12]
+    relevant = ItemLists.from_column(
+        pl.Series([rng.permutation(30)[: rng.integers(1, 20)].tolist() for _ in range(50)])
+    )
+    found = find_relevant(lists, relevant)
+    table = curves_table({"ours": [found]}, 12)
+    for k, recall, ndcg in table.select("k", "recall", "ndcg").iter_rows():
+        assert recall == pytest.approx(recalls(found, k).mean())
+        assert ndcg == pytest.approx(gains(found, k).mean())
 
 
 def test_long_tables_read_back_as_the_same_lists():

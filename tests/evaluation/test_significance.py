@@ -254,3 +254,27 @@ def test_intervals_are_the_same_whether_or_not_rows_repeat():
         expected = values.std() / np.sqrt(len(values))
         assert abs(means.std() / expected - 1) < 0.05
         assert abs(means.mean() - values.mean()) < 4 * expected / np.sqrt(4000)
+
+
+def test_many_users_are_drawn_independently_and_give_the_same_interval(monkeypatch):
+    values = np.random.default_rng(3).gamma(2, 2, (4000, 2)) * [1, 10]
+    exact = bootstrap_means(values, 2000, seed=1)
+    monkeypatch.setattr(significance, "_MANY", 100)
+    for cells in (significance._BLOCK_CELLS, 2000 * 37):
+        monkeypatch.setattr(significance, "_BLOCK_CELLS", cells)
+        found = bootstrap_means(values, 2000, seed=1)
+        np.testing.assert_allclose(found.mean(0), values.mean(0), rtol=2e-3)
+        np.testing.assert_allclose(found.std(0), exact.std(0), rtol=0.06)
+        assert (found != exact).all()
+    # Users weigh by their rows: a ratio of sums, not a mean of means.
+    groups = np.repeat(np.arange(2000), 2)
+    grouped = bootstrap_means(values, 2000, seed=1, groups=groups)
+    np.testing.assert_allclose(grouped.std(0), exact.std(0), rtol=0.08)
+
+
+def test_counts_of_independent_draws_are_poisson():
+    counts = significance._poisson_counts()
+    assert counts.mean() == pytest.approx(1, abs=1e-4)
+    assert counts.var() == pytest.approx(1, abs=1e-4)
+    assert (counts == 0).mean() == pytest.approx(np.exp(-1), abs=1e-4)
+    assert (counts == 3).mean() == pytest.approx(np.exp(-1) / 6, abs=1e-4)
