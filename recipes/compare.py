@@ -9,7 +9,8 @@ Each NAME=FOLDER names a run that `genrec evaluate` has finished, or the folder 
 somebody's lists. Runs under one NAME are training seeds of one system. All must be evaluated on the
 same rows under the same rules; the baselines, which are then the same, are shown once.
 
-Writes comparison.html (open it in a browser), comparison.json and comparison.parquet. It reads what
+Writes comparison.html (open it in a browser), comparison.json, comparison.parquet and
+slices.parquet. It reads what
 evaluate wrote and no split. CPU only, seconds.
 """
 
@@ -49,6 +50,7 @@ from genrec.evaluation.evaluated_runs import (
 )
 from genrec.evaluation.pages import render_comparison_page
 from genrec.evaluation.row_values import RowValues
+from genrec.evaluation.slices import score_slices
 from genrec.metrics import gains
 
 logger = logging.getLogger("genrec.compare")
@@ -174,18 +176,21 @@ def main() -> None:
                 "folder": str(one.folder),
                 "value": mean_over_seeds(one.own, gains, k),
                 "reads": noted_reads(one),
+                "training": one.training,
             }
             for one in runs
         ],
         "settings": settings,
         "notes": notes,
     }
-    page = render_comparison_page(json.loads(json.dumps(results, default=str)))
+    slices = score_slices(runs[0].slicings, ranks, groups, k, args.samples, args.seed)
+    page = render_comparison_page(json.loads(json.dumps(results, default=str)), slices)
     write_json(output / "comparison.json", results)
     write_parquet(output / "comparison.parquet", long_table(results))
+    write_parquet(output / "slices.parquet", slices)
     write_text(output / "comparison.html", page)
     show(found, results)
-    print(f"details: {output}/comparison.html, comparison.json, comparison.parquet")
+    print(f"details: {output}/comparison.html, comparison.json, *.parquet")
 
 
 def without_diversity(values: RowValues) -> RowValues:

@@ -306,7 +306,7 @@ def main() -> None:
         "gaps": gaps(slicings, comparison.ranks, groups, k, samples=args.samples, seed=args.seed),
     }
     slices = score_slices(slicings, comparison.ranks, groups, k, args.samples, args.seed)
-    write_results(folder, results, comparison, slices, lists, rows, catalog)
+    write_results(folder, results, comparison, slices, slicings, lists, rows, catalog)
     page = render_run_page(folder, Path(args.run_dir) if stage else None, Path(args.run_dir))
     write_text(folder / "report.html", page)
     if stage is not None:

@@ -16,12 +16,16 @@ import polars as pl
 from genrec.artifacts import load_manifest, read_json, stage_folder
 from genrec.columns import ROW_ID, USER_ID
 from genrec.evaluation.comparison import Comparison
+from genrec.evaluation.curves import STAGES, training_curves
+from genrec.evaluation.results import ROW_SLICES
 from genrec.evaluation.row_values import COLUMNS, HISTORY_POPULARITY, RowValues
+from genrec.evaluation.slices import Slicing, read_slicings
 from genrec.metrics import RelevantRanks, gains, recalls
 
 Ranks = list[RelevantRanks]  # one entry per training seed
 Values = list[RowValues]
 
+VALIDATED = "ndcg@10"  # what stages measure while they train
 SAME = ("split_sha256", "split", "filter_seen", "ks")  # what makes scores comparable
 # Stages whose settings decide a run's lists.
 _STAGES = ("prepare", "embed", "quantize", "build_dataset", "sft", "grpo", "recommend")
@@ -38,6 +42,8 @@ class Evaluated:
         rows: row ids and user ids, in the order of the row ids.
         ranks: system of the evaluation -> where the relevant items stand, one entry per seed.
         values: the same systems -> what rows' lists are like beyond accuracy, one entry per seed.
+        slicings: which slices the rows are in; none where an older genrec evaluated.
+        training: stage -> (step, NDCG@10 on validation rows), of the stages that measured it.
     """
 
     system: str
@@ -46,6 +52,8 @@ class Evaluated:
     rows: pl.DataFrame
     ranks: dict[str, Ranks]
     values: dict[str, Values]
+    slicings: list[Slicing]
+    training: dict[str, list[tuple[int, float]]]
 
     @property
     def own(self) -> Ranks:
@@ -95,7 +103,29 @@ def load_evaluated(system: str, folder: Path) -> Evaluated:
             raise ValueError(f"{source}/per_user.parquet lacks rows of {name}; rerun evaluate")
         ranks[str(name)] = [_relevant_ranks(one) for one in seeds]
         values[str(name)] = [_row_values(one) for one in seeds]
-    return Evaluated(system, folder, metrics, rows, ranks, values)
+    slices = source / ROW_SLICES
+    slicings = (
+        read_slicings(
+            rows.select(ROW_ID).join(
+                pl.read_parquet(slices, glob=False), on=ROW_ID, how="left", maintain_order="left"
+            )
+        )
+        if slices.is_file()
+        else []
+    )
+    training = {stage: found for stage in STAGES if (found := _validated(folder / stage))}
+    return Evaluated(system, folder, metrics, rows, ranks, values, slicings, training)
+
+
+def _validated(folder: Path) -> list[tuple[int, float]]:
+    """Step and value of a stage's validations."""
+    path = folder / "validation.json"
+    entries = read_json(path) if path.is_file() else []
+    for curve in training_curves(entries, []):
+        for name, points in curve.points.items():
+            if name.lower() == VALIDATED:
+                return points
+    return []
 
 
 def _relevant_ranks(table: pl.DataFrame) -> RelevantRanks:

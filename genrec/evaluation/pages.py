@@ -35,6 +35,7 @@ from genrec.evaluation.run_notes import (
     doctor_checks,
     example_cards,
     protocol_facts,
+    run_curves,
     split_reads,
     training_charts,
 )
@@ -79,7 +80,9 @@ def render_run_page(folder: Path, run_dir: Path | None = None, data_run: Path | 
         differences=difference_table(differences, ranked),
         forests=forest_charts(differences, ranked, reference, max(metrics["ks"])),
         curves=curve_charts(folder / "curves.parquet", reference, ranked),
-        slices=_slices(folder / "slices.parquet", metrics, best, primary),
+        slices=_slices(pl.read_parquet(path, glob=False), metrics, best, primary)
+        if (path := folder / "slices.parquet").is_file()
+        else [],
         training=training_charts(run_dir) if run_dir else [],
         examples=example_cards(folder / "examples.json", reference),
         facts=protocol_facts(metrics),
@@ -91,7 +94,9 @@ def render_run_page(folder: Path, run_dir: Path | None = None, data_run: Path | 
     )
 
 
-def render_comparison_page(comparison: Mapping[str, Any]) -> str:
+def render_comparison_page(
+    comparison: Mapping[str, Any], slices: pl.DataFrame | None = None
+) -> str:
     """The page of several runs on the same rows.
 
     Args:
@@ -99,6 +104,7 @@ def render_comparison_page(comparison: Mapping[str, Any]) -> str:
             ``differences`` as in ``metrics.json``; ``curves``, system -> k, recall, ndcg; ``runs``,
             the folders in the order of the systems; ``settings``, what differs between them;
             ``notes``; and what was held equal, under the names of ``metrics.json``.
+        slices: result of `score_slices`, or None.
     """
     reference, systems = comparison["reference"], comparison["systems"]
     k = max(comparison["ks"])
@@ -121,6 +127,9 @@ def render_comparison_page(comparison: Mapping[str, Any]) -> str:
         forests=forest_charts(differences, ranked, reference, k),
         curves=draw_curves({name: curves[name] for name in ranked if name in curves}, reference),
         seeds=seed_charts(systems, first, k),
+        slices=[] if slices is None else _slices(slices, comparison, best, primary),
+        min_rows=MIN_ROWS,
+        training=run_curves(comparison["runs"]),
         facts=protocol_facts(comparison),
         baselines=baseline_settings(comparison["baselines"], {}),
     )
@@ -132,13 +141,11 @@ def _by_other(differences: Mapping[str, Any], reference: str) -> dict[str, Any]:
 
 
 def _slices(
-    path: Path, metrics: Mapping[str, Any], best: str | None, primary: str
+    table: pl.DataFrame, metrics: Mapping[str, Any], best: str | None, primary: str
 ) -> list[dict[str, Any]]:
-    """A figure per family of slices: the reference and the best baseline."""
-    if not path.is_file():
-        return []
+    """A figure per family of slices: the reference and the best other system."""
     shown = [name for name in (metrics["reference"], best) if name is not None]
-    table = pl.read_parquet(path, glob=False).filter(pl.col("system").is_in(shown))
+    table = table.filter(pl.col("system").is_in(shown))
     measured = [m for m in (primary, primary.replace("NDCG", "HR")) if m in table["metric"]]
     families = []
     for i, ((family,), part) in enumerate(table.group_by("family", maintain_order=True)):

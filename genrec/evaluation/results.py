@@ -26,10 +26,12 @@ from genrec.columns import (
 )
 from genrec.evaluation.comparison import Comparison
 from genrec.evaluation.row_values import RowValues
+from genrec.evaluation.slices import Slicing, slices_of_rows
 from genrec.metrics import EMPTY, RelevantRanks
 
 IntArray = npt.NDArray[np.integer]
 
+ROW_SLICES = "row_slices.parquet"  # which slices each row is in
 EXAMPLES = 10
 EXAMPLE_HISTORY = 10
 _LIST_ROWS = 1 << 22  # recommendations written at once
@@ -191,6 +193,7 @@ def write_results(
     results: dict[str, Any],
     comparison: Comparison,
     slices: pl.DataFrame,
+    slicings: Sequence[Slicing],
     lists: Mapping[str, Sequence[IntArray]],
     rows: pl.DataFrame,
     catalog: pl.DataFrame,
@@ -202,6 +205,7 @@ def write_results(
         results: what ``metrics.json`` says besides the scores.
         comparison: the scores.
         slices: result of `score_slices`.
+        slicings: of which it holds the scores.
         lists: lists of each system per seed; those of the reference are not written again.
         rows: evaluated rows.
         catalog: the catalogue.
@@ -217,6 +221,7 @@ def write_results(
     write_parquet(folder / "per_user.parquet", per_user)
     write_parquet(folder / "curves.parquet", curves_table(comparison.ranks, results["depth"]))
     write_parquet(folder / "slices.parquet", slices)
+    write_parquet(folder / ROW_SLICES, slices_of_rows(slicings, rows))
     best = max(
         (name for name in lists if name != reference),
         key=lambda name: comparison.metrics[name][f"NDCG@{max(results['ks'])}"].value,

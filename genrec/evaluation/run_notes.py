@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,25 @@ def training_charts(run_dir: Path) -> list[dict[str, Any]]:
         for key in ("validation", "reward" if "reward" in found else "loss"):
             if key in found:
                 charts.append(_training_chart(f"{stage}-{key}", title, found[key]))
+    return charts
+
+
+def run_curves(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Several runs' validation NDCG@10 while they trained, one chart per stage.
+
+    Args:
+        runs: ``system`` and ``training``, stage -> (step, value), of each.
+    """
+    charts = []
+    for stage, title in STAGES.items():
+        points = {
+            f"{number}: {run['system']}": [(int(step), float(value)) for step, value in found]
+            for number, run in enumerate(runs, start=1)
+            if (found := run["training"].get(stage))
+        }
+        if points:
+            curve = Curve("validation", "validation NDCG@10 of each run", "NDCG@10", points)
+            charts.append(_training_chart(f"{stage}-validation", title, curve))
     return charts
 
 

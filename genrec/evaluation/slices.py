@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from genrec.columns import RELEVANT, SEEN, TARGET, TARGET_TIME, TRAIN_COUNT, USER_ID
+from genrec.columns import RELEVANT, ROW_ID, SEEN, TARGET, TARGET_TIME, TRAIN_COUNT, USER_ID
 from genrec.evaluation.significance import bootstrap_means, interval
 from genrec.metrics import RelevantRanks, gains, hits
 
@@ -147,6 +147,35 @@ def _by_attribute(column: pl.Series) -> Slicing:
     joined = values.to_frame("v").join(numbers, on="v", how="left", maintain_order="left")
     numbered = joined["n"].cast(pl.Int64).fill_null(-1).to_numpy()
     return Slicing(column.name, names, numbered, user_attribute=True)
+
+
+def slices_of_rows(slicings: Sequence[Slicing], rows: pl.DataFrame) -> pl.DataFrame:
+    """Which slices each row is in, as a table that `read_slicings` takes back.
+
+    Returns:
+        row_id, and a column of labels per slicing, null where a row is in none.
+    """
+    columns = []
+    for number, slicing in enumerate(slicings):
+        kind = "user attribute" if slicing.user_attribute else "rows"
+        inside = pl.DataFrame({"place": slicing.codes}).select(
+            pl.when(pl.col("place") >= 0).then(pl.col("place")).cast(pl.UInt32)
+        )
+        labels = pl.Series(slicing.labels, dtype=pl.Enum(slicing.labels))
+        columns.append(labels.gather(inside["place"]).alias(f"{number}.{kind}.{slicing.family}"))
+    return rows.select(ROW_ID).with_columns(columns)
+
+
+def read_slicings(table: pl.DataFrame) -> list[Slicing]:
+    """The slicings of `slices_of_rows`."""
+    found = []
+    for column in table.drop(ROW_ID):
+        _, kind, family = column.name.split(".", 2)
+        assert isinstance(column.dtype, pl.Enum)
+        labels = column.dtype.categories.to_list()
+        codes = column.to_physical().cast(pl.Int64).fill_null(-1).to_numpy()
+        found.append(Slicing(family, labels, codes, kind == "user attribute"))
+    return found
 
 
 def score_slices(

@@ -177,7 +177,7 @@ def test_everything_is_written_and_the_reference_is_not_written_again(tmp_path):
     comparison = compare(lists, target, 4, [1, 2], "ours", permutations=99, samples=20)
     slices = score_slices([], comparison.ranks, np.arange(3), 2)
     results = {"dataset": "shop", "depth": 2, "ks": [1, 2], "seed": 0}
-    write_results(tmp_path, results, comparison, slices, lists, ROWS, CATALOG)
+    write_results(tmp_path, results, comparison, slices, [], lists, ROWS, CATALOG)
     names = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*"))
     assert names == [
         "baselines/trained-seed-0.parquet",
@@ -187,6 +187,7 @@ def test_everything_is_written_and_the_reference_is_not_written_again(tmp_path):
         "examples.json",
         "metrics.json",
         "per_user.parquet",
+        "row_slices.parquet",
         "slices.parquet",
     ]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -208,6 +209,6 @@ def test_a_system_by_itself_has_no_other_to_show(tmp_path):
     assert scores(comparison)["differences"] == {}
     results = {"depth": 2, "ks": [2], "seed": 0}
     slices = score_slices([], comparison.ranks, np.arange(3), 2)
-    write_results(tmp_path, results, comparison, slices, {"ours": [OTHER]}, ROWS, CATALOG)
+    write_results(tmp_path, results, comparison, slices, [], {"ours": [OTHER]}, ROWS, CATALOG)
     shown = json.loads((tmp_path / "examples.json").read_text())
     assert set(shown[0]["lists"]) == {"ours"} and not (tmp_path / "baselines").exists()

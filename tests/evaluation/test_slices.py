@@ -15,8 +15,10 @@ from genrec.evaluation.slices import (
     Slicing,
     gaps,
     make_slices,
+    read_slicings,
     score_slices,
     slice_values,
+    slices_of_rows,
 )
 from genrec.metrics import RelevantRanks
 
@@ -332,3 +334,19 @@ def test_rows_with_several_relevant_items_are_not_cut_by_the_first_ones_populari
     )
     made = make_slices(rows, pl.DataFrame({"train_count": [0, 9]}))
     assert not [s for s in made if s.family.startswith("target popularity")]
+
+
+def test_slices_of_rows_read_back(tmp_path):
+    slicings = [
+        Slicing("time", ["b", "a.c", "z"], np.array([1, -1, 0, 1])),
+        Slicing("age", ["18", "25"], np.array([0, 1, 1, -1]), user_attribute=True),
+    ]
+    rows = pl.DataFrame({"row_id": ["r0", "r1", "r2", "r3"]})
+    slices_of_rows(slicings, rows).write_parquet(tmp_path / "t.parquet")
+    found = read_slicings(pl.read_parquet(tmp_path / "t.parquet"))
+    assert [(s.family, s.labels, s.user_attribute) for s in found] == [
+        ("time", ["b", "a.c", "z"], False),
+        ("age", ["18", "25"], True),
+    ]
+    assert [s.codes.tolist() for s in found] == [s.codes.tolist() for s in slicings]
+    assert read_slicings(slices_of_rows([], rows)) == []

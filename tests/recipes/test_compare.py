@@ -14,6 +14,7 @@ import pytest
 
 from genrec.artifacts import Stage, read_json
 from genrec.cli import recipes_folder, summaries
+from genrec.evaluation.slices import Slicing, slices_of_rows
 
 RECIPE = recipes_folder() / "compare.py"
 GAIN = {1: 1.0, 2: 1 / np.log2(3)}  # of a hit at rank 1 and at rank 2
@@ -116,6 +117,64 @@ def test_scores_by_hand(compare, evaluated, capsys):
     assert "A (2 seeds)" in capsys.readouterr().out
     page = (folder / "comparison.html").read_text()
     assert "sft: size" in page and "4 systems" not in page and "3 systems from 3 runs" in page
+
+
+def test_values_beyond_accuracy_are_paired_by_row(compare, evaluated):
+    """Both runs' lists are as novel as their row lets them be, one by .5 bits more."""
+    of_row = [1.0, 3.0, 5.0, 9.0]
+    for name, more in (("a", 0.5), ("b", 0.0)):
+        path = evaluated(name, [1, 2, 0, 3]) / "evaluation" / "per_user.parquet"
+        table = pl.read_parquet(path)
+        novelty = [*(value + more for value in of_row), 2.0, None, 2.0, 2.0]
+        table.with_columns(
+            pl.Series("novelty@2", novelty), pl.Series("popularity@2", [6.0] * 8),
+            pl.Series("history_popularity", [4.0] * 8),
+        ).write_parquet(path)  # fmt: skip
+    found = read_json(compare("A=a", "B=b") / "comparison.json")
+    own, apart = found["systems"]["A"]["novelty@2"], found["differences"]["A - B"]["novelty@2"]
+    assert own["value"] == 5 and own["low"] < 5 < own["high"]
+    assert apart["value"] == pytest.approx(0.5) == apart["low"] == apart["high"]
+    assert found["systems"]["item-kNN"]["novelty@2"]["value"] == 2
+    knn = found["differences"]["A - item-kNN"]["novelty@2"]["value"]
+    assert knn == pytest.approx((1 + 5 + 9 + 3 * 0.5) / 3 - 2)  # row 1 has no list there
+    assert found["systems"]["B"]["popularity_lift@2"]["value"] == pytest.approx(0.5)
+
+
+def test_diversity_in_other_vectors_is_not_compared(compare, evaluated):
+    for name in "ab":
+        run = evaluated(name, [1, 2, 0, 3])
+        path = run / "evaluation" / "per_user.parquet"
+        pl.read_parquet(path).with_columns(
+            pl.lit(0.5).alias("ild@2"), pl.lit(3.0).alias("novelty@2")
+        ).write_parquet(path)
+        stage = Stage(run, "embed", {"dim": 8 if name == "a" else 16})
+        stage.is_done()
+        stage.finish(rows=1)
+    apart = read_json(compare("A=a", "B=b") / "comparison.json")["differences"]["A - B"]
+    assert "novelty@2" in apart and "ild@2" not in apart
+
+
+def test_slices_and_training_of_the_runs(compare, evaluated):
+    slicing = Slicing("history length", ["short", "long"], np.array([1, 0, 0, -1]))
+    rows = pl.DataFrame({"row_id": ["r3", "r2", "r1", "r0"]})  # in another order than the ranks
+    for name, ranks in (("a0", [1, 1, 0, 1]), ("a1", [1, 1, 1, 1]), ("b", [0, 0, 0, 1])):
+        run = evaluated(name, ranks, baseline=[0] * 4)
+        slices_of_rows([slicing], rows).write_parquet(run / "evaluation" / "row_slices.parquet")
+        (run / "sft").mkdir()
+        measured = [{"step": 10, "ndcg@10": 0.1}, {"step": 20, "ndcg@10": 0.2, "hr@10": 0.3}]
+        (run / "sft" / "validation.json").write_text(json.dumps(measured))
+    folder = compare("A=a0", "A=a1", "B=b")
+    table = pl.read_parquet(folder / "slices.parquet")
+    hit = {
+        (row["system"], row["slice"]): row["value"]
+        for row in table.filter(metric="HR@2").iter_rows(named=True)
+    }
+    assert hit["A", "short"] == 0.75 and hit["A", "long"] == 1  # r1 and r2; r3
+    assert hit["B", "short"] == 0 and hit["B", "long"] == 1
+    runs = read_json(folder / "comparison.json")["runs"]
+    assert runs[0]["training"] == {"sft": [[10, 0.1], [20, 0.2]]}
+    page = (folder / "comparison.html").read_text()
+    assert "By history length" in page and "validation NDCG@10 of each run" in page
 
 
 def test_rows_with_several_targets(compare, evaluated):
