@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -132,19 +132,24 @@ def write_parquet(path: Path | str, table: pl.DataFrame) -> None:
             partial.unlink()
 
 
-def write_parquet_parts(path: Path | str, parts: Iterable[pl.DataFrame]) -> None:
+def write_parquet_parts(
+    path: Path | str, parts: Iterable[pl.DataFrame], repeated: Sequence[str]
+) -> None:
     """Write one Parquet file of tables with the same columns, atomically, without holding them all.
 
     Args:
         path: the file.
         parts: at least one table; each becomes row groups of its own.
+        repeated: columns whose values repeat, which are written as a dictionary; it takes time.
     """
     with writing(path) as stream, ExitStack() as stack:
         writer = None
         for part in parts:
             table = part.to_arrow(compat_level=pl.CompatLevel.oldest())
             if writer is None:
-                writer = pq.ParquetWriter(stream, table.schema, compression="zstd")
+                writer = pq.ParquetWriter(
+                    stream, table.schema, compression="zstd", use_dictionary=list(repeated)
+                )
                 stack.enter_context(writer)
             writer.write_table(table)
         assert writer is not None, f"{path}: there is no part to write"

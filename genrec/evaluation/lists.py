@@ -19,7 +19,7 @@ import polars as pl
 from genrec.artifacts import read_json
 from genrec.columns import ITEM_ID, ITEM_INDEX, RANK, RELEVANT, ROW_ID, SCORE, TARGET, USER_ID
 from genrec.item_lists import ItemLists
-from genrec.metrics import EMPTY
+from genrec.metrics import EMPTY, check_lists
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,6 @@ def align(
     ids = catalog.sort(ITEM_INDEX)[ITEM_ID]
     lists, strangers = _numbers(table[key], split_rows[key])
     item, ghosts = _numbers(table[ITEM_ID], ids)
-    _check_distinct(table, lists, item)
     place, tied = _places(table, order, lists, item, len(ids) + ghosts)
     _check_origin(table, lists, item, split_rows.height, strangers, len(ids))
     row_of = np.full(split_rows.height + strangers, -1, dtype=np.int64)
@@ -142,9 +141,11 @@ def align(
     row = row_of[lists]
     kept = (row >= 0) & (place < k)
     row, place, item = row[kept], place[kept], item[kept]
-    unknown = item >= len(ids)
     items = np.full((rows.height, k), EMPTY, dtype=np.int32)
-    items[row, place] = np.where(unknown, EMPTY, item)
+    items[row, place] = item
+    _check_distinct(items, table, lists, np.flatnonzero(kept))
+    unknown = item >= len(ids)
+    items[row[unknown], place[unknown]] = EMPTY
     evaluated = int(np.count_nonzero(np.bincount(row, minlength=rows.height)))
     found = RecommendedLists(
         items=items,
@@ -233,17 +234,22 @@ def _looked_up(values: pl.Series, known: pl.Series) -> npt.NDArray[np.int32]:
 
 
 def _check_distinct(
-    table: pl.DataFrame, lists: npt.NDArray[np.int32], item: npt.NDArray[np.int32]
+    items: npt.NDArray[np.int32],
+    table: pl.DataFrame,
+    lists: npt.NDArray[np.int32],
+    kept: npt.NDArray[np.int64],
 ) -> None:
-    codes = lists * np.int64(item.max(initial=0) + 1) + item
-    ordered = np.sort(codes)
-    twice = ordered[1:][ordered[1:] == ordered[:-1]]
-    if len(twice):
-        key, value, *_ = table.row(int(np.flatnonzero(np.isin(codes, twice))[0]))
+    """Raise ValueError if a row of `items` holds one twice; `kept` are their rows of the table."""
+    try:
+        check_lists(items)
+    except ValueError:
+        part = pl.DataFrame({"at": kept, "list": lists[kept], ITEM_ID: table[ITEM_ID][kept]})
+        again = part.filter(pl.struct("list", ITEM_ID).is_duplicated())
+        key, value, *_ = table.row(again["at"][0])
         raise ValueError(
             f"{table.columns[0]} {key!r} is recommended item {value!r} more than once; "
             "items of a list must be distinct"
-        )
+        ) from None
 
 
 def _places(

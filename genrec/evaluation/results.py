@@ -141,9 +141,8 @@ def write_lists(path: Path, lists: IntArray, rows: pl.DataFrame, catalog: pl.Dat
     ids = rows.select(ROW_ID, USER_ID)
     size = max(1, _LIST_ROWS // max(1, lists.shape[1]))
     starts = range(0, max(1, len(lists)), size)
-    write_parquet_parts(
-        path, (long_table(lists[s : s + size], ids[s : s + size], catalog) for s in starts)
-    )
+    parts = (long_table(lists[s : s + size], ids[s : s + size], catalog) for s in starts)
+    write_parquet_parts(path, parts, repeated=[ROW_ID, USER_ID])
 
 
 def examples(
