@@ -197,7 +197,7 @@ def _data(prepare: Manifest) -> list[tuple[str, str]]:
 def _hashes(upstream: Mapping[str, Manifest], semantic_ids: ItemMap) -> list[tuple[str, str]]:
     prepare = upstream["prepare"]
     found = [
-        ("Split rows", prepare.metrics.get("split_sha256")),
+        ("Split rows", prepare.metrics.get("content_sha256")),
         ("Catalogue", prepare.outputs["catalog.parquet"]["sha256"]),
         ("Prepared data, content", prepare.content_hash),
         ("SID map", semantic_ids.sha256),

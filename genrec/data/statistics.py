@@ -52,7 +52,7 @@ def split_statistics(data: CleanData, splits: Splits) -> dict[str, Any]:
         "repeated_test_targets": seen,
         "tied_test_targets": splits.tied_test_targets,
         "tie_share_of_last_two": data.tie_share,
-        "split_sha256": splits.sha256(),
+        "content_sha256": splits.sha256(),
     }
 
 

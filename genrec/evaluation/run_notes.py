@@ -165,6 +165,9 @@ def baseline_settings(
         ]
         if isinstance(how.get("trials"), list):
             parts.append(f"best of {len(how['trials'])} settings tried on the validation rows")
+        if edges := how.get("at_grid_edge"):
+            names = ", ".join(map(str, edges))
+            parts.append(f"at the edge of what was tried: {names} (wider trials might find better)")
         seconds = how.get("seconds")
         rows.append(
             {

@@ -110,7 +110,7 @@ class SplitData:
         filter_seen: leave out what a row has seen.
         fit_on: "train", or "train+valid" for the counts and neighbours that lists are made from.
         k: list length.
-        split_hash: hash of the split's content.
+        content_hash: hash of the split's content.
     """
 
     train: pl.DataFrame
@@ -122,7 +122,7 @@ class SplitData:
     filter_seen: bool
     fit_on: str
     k: int
-    split_hash: str
+    content_hash: str
 
     def seen(self, table: pl.DataFrame) -> ItemLists:
         """What must not be recommended, per row of `table`."""
@@ -183,8 +183,8 @@ def load_split_data(
     vectors = None
     if load_manifest(run_dir, "embed") is not None:
         vectors = content_vectors(run_dir)
-    # Runs of before the hash was kept get one of the rows at hand.
-    known = read_json(data / "split.json").get("split_sha256")
+    facts = read_json(data / "split.json")
+    known = facts.get("content_sha256") or facts.get("split_sha256")  # as older runs call it
     return SplitData(
         train=train,
         valid=valid,
@@ -195,7 +195,7 @@ def load_split_data(
         filter_seen=filter_seen,
         fit_on=fit_on,
         k=k,
-        split_hash=known or content_sha256({"train": train, "valid": valid, split: rows}),
+        content_hash=known or content_sha256({"train": train, "valid": valid, split: rows}),
     )
 
 
@@ -433,7 +433,7 @@ def trained_seeds(name: str, data: SplitData, cache: Path) -> list[int] | None:
 def trained_folder(data: SplitData, cache: Path) -> Path:
     """Where SASRec's and BERT4Rec's states of this split are kept."""
     name = f"training-{data.n_items}-items-v{TRAINING_VERSION}"
-    return cache / data.split_hash[:16] / name
+    return cache / data.content_hash[:16] / name
 
 
 def _rule(data: SplitData) -> str:
@@ -454,7 +454,7 @@ def _folder(
 
         key |= {"training_seeds": list(training_seeds), **asdict(SequentialSettings.of(name))}
         key["training_version"] = TRAINING_VERSION
-    return cache / data.split_hash[:16] / f"{name}-{sha256_json(key)[:12]}"
+    return cache / data.content_hash[:16] / f"{name}-{sha256_json(key)[:12]}"
 
 
 def _tuning_key(name: str, data: SplitData, seed: int) -> dict[str, Any]:

@@ -145,8 +145,14 @@ def make_comparison(reference: str = "genrec", best: str = "item-kNN") -> dict[s
         **{key: value for key, value in metrics.items() if key != "gaps"},
         "curves": dict.fromkeys(metrics["systems"], curve),
         "runs": [
-            {"system": reference, "folder": "runs/a", "value": 0.4, "reads": 2},
-            {"system": reference, "folder": "runs/b", "value": 0.4, "reads": None},
+            {
+                "system": reference, "folder": "runs/a", "value": 0.4, "reads": 2,
+                "training": {"sft": [[10, 0.1], [20, 0.3]]},
+            },
+            {
+                "system": reference, "folder": "runs/b", "value": 0.4, "reads": None,
+                "training": {"sft": [[10, 0.2], [20, 0.25]], "grpo": [[5, 0.3]]},
+            },
         ],
         "settings": [{"name": "sft: training.seed", "values": ["0", None]}],
         "notes": [f"runs of {reference} differ in more than the seed: sft: size"],
@@ -165,7 +171,7 @@ def run_html(run_dir) -> str:
 
 @pytest.fixture(scope="module")
 def comparison_html() -> str:
-    return render_comparison_page(make_comparison())
+    return render_comparison_page(make_comparison(), slices_table("genrec", "item-kNN"))
 
 
 @pytest.fixture(params=["run", "comparison"])
@@ -231,9 +237,10 @@ def test_every_figure_is_drawn_in_full(run_html):
 
 def test_a_comparison_shows_every_seed(comparison_html):
     page = Page(comparison_html)
-    assert len(page.all("svg")) == 2 + 1 + 2
+    assert len(page.all("svg")) == 2 + 1 + 2 + 2 + 2  # forests, seeds, curves, slices, training
+    assert "1: genrec" in page.text() and "2: genrec" in page.text()
     assert page.marked("seed") == 3 + 1 + 1  # of NDCG@10; HR@10 has one seed each, so no figure
-    assert page.marked("line") == 2 * 3
+    assert page.marked("line") == 2 * 3 + 3  # curves of three systems, trainings of two runs
     text = page.text()
     assert "3 systems from 2 runs on the same 1,200 test rows of 1,100 users" in text
     assert "Note: runs of genrec differ in more than the seed: sft: size" in text

@@ -65,7 +65,7 @@ def split_data(seed: int = 0, **changes) -> SplitData:
         filter_seen=True,
         fit_on="train",
         k=K,
-        split_hash=splits.sha256(),
+        content_hash=splits.sha256(),
     )
     return replace(data, **changes)
 
@@ -284,7 +284,7 @@ CHANGES = {
     "depth": lambda data: replace(data, k=K + 1),
     "fit_on": lambda data: replace(data, fit_on="train+valid"),
     "vectors": lambda data: replace(data, vectors=data.vectors[::-1]),
-    "hash": lambda data: replace(data, split_hash="0" * 64),
+    "hash": lambda data: replace(data, content_hash="0" * 64),
     "catalogue": lambda data: replace(
         data, n_items=N_ITEMS + 1, vectors=np.append(data.vectors, data.vectors[:1], axis=0)
     ),
@@ -426,7 +426,9 @@ def run_of(folder: Path, with_hash: bool = True, vectors: np.ndarray | None = No
     write_parquet(stage.folder / "interactions.parquet", data.interactions)
     for name, table in (("train", data.train), ("valid", data.valid), ("test", data.rows)):
         write_parquet(stage.folder / f"{name}.parquet", table)
-    split = {"protocol": "leave-one-out"} | ({"split_sha256": data.split_hash} if with_hash else {})
+    split = {"protocol": "leave-one-out"} | (
+        {"content_sha256": data.content_hash} if with_hash else {}
+    )
     write_json(stage.folder / "split.json", split)
     stage.finish(rows=0)
     if vectors is not None:
@@ -444,7 +446,7 @@ def test_what_baselines_see_of_a_run(tmp_path):
     for name in ("train", "valid", "rows", "interactions"):
         assert getattr(found, name).equals(getattr(expected, name)), name
     assert (found.vectors == expected.vectors).all() and found.n_items == N_ITEMS
-    assert (found.split_hash, found.k, found.fit_on) == (expected.split_hash, K, "train")
+    assert (found.content_hash, found.k, found.fit_on) == (expected.content_hash, K, "train")
     assert load_split_data(run_of(tmp_path / "b"), expected.rows, "test", K, True).vectors is None
 
 
@@ -461,8 +463,8 @@ def test_one_cache_for_all_runs_where_the_environment_names_it(tmp_path, monkeyp
 def test_runs_without_a_kept_hash_get_one_of_their_rows(tmp_path):
     rows = split_data().rows
     run = run_of(tmp_path / "run", with_hash=False)
-    found = load_split_data(run, rows, "test", K, True).split_hash
+    found = load_split_data(run, rows, "test", K, True).content_hash
     data = stage_folder(run, "prepare")
     tables = {n: pl.read_parquet(data / f"{n}.parquet") for n in ("train", "valid", "test")}
     assert found == content_sha256(tables)
-    assert load_split_data(run, rows[1:], "test", K, True).split_hash != found
+    assert load_split_data(run, rows[1:], "test", K, True).content_hash != found

@@ -53,7 +53,7 @@ def run_dir(tmp_path) -> Path:
     write_parquet(stage.folder / "interactions.parquet", log)
     for name in ("train", "valid", "test"):
         write_parquet(stage.folder / f"{name}.parquet", getattr(splits, name))
-    write_json(stage.folder / "split.json", {"split_sha256": splits.sha256()})
+    write_json(stage.folder / "split.json", {"content_sha256": splits.sha256()})
     stage.finish(rows=log.height)
     return run
 

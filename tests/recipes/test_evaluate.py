@@ -64,7 +64,7 @@ def prepare(run: Path, seed: int = 0, timed: bool = False, users: bool = False) 
         people = np.arange(100, 100 + N_USERS)
         table = pl.DataFrame({"user_id": people, "group": ["a", "b"] * (N_USERS // 2)})
         write_parquet(stage.folder / "users.parquet", table)
-    split = {"protocol": "leave-one-out", "split_sha256": splits.sha256()}
+    split = {"protocol": "leave-one-out", "content_sha256": splits.sha256()}
     write_json(stage.folder / "split.json", split)
     stage.finish(rows=log.height)
 

@@ -107,7 +107,7 @@ def test_own_csv_from_start_to_rerun(prepare, shop: Path, tmp_path: Path):
     assert {"name", "severity", "value", "threshold", "text", "example"} == set(findings[0])
     assert f"of {len(findings)} checks are well" in first.stdout
     metrics = json.loads((data / "manifest.json").read_text())["metrics"]
-    assert split["split_sha256"] == metrics["split_sha256"] == content_sha256(splits)
+    assert split["content_sha256"] == metrics["content_sha256"] == content_sha256(splits)
 
     manifest = (data / "manifest.json").read_bytes()
     again = prepare(*base)
@@ -249,7 +249,7 @@ def test_own_csv_in_one_order_by_time(prepare, shop: Path, tmp_path: Path):
     assert (split["test_rows"], split["test_users"]) == (8, 8)
     # The fifth and sixth of items (user + place) % 6: nobody bought one before.
     assert split["repeated_test_targets"] == split["cold_test_targets"] == 0.0
-    for text in ("2024-01-05T12:00:00+00:00", "66.67%", split["split_sha256"][:40]):
+    for text in ("2024-01-05T12:00:00+00:00", "66.67%", split["content_sha256"][:40]):
         assert text in made.stdout
 
     other = prepare(*base, "--split_shares", "0.6", "0.2", "0.2")

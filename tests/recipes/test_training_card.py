@@ -36,7 +36,7 @@ def test_hashes_are_those_of_the_manifests(stage: str, tiny_run: Path):
     prepare, dataset = require(tiny_run, "prepare"), require(tiny_run, "build_dataset")
     ids = SemanticIds.load(tiny_run / "semantic_ids")
     for label, value in {
-        "Split rows": prepare.metrics["split_sha256"],
+        "Split rows": prepare.metrics["content_sha256"],
         "Catalogue": prepare.outputs["catalog.parquet"]["sha256"],
         "Prepared data, content": prepare.content_hash,
         "SID map": ids.sha256,
