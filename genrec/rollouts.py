@@ -26,7 +26,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import split_tensor_dict
@@ -81,6 +81,9 @@ class Objective:
             through a KL term.
         resample: how often rows whose group has no hit are exchanged for others. The model then
             learns from prompts that it can nearly answer; 0: never.
+        add_target: in groups without a hit the target takes the place of the least likely item, as
+            in S-DPO. No prompt is then without a signal; the added item is no rollout of the policy
+            (its log-probability is taken as if it were), so this is part imitation.
         chains: reasoning mode: chains per prompt, with as many items behind each as make up the
             group (see `genrec.reasoning_rollouts`); 0: items alone.
         max_chain_tokens: of a chain.
@@ -96,6 +99,7 @@ class Objective:
     pass_at_k_weight: float = 1.0
     filter_groups: bool = False
     resample: int = 0
+    add_target: bool = False
     chains: int = 0
     max_chain_tokens: int = 256
     chain_value: ChainValue = "mean"
@@ -168,7 +172,7 @@ class Objective:
         if self.max_chain_tokens < 1:
             raise ValueError(f"max_chain_tokens={self.max_chain_tokens} must be at least 1")
         unused = {"loss": (self.loss, "grpo"), "pass_at_k": (self.pass_at_k, 0),
-            "resample": (self.resample, 0)}  # fmt: skip
+            "resample": (self.resample, 0), "add_target": (self.add_target, False)}  # fmt: skip
         for name, (value, only) in unused.items():
             if value != only:
                 raise ValueError(
@@ -305,10 +309,11 @@ class BeamGRPOTrainer(GRPOTrainer):
         rows, items, exchanged = self._roll_out(rows, group, attempts)
         targets = self._targets(rows)
         hits = items == targets[:, None]
-        if self.objective.loss == "sdpo":
+        goal = self.objective
+        if goal.loss == "sdpo" or (goal.add_target and self.model.training):
             # The preferred item is in every group, in place of the least likely miss.
             if (targets < 0).any():
-                raise ValueError(f"S-DPO needs a target in every row: {TARGET_SID_IDS} of an item")
+                raise ValueError(f"{TARGET_SID_IDS} must be an item's in every row")
             items[~hits.any(1), -1] = targets[~hits.any(1)]
         output = super()._generate_and_score_completions(self._written(rows, items))
         output = self._learned_from(output, items == targets[:, None], group)
@@ -528,14 +533,7 @@ class BeamGRPOTrainer(GRPOTrainer):
         for start in range(0, len(input_ids), step):
             ids, mask = input_ids[start : start + step], attention_mask[start : start + step]
             with self.accelerator.autocast():
-                # The last code and EOS predict nothing that is scored.
-                logits = model(
-                    input_ids=ids[:, :-2],
-                    attention_mask=mask[:, :-2],
-                    # TRL pads on the left; the search counts positions from the prompt's start.
-                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-2],
-                    logits_to_keep=self.trie.n_levels,
-                ).logits
+                logits = self._sid_logits(model, ids, mask)
             made = ids[:, -logits_to_keep:-1]
             if compute_entropy and start == 0:  # it is the loss that asks
                 masses = self._valid_mass(logits[:LOOKED_AT], made[:LOOKED_AT])
@@ -547,6 +545,53 @@ class BeamGRPOTrainer(GRPOTrainer):
         entropy = torch.cat(entropies)
         self._note_levels(entropy[:, :-1], masses)
         return torch.cat(log_probs), entropy, None
+
+    def _sid_logits(self, model: torch.nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+        """Logits of each level behind prompts and the codes before, (N, L, V).
+
+        Completions of a group share their prompt, which is nearly all of a row: it is run once, and
+        its keys and values serve all of them, in the backward pass too.
+
+        Args:
+            model: the policy or the reference.
+            ids: prompts, padded on the left, and completions, (N, P + L + 1).
+            mask: of the same shape.
+        """
+        n_levels, n_prompt = self.trie.n_levels, ids.shape[1] - self._n_completion
+        # TRL pads on the left; the search counts positions from the prompt's start.
+        position = (mask.cumsum(-1) - 1).clamp(min=0)
+        known = ids[:, :n_prompt].masked_fill(mask[:, :n_prompt] == 0, -1)
+        prompts, place = known.unique(dim=0, return_inverse=True)
+        plain = self.accelerator.unwrap_model(model)
+        checkpointed = getattr(plain, "is_gradient_checkpointing", False) and model.training
+        if checkpointed or n_levels == 1 or 2 * len(prompts) > len(ids):
+            return model(
+                # The last code and EOS predict nothing that is scored.
+                input_ids=ids[:, :-2],
+                attention_mask=mask[:, :-2],
+                position_ids=position[:, :-2],
+                logits_to_keep=n_levels,
+            ).logits
+        first = torch.full((len(prompts),), len(ids), device=ids.device)
+        first.scatter_reduce_(0, place, torch.arange(len(ids), device=ids.device), "amin")
+        shared = model(
+            input_ids=ids[first, :n_prompt],
+            attention_mask=mask[first, :n_prompt],
+            position_ids=position[first, :n_prompt],
+            past_key_values=DynamicCache(),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = shared.past_key_values
+        cache.batch_select_indices(place)
+        behind = model(
+            input_ids=ids[:, n_prompt:-2],
+            attention_mask=mask[:, :-2],
+            position_ids=position[:, n_prompt:-2],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return torch.cat([shared.logits[place], behind.logits], dim=1)
 
     def _note_levels(self, entropies: Tensor, masses: list[float]) -> None:
         """Log entropies (N, L) and the valid mass of each level."""

@@ -444,6 +444,82 @@ def test_rows_without_a_hit_are_exchanged_with_all_their_columns(world: World):
     assert targets == [own[prompt] for prompt in prompts]
 
 
+def test_a_group_shares_its_prompt_forwards_and_backwards(world: World):
+    """Prompts of unlike lengths, groups scattered over the batch as TRL shuffles them."""
+    rows = [0, 1, 2, 3, 4]
+    world.columns["prompt"] = [
+        ("Bought a lot. " * (i % 3)) + prompt for i, prompt in enumerate(world.prompts)
+    ]
+    trainer = world.trainer(group=4)
+    out = rollouts(trainer, inputs_of(world, rows, 4))
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([out["prompt_ids"], out["completion_ids"]], 1)[order]
+    mask = torch.cat([out["prompt_mask"], out["completion_mask"]], 1)[order]
+    assert (mask[:, 0] == 0).any() and (mask[:, 0] == 1).any()
+    seen, forward = [], trainer.model.forward
+
+    def counted(*args, **kwargs):
+        seen.append(tuple(kwargs["input_ids"].shape))
+        return forward(*args, **kwargs)
+
+    trainer.model.forward = counted
+    found = []
+    for shared in (True, False):
+        trainer.model.zero_grad()
+        if shared:
+            logits = trainer._sid_logits(trainer.model, ids, mask)
+        else:  # row by row no prompt is shared
+            parts = [
+                trainer._sid_logits(trainer.model, i[None], m[None]) for i, m in zip(ids, mask)
+            ]
+            logits = torch.cat(parts)
+        weight = torch.linspace(-1, 1, logits.numel()).view(logits.shape)
+        (logits.log_softmax(-1) * weight).mean().backward()
+        grads = [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
+        found.append((logits.detach(), grads))
+    n_prompt = out["prompt_ids"].shape[1]
+    assert seen[:2] == [(5, n_prompt), (20, 2)] and len(seen) == 22
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-7)
+
+
+def test_checkpointed_models_run_whole_rows(world: World):
+    trainer = world.trainer(group=4)
+    out = rollouts(trainer, inputs_of(world, [0, 1], 4))
+    trainer.model.gradient_checkpointing_enable()
+    ids = torch.cat([out["prompt_ids"], out["completion_ids"]], 1)
+    mask = torch.cat([out["prompt_mask"], out["completion_mask"]], 1)
+    trainer.model.train()
+    assert trainer.model.is_gradient_checkpointing
+    whole = trainer._sid_logits(trainer.model, ids, mask)
+    trainer.model.eval()
+    torch.testing.assert_close(trainer._sid_logits(trainer.model, ids, mask), whole)
+
+
+def test_the_target_joins_groups_without_a_hit(world: World):
+    rows = list(range(N_ITEMS))
+    plain = world.trainer()
+    before = rollouts(plain, inputs_of(world, rows, 4))
+    old = world.items_of(before["completion_ids"].tolist()).reshape(-1, 4)
+    trainer = world.trainer(objective=Objective(add_target=True))
+    after = rollouts(trainer, inputs_of(world, rows, 4))
+    new = world.items_of(after["completion_ids"].tolist()).reshape(-1, 4)
+    missed = ~(old == world.targets[:, None]).any(1)
+    assert missed.any() and not missed.all()
+    assert (new[~missed] == old[~missed]).all() and (new[missed, :3] == old[missed, :3]).all()
+    assert (new[missed, 3] == world.targets[missed]).all()
+    # What is logged is what the policy found by itself.
+    for name in ("hits_per_group", "groups_without_hit"):
+        assert logged(trainer, name) == logged(plain, name)
+    assert logged(trainer, "zero_advantage")[-1] == 0.0
+    hit = torch.from_numpy((new == world.targets[:, None]).ravel())
+    assert (after["advantages"][hit] > 0).all() and (after["advantages"][~hit] < 0).all()
+    trainer.model.eval()  # validation groups are the policy's own
+    shown = trainer._generate_and_score_completions(inputs_of(world, rows, 4))
+    assert (world.items_of(shown["completion_ids"].tolist()).reshape(-1, 4) == old).all()
+
+
 def train_hits(world: World, **changes) -> tuple[float, float, BeamGRPOTrainer]:
     before = hit_rate(world, world.model)
     settings = dict(group=8, beam_width=20, per_device_train_batch_size=80, max_steps=15)
