@@ -470,7 +470,8 @@ def test_a_group_shares_its_prompt_forwards_and_backwards(world: World):
             logits = trainer._sid_logits(trainer.model, ids, mask)
         else:  # row by row no prompt is shared
             parts = [
-                trainer._sid_logits(trainer.model, i[None], m[None]) for i, m in zip(ids, mask)
+                trainer._sid_logits(trainer.model, i[None], m[None])
+                for i, m in zip(ids, mask, strict=True)
             ]
             logits = torch.cat(parts)
         weight = torch.linspace(-1, 1, logits.numel()).view(logits.shape)
