@@ -84,6 +84,9 @@ class Objective:
         add_target: in groups without a hit the target takes the place of the least likely item, as
             in S-DPO. No prompt is then without a signal; the added item is no rollout of the policy
             (its log-probability is taken as if it were), so this is part imitation.
+        sft_weight: of the supervised loss on the rows' targets, added to the other: the mean over
+            prompts of −log π(target), under the same normaliser. Where hits are rare it is most of
+            what there is to learn, and it holds the policy to what users did; 0: none.
         chains: reasoning mode: chains per prompt, with as many items behind each as make up the
             group (see `genrec.reasoning_rollouts`); 0: items alone.
         max_chain_tokens: of a chain.
@@ -100,6 +103,7 @@ class Objective:
     filter_groups: bool = False
     resample: int = 0
     add_target: bool = False
+    sft_weight: float = 0.0
     chains: int = 0
     max_chain_tokens: int = 256
     chain_value: ChainValue = "mean"
@@ -136,6 +140,8 @@ class Objective:
                 f"resample={self.resample} must be 0 or more, and listwise_temperature="
                 f"{self.listwise_temperature} above 0"
             )
+        if not 0 <= self.sft_weight < float("inf"):
+            raise ValueError(f"sft_weight={self.sft_weight} must be 0 or more")
         if self.loss == "grpo":
             return
         if self.credit != "item" or self.pass_at_k or self.filter_groups:
@@ -172,7 +178,8 @@ class Objective:
         if self.max_chain_tokens < 1:
             raise ValueError(f"max_chain_tokens={self.max_chain_tokens} must be at least 1")
         unused = {"loss": (self.loss, "grpo"), "pass_at_k": (self.pass_at_k, 0),
-            "resample": (self.resample, 0), "add_target": (self.add_target, False)}  # fmt: skip
+            "resample": (self.resample, 0), "add_target": (self.add_target, False),
+            "sft_weight": (self.sft_weight, 0.0)}  # fmt: skip
         for name, (value, only) in unused.items():
             if value != only:
                 raise ValueError(
@@ -310,13 +317,16 @@ class BeamGRPOTrainer(GRPOTrainer):
         targets = self._targets(rows)
         hits = items == targets[:, None]
         goal = self.objective
-        if goal.loss == "sdpo" or (goal.add_target and self.model.training):
-            # The preferred item is in every group, in place of the least likely miss.
-            if (targets < 0).any():
-                raise ValueError(f"{TARGET_SID_IDS} must be an item's in every row")
+        with_target = goal.loss == "sdpo" or (goal.add_target and self.model.training)
+        if (with_target or goal.sft_weight) and (targets < 0).any():
+            raise ValueError(f"{TARGET_SID_IDS} must be an item's in every row")
+        if with_target:  # in place of the least likely miss
             items[~hits.any(1), -1] = targets[~hits.any(1)]
         output = super()._generate_and_score_completions(self._written(rows, items))
         output = self._learned_from(output, items == targets[:, None], group)
+        if goal.sft_weight and self.model.training:
+            tokens = torch.from_numpy(self._item_tokens[targets]).to(self.accelerator.device)
+            output["target_ids"] = tokens.repeat_interleave(group, 0)
         made = self._completed(self._sids_of(output).tolist())
         self._note(
             {
@@ -485,6 +495,28 @@ class BeamGRPOTrainer(GRPOTrainer):
         return dict(zip(values, means, strict=True))
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        loss = self._rl_loss(model, inputs)
+        if "target_ids" in inputs:
+            own = self.objective.sft_weight * self._sft_loss(model, inputs)
+            loss = loss + own / self.current_gradient_accumulation_steps
+        return loss
+
+    def _sft_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Mean −log π of the prompts' targets, each prompt once."""
+        rows = torch.cat([inputs["prompt_ids"], inputs["target_ids"]], 1)
+        _, place = rows.unique(dim=0, return_inverse=True)
+        first = torch.full((int(place.max()) + 1,), len(rows), device=rows.device)
+        first.scatter_reduce_(0, place, torch.arange(len(rows), device=rows.device), "amin")
+        targets = inputs["target_ids"][first]
+        behind = F.pad(targets, (0, 1), value=self._tokenizer.eos_token_id)
+        ids = torch.cat([inputs["prompt_ids"][first], behind], 1)
+        mask = torch.cat([inputs["prompt_mask"][first], torch.ones_like(behind)], 1)
+        log_probs, _ = self._score_completions(self._sid_logits(model, ids, mask), targets)
+        loss = -log_probs.sum(1).mean()
+        self._note({"sft_loss": loss.item()})
+        return loss
+
+    def _rl_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
         if self.objective.loss == "grpo":
             return super()._compute_loss(model, inputs)
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)

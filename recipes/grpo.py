@@ -118,6 +118,7 @@ class GrpoArgs:
     filter_groups: bool = False  # groups without a difference in reward count nothing
     resample: int = 0  # exchange rows whose group has no hit, so many times at most
     add_target: bool = False  # the target stands in for the last item of a group without a hit
+    sft_weight: float = 0.0  # of the supervised loss on the targets, added to the other
     # Reasoning mode: so many chains per prompt, drawn at TRL's temperature, and num_generations /
     # chains items behind each, by `rollouts`; validation merges as many chains. 0: items alone.
     chains: int = 0
@@ -168,8 +169,8 @@ class GrpoArgs:
         return Objective(
             cast(Rollouts, self.rollouts), self.oversample, cast(Loss, self.loss),
             self.listwise_temperature, cast(Credit, self.credit), self.pass_at_k,
-            self.pass_at_k_weight, self.filter_groups, self.resample, self.add_target, self.chains,
-            self.max_chain_tokens, cast(ChainValue, self.chain_value),
+            self.pass_at_k_weight, self.filter_groups, self.resample, self.add_target,
+            self.sft_weight, self.chains, self.max_chain_tokens, cast(ChainValue, self.chain_value),
         )  # fmt: skip
 
 

@@ -521,6 +521,29 @@ def test_the_target_joins_groups_without_a_hit(world: World):
     assert (world.items_of(shown["completion_ids"].tolist()).reshape(-1, 4) == old).all()
 
 
+def test_the_supervised_loss_is_that_of_the_targets_once_per_prompt(world: World):
+    rows = [0, 1, 2, 3]
+    plain = rollouts(world.trainer(), inputs_of(world, rows, 4))
+    trainer = world.trainer(objective=Objective(sft_weight=0.5))
+    out = rollouts(trainer, inputs_of(world, rows, 4))
+    prompts = encode_prompts(world.tokenizer, [world.prompts[row] for row in rows])
+    expected = -world.engine().score(prompts, world.targets[rows][:, None]).sum(-1).mean()
+    losses = []
+    for one, batch in ((world.trainer(), plain), (trainer, out)):
+        one.current_gradient_accumulation_steps = 2
+        losses.append(one._compute_loss(one.model, dict(batch)).item())
+    assert losses[1] - losses[0] == pytest.approx(0.5 * expected / 2, rel=1e-4)
+    assert logged(trainer, "sft_loss")[-1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_supervised_loss_alone_learns_the_world(world: World):
+    before, after, _ = train_hits(
+        world, objective=Objective(sft_weight=1.0), rewards=[rule_reward], reward_weights=[0.0],
+        max_steps=60,
+    )  # fmt: skip
+    assert before < 0.3 and after > 0.9
+
+
 def train_hits(world: World, **changes) -> tuple[float, float, BeamGRPOTrainer]:
     before = hit_rate(world, world.model)
     settings = dict(group=8, beam_width=20, per_device_train_batch_size=80, max_steps=15)
@@ -576,6 +599,7 @@ def test_losses_over_groups_see_whole_groups_under_accumulation(world: World, lo
         ),
         (dict(pass_at_k=5), {}, "pass_at_k=5 must lie between 1 and num_generations=4"),
         (dict(resample=-1), {}, "resample=-1 must be 0 or more"),
+        (dict(sft_weight=-1.0), {}, "sft_weight=-1.0 must be 0 or more"),
         (dict(rollouts="gumbel"), {"normalizer": "full"}, "gumbel with normalizer full"),
     ],
 )

@@ -30,8 +30,8 @@ STAGES = {"sft": "Supervised fine-tuning", "grpo": "Reinforcement learning (GRPO
 # that ends in a slash stands for all that begin with it.
 LOGGED = (
     "reward", "rewards/", "hits_per_group", "groups_without_hit", "frac_reward_zero_std",
-    "zero_advantage", "entropy", "level_entropy/", "valid_mass/", "invalid", "kl", "loss",
-    "learning_rate", "grad_norm", "mean_token_accuracy",
+    "zero_advantage", "entropy", "level_entropy/", "valid_mass/", "invalid", "kl", "sft_loss",
+    "loss", "learning_rate", "grad_norm", "mean_token_accuracy",
 )  # fmt: skip
 _AXES = {"learning_rate": "learning rate", "grad_norm": "norm of the gradient",
     "mean_token_accuracy": "token accuracy", "frac_reward_zero_std": "share of groups",
@@ -43,6 +43,7 @@ _TITLES = {"learning_rate": "learning rate", "grad_norm": "gradient norm",
     "mean_token_accuracy": "training token accuracy", "loss": "training loss",
     "frac_reward_zero_std": "groups without a difference in reward",
     "kl": "distance from the reference", "rewards/": "rewards by function",
+    "sft_loss": "supervised loss on the targets",
     "entropy": "entropy of the policy", "hits_per_group": "hits per group",
     "groups_without_hit": "groups without a hit",
     "zero_advantage": "groups without an advantage",
