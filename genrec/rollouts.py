@@ -37,6 +37,7 @@ from genrec.advantages import (
     with_pass_at_k_bonus,
     without_difference,
 )
+from genrec.averaging import WeightAverage
 from genrec.columns import SEEN
 from genrec.decoding.beam import Normalizer, child_log_probs, normalize
 from genrec.decoding.torch_engine import TorchEngine
@@ -218,6 +219,7 @@ class BeamGRPOTrainer(GRPOTrainer):
         normalizer: of the policy's log-probabilities; "trie" is the one that stays stable.
         beam_width: prefixes kept per level; at least `num_generations`. Of the beam alone.
         objective: rollouts, loss and advantages; default: the beam and TRL's own.
+        average: of the weights, if one is kept; it lies in each checkpoint.
         **kwargs: GRPOTrainer's own arguments.
 
     Raises:
@@ -241,6 +243,7 @@ class BeamGRPOTrainer(GRPOTrainer):
         beam_width: int,
         normalizer: Normalizer = "trie",
         objective: Objective | None = None,
+        average: WeightAverage | None = None,
         **kwargs: Any,
     ) -> None:
         args = kwargs["args"]
@@ -264,6 +267,9 @@ class BeamGRPOTrainer(GRPOTrainer):
                 f"the {trie.n_items} items of the catalogue"
             )
         super().__init__(**kwargs)
+        self._average = average
+        if average:
+            self.add_callback(average)
         tokenizer = self.processing_class
         assert isinstance(tokenizer, PreTrainedTokenizerBase), "text models only"
         self._text_tokenizer = tokenizer
@@ -284,6 +290,12 @@ class BeamGRPOTrainer(GRPOTrainer):
         self._n_completion = trie.n_levels + 1
         self._made: list[list[int]] = []  # completions of the batch that is being scored
         self._rewards = torch.zeros(0)  # weighted, of the same completions
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Into a checkpoint; its last file, which says that it is complete, is written later."""
+        super()._save(output_dir, state_dict)
+        if self._average and output_dir:
+            self._average.save(output_dir)
 
     @property
     def _moment(self) -> int:

@@ -37,6 +37,7 @@ from trl import GRPOConfig
 from genrec import adapters, modeling, sharding
 from genrec.advantages import CHAIN_VALUES, ChainValue
 from genrec.artifacts import Stage, read_json, stage_folder, write_json, write_text
+from genrec.averaging import WeightAverage
 from genrec.bundle.files import CARD
 from genrec.bundle.parts import trained_families
 from genrec.bundle.training_card import training_card, training_settings
@@ -139,6 +140,7 @@ class GrpoArgs:
     lora_rank: int = 16
     lora_alpha: int = 32
     dtype: str = "float32"
+    ema_decay: float = 0.0  # validate and serve a moving average of the weights, e.g. 0.98
     eval_rows: int = 500  # validation rows for NDCG@10; 0 turns it off
     eval_every_steps: int = 50
 
@@ -161,6 +163,8 @@ class GrpoArgs:
         if self.normalizer is not None:
             check_choice("normalizer", self.normalizer, NORMALIZERS)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1)")
         CollapseStop.check(self.stop_tolerance, self.stop_patience, self.stop_entropy)
 
     @property
@@ -344,6 +348,16 @@ def chosen_normalizer(asked: str | None, declared: Normalizer) -> tuple[Normaliz
     return chosen, [note]
 
 
+def keep_best(
+    model: Any, validation: BeamValidation | None, average: WeightAverage | None
+) -> dict[str, Any] | None:
+    """Give the model the weights that measured best; without a measurement, their average."""
+    best = validation.restore_best(model) if validation else None
+    if average and best is None:
+        average.put_into(model)
+    return best
+
+
 def main() -> None:
     """Run the stage."""
     args, training = parse(GrpoArgs, GRPOConfig)
@@ -391,6 +405,7 @@ def main() -> None:
         n_marker = len(marker_ids(tokenizer, marker))
         training.max_completion_length += args.max_chain_tokens + n_marker
         make_trainer = partial(ReasoningGRPOTrainer, marker=marker, reader=reasoning.reader)
+    average = WeightAverage(args.ema_decay) if args.ema_decay else None
     items = CompletedItems(trie, token_ids)
     per_list = training.num_generations // objective.lists_per_prompt
     trainer = make_trainer(
@@ -399,6 +414,7 @@ def main() -> None:
         beam_width=args.beam_width,
         normalizer=normalizer,
         objective=objective,
+        average=average,
         model=model,
         args=training,
         reward_funcs=reward_functions(args, items, per_list),
@@ -439,6 +455,7 @@ def main() -> None:
             every_steps=args.eval_every_steps,
             at_start=True,
             users=measured[USER_ID].rank("dense").to_numpy(),
+            average=average,
         )
         validation.log_to(trainer)
         trainer.add_callback(validation)
@@ -452,7 +469,7 @@ def main() -> None:
     trainer.accelerator.wait_for_everyone()
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.accelerator.is_main_process:  # it alone has measured, and saves
-        best = validation.restore_best(trained) if validation else None
+        best = keep_best(trained, validation, average)
         write_json(stage.folder / "log.json", trainer.state.log_history)
         if args.use_lora:
             trained.save_pretrained(stage.folder / "adapter")

@@ -13,6 +13,7 @@ from trl import GRPOConfig
 from genrec.adapters import expose_head_bias, lora_config
 from genrec.advantages import level_advantages, pass_at_k_advantages
 from genrec.artifacts import read_json
+from genrec.averaging import WeightAverage
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 from genrec.evaluation.collapse import CollapseStop
@@ -71,6 +72,7 @@ class World:
         peft=None,
         rewards=None,
         objective: Objective | None = None,
+        average: WeightAverage | None = None,
         **changes,
     ) -> BeamGRPOTrainer:
         settings = dict(
@@ -98,6 +100,7 @@ class World:
             beam_width=beam_width,
             normalizer=normalizer,
             objective=objective,
+            average=average,
             model=self.model,
             args=GRPOConfig(**{**settings, **changes}),
             reward_funcs=rewards or [rule_reward, make_rank_reward(group)],
@@ -606,6 +609,28 @@ def test_losses_over_groups_see_whole_groups_under_accumulation(world: World, lo
 def test_objectives_that_cannot_work(world: World, objective: dict, changes: dict, message: str):
     with pytest.raises(ValueError, match=message):
         world.trainer(objective=Objective(**objective), **changes)
+
+
+def test_an_average_of_the_weights_survives_a_resume(tiny, tmp_path: Path):
+    """Stopped after two steps and resumed, it is what four steps in one go leave."""
+    found = []
+    for number, parts in enumerate(((4,), (2, 4))):
+        for steps in parts:
+            world, average = World(tiny, tmp_path / str(number)), WeightAverage(0.9)
+            trainer = world.trainer(
+                average=average, objective=Objective(sft_weight=1.0), max_steps=steps,
+                save_strategy="steps", save_steps=2,
+            )  # fmt: skip
+            resume = steps == 4 and len(parts) == 2
+            trainer.train(
+                resume_from_checkpoint=str(world.folder / "out/checkpoint-2") if resume else None
+            )
+        last = [p.detach().clone() for p in trainer.model.parameters()]
+        average.put_into(trainer.model)
+        found.append([p.detach().clone() for p in trainer.model.parameters()])
+        assert any((one != other).any() for one, other in zip(last, found[-1], strict=True))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_hits_before_training_are_counted(world: World):
