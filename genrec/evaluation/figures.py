@@ -165,7 +165,7 @@ def bars(key: str, label: str, groups: Sequence[Group], series: Sequence[str], a
         axis: title of the axis.
     """
     thick = 9
-    wanted = _label_width([group.name for group in groups], WIDTH)
+    wanted = _label_width([text for group in groups for text in (group.name, group.note)], WIDTH)
     above = wanted > MAX_LABEL  # long names stand above their bars instead of beside them
     step, left = (42, 10.0) if above else (34, max(wanted, 70.0) + 10)
     columns = 2 if all(_width(name) < WIDTH / 2 - 45 for name in series) else 1

@@ -159,13 +159,7 @@ def metrics_table(
 ) -> dict[str, Any]:
     """Systems by metrics: accuracy (the best of a column marked), or everything else at `k`."""
     accuracy = k is None
-    every = dict.fromkeys(metric for name in order for metric in systems[name])
-    columns = [
-        metric
-        for metric in every
-        if (metric.partition("@")[0] in ACCURACY) == accuracy
-        and (accuracy or metric.endswith(f"@{k}"))
-    ]
+    columns = _metrics({name: systems[name] for name in order}, k)
     values = {
         c: [f["value"] for name in order if (f := systems[name].get(c)) is not None]
         for c in columns
@@ -179,6 +173,17 @@ def metrics_table(
             {"name": short_name(name), "ours": name == reference, "seeds": seeds, "cells": cells}
         )
     return {"columns": [_heading(c) for c in columns], "rows": rows}
+
+
+def _metrics(scores: Mapping[str, Mapping[str, Any]], k: int | None) -> list[str]:
+    """Metrics of accuracy that some system has, or where `k` is given all others at it."""
+    every = dict.fromkeys(metric for found in scores.values() for metric in found)
+    return [
+        metric
+        for metric in every
+        if (metric.partition("@")[0] in ACCURACY) == (k is None)
+        and (k is None or metric.endswith(f"@{k}"))
+    ]
 
 
 def _heading(metric: str) -> dict[str, str]:
@@ -201,10 +206,12 @@ def meanings(systems: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, text) for base, (name, _, text) in BEYOND.items() if base in there]
 
 
-def difference_table(differences: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
-    """Reference minus each other system, best other system first."""
+def difference_table(
+    differences: Mapping[str, Any], order: Sequence[str], k: int | None = None
+) -> dict[str, Any]:
+    """Reference minus each other system, best other first: accuracy, or everything else at `k`."""
     names = [name for name in order if name in differences]
-    columns = list(dict.fromkeys(metric for name in names for metric in differences[name]))
+    columns = _metrics({name: differences[name] for name in names}, k)
     rows = []
     for name in names:
         cells = [
@@ -219,7 +226,8 @@ def difference_table(differences: Mapping[str, Any], order: Sequence[str]) -> di
             for metric in columns
         ]
         rows.append({"name": short_name(name), "cells": cells})
-    return {"columns": columns, "rows": rows}
+    headings = [_heading(c)["name"] for c in columns]
+    return {"columns": headings, "rows": rows if columns else []}
 
 
 def forest_charts(

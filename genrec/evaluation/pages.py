@@ -78,6 +78,7 @@ def render_run_page(folder: Path, run_dir: Path | None = None, data_run: Path | 
         beyond=metrics_table(systems, reference, ranked, max(metrics["ks"])),
         meanings=meanings(systems),
         differences=difference_table(differences, ranked),
+        differences_beyond=difference_table(differences, ranked, max(metrics["ks"])),
         forests=forest_charts(differences, ranked, reference, max(metrics["ks"])),
         curves=curve_charts(folder / "curves.parquet", reference, ranked),
         slices=_slices(pl.read_parquet(path, glob=False), metrics, best, primary)
@@ -124,6 +125,7 @@ def render_comparison_page(
         beyond=metrics_table(systems, reference, ranked, k),
         meanings=meanings(systems),
         differences=difference_table(differences, ranked),
+        differences_beyond=difference_table(differences, ranked, k),
         forests=forest_charts(differences, ranked, reference, k),
         curves=draw_curves({name: curves[name] for name in ranked if name in curves}, reference),
         seeds=seed_charts(systems, first, k),

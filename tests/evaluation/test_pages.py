@@ -42,6 +42,7 @@ def difference(value: float, low: float, high: float, p: float) -> dict[str, Any
 
 def make_metrics(reference: str = "genrec", best: str = "item-kNN") -> dict[str, Any]:
     apart = {m: difference(-0.1, -0.2, -0.01, 0.03) for m in ("HR@10", "NDCG@10")}
+    apart["novelty@10"] = difference(0.25, 0.125, 0.375, 0.002)
     gap = {**score(0.07, 0.01, 0.2), "best": "F", "worst": "M", "p": 0.3}
     random = {m: difference(0.3, 0.2, 0.4, 0.0001) for m in ("HR@10", "NDCG@10")}
     return {
@@ -271,6 +272,17 @@ def test_tables_say_what_the_files_say(run_html):
     assert "4 targets were in the user's past" in text and "Missing lists" not in text
     assert "SASRec left out: it would take hours" in text
     assert "ab" * 32 in text
+
+
+def test_differences_beyond_accuracy_have_a_table_of_their_own(run_html, comparison_html):
+    for html in (run_html, comparison_html):
+        accuracy, beyond = (
+            re.search(rf'aria-labelledby="{key}-caption">\n<thead>.*?</table>', html, re.S).group()
+            for key in ("differences", "beyond-differences")
+        )
+        assert "Novelty@10" in beyond and "+0.2500" in beyond and "NDCG" not in beyond
+        assert "NDCG@10" in accuracy and "Novelty" not in accuracy
+        assert "one side of 0" in Page(html).text()
 
 
 def test_bold_means_that_the_interval_leaves_zero_out(run_dir, tmp_path):
