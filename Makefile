@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm quickstart test test-slow test-vllm lint format clean
+.PHONY: help install install-vllm quickstart test test-slow test-vllm test-gpu lint format clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ test-slow: $(VENV)/.installed ## Run the slow tests too (GENREC_DATA=<datasets> 
 
 test-vllm: $(VENV_VLLM)/.installed ## Run the vLLM tests on CPU; a skip counts as a failure.
 	OMP_NUM_THREADS=1 GENREC_FORBID_SKIPS=1 $(VENV_VLLM)/bin/python -m pytest -m vllm $(ARGS)
+
+test-gpu: $(VENV)/.installed ## Run the tests that need a GPU; a skip counts as a failure.
+	GENREC_FORBID_SKIPS=1 $(VENV)/bin/python -m pytest -m gpu $(ARGS)
 
 lint: $(VENV)/.installed ## Check style and types.
 	$(VENV)/bin/ruff check genrec recipes tests
