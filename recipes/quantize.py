@@ -49,11 +49,8 @@ INDEXES = ("random", "sequential", "collaborative", "independent", "semantic", "
 COLLISIONS = ("minimal", "sinkhorn", "suffix", "item-token")
 METHODS = (*QUANTIZERS, *INDEXES, "import", "title")
 LISTED = 100  # groups of items that quality.json names
-# What evens the use of the codes, by method.
-EVENER = {
-    "residual-kmeans": "cap how full a code gets (max_fill: 1.5) or use normalize_residuals: true",
-    "hierarchical-kmeans": "cap how full a code gets (max_fill: 1.5)",
-    "product": "cap how full a code gets (max_fill: 1.5)",
+EVENER = {  # what evens the use of the codes
+    **dict.fromkeys(KMEANS, "cap how full a code gets (max_fill: 1.5)"),
     "rqvae": "use standardize=standard, dead_code_reset=true and gradient=ema (rqvae_options)",
 }
 # Settings that only some methods read; of all others a value would be overlooked.
@@ -406,7 +403,9 @@ def warn_of_uneven_levels(args: QuantizeArgs, quality: dict[str, Any], n_levels:
         if at < n_levels
     ]
     if found:
-        advice = f"{EVENER[args.method]}, or a smaller codebook_size"
+        advice = f"{EVENER[args.method]}, or use a smaller codebook_size"
+        if args.method == "residual-kmeans" and n_levels > 1 and not args.normalize_residuals:
+            advice += ", or normalize_residuals: true"
         logger.warning("codes are used unevenly: %s; %s", ", ".join(found), advice)
 
 

@@ -299,13 +299,16 @@ def test_equal_items_are_reported_first(quantize, shop: Path, tmp_path: Path):
 
 
 def test_uneven_codes_are_named_with_the_setting_to_change(quantize, shop: Path):
+    assert "used unevenly" not in quantize(shop, *SMALL, "--max_fill", "1.5")
     vectors = np.load(shop / "embeddings" / "item_embeddings.npy")
-    vectors[12:] = vectors[0] + 1e-3 * vectors[12:]
+    vectors[12:] = vectors[0] + 0.02 * vectors[12:]
     np.save(shop / "embeddings" / "item_embeddings.npy", vectors)
-    said = quantize(shop, *SMALL, "--codebook_size", "12")
+    said = quantize(shop, *SMALL, "--codebook_size", "12", "--overwrite", "true")
     assert "level 1 has the perplexity of" in said and "max_fill: 1.5" in said
-    said = quantize(shop, *SMALL, "--max_fill", "1.2", "--overwrite", "true")
-    assert "used unevenly" not in said
+    assert "normalize_residuals" not in said  # it is on
+    uneven = ["--normalize_residuals", "false", "--overwrite", "true"]
+    said = quantize(shop, *SMALL, "--codebook_size", "12", *uneven)
+    assert "normalize_residuals: true" in said
 
 
 def test_residuals_are_normalised_where_a_level_sees_them(quantize, shop: Path):
