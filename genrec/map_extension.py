@@ -113,9 +113,7 @@ def check_same_space(
         logger.warning("the old items' vectors give their first codes to %.0f%%", 100 * same)
 
 
-def first_code_agreement(
-    encoded: npt.NDArray[np.integer], held: npt.NDArray[np.integer]
-) -> float:
+def first_code_agreement(encoded: npt.NDArray[np.integer], held: npt.NDArray[np.integer]) -> float:
     """How far two lists of first codes agree, where many items may have left full codes.
 
     Where more items fall to a code than there are SIDs below it, the rest have another code than

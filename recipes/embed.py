@@ -23,7 +23,8 @@ rows, also where their text changed; new ones are encoded with what it fitted an
 
 Encoding goes in shards: a killed run goes on with those that it finished, and SASRec from its last
 measurement. Texts that were encoded stay so when other settings change (`--overwrite true` with
-another `collaborative_weight`): their vectors are taken from the folder that was set aside. SASRec learns from training rows alone; validation rows say when it stops.
+another `collaborative_weight`): their vectors are taken from the folder that was set aside. SASRec
+learns from training rows alone; validation rows say when it stops.
 """
 
 from __future__ import annotations

@@ -319,20 +319,23 @@ def make_map(
         The map, the quantizer (None for an index without one), and what was done with collisions.
     """
     from genrec.quantizers.collisions import resolve_collisions
-    from genrec.quantizers.quantizer import check_capacity
+    from genrec.quantizers.quantizer import check_capacity, check_crowding
 
     quantizer = None
     if args.method in QUANTIZERS:
         sizes = rqvae_settings(args).codebook_sizes if args.method == "rqvae" else args.sizes
         appended = args.collisions in ("suffix", "item-token")
         # Before the fit, which may take hours.
-        if not appended and (advice := check_capacity(len(catalog), sizes)):
-            logger.warning(advice)
+        tight = None if appended else check_capacity(len(catalog), sizes)
+        if tight:
+            logger.warning(tight)
         quantizer = fit_quantizer(args, vectors, stage_folder(args.run_dir, "embed"))
+        codes = quantizer.encode(vectors)
+        if not appended and not tight and (advice := check_crowding(codes, sizes)):
+            logger.warning("%s; or %s", advice, EVENER[args.method])
         codes, sizes, found = resolve_collisions(
-            quantizer, vectors, quantizer.encode(vectors), cast(Any, args.collisions), args.seed,
-            args.spare,
-        )  # fmt: skip
+            quantizer, vectors, codes, cast(Any, args.collisions), args.seed, args.spare
+        )
         report = asdict(found)
     elif args.method == "import":
         codes, sizes, report = imported_codes(args, index, catalog, vectors)

@@ -219,8 +219,9 @@ def reconstruction_error(
     Returns:
         ``after_level``, for each level of the quantizer: mean squared distance of the latents to
         what the codes so far stand for, by the quantizer's `level_costs`, over the latents'
-        variance; None where it is infinite or there is no variance. The parts that a product quantizer has not coded yet count with their variance.
-        ``decoded``: the same for the decoded vectors in the space of the input.
+        variance; None where it is infinite or there is no variance. The parts that a product
+        quantizer has not coded yet count with their variance. ``decoded``: the same for the decoded
+        vectors in the space of the input.
     """
     from genrec.quantizers.product import ProductQuantizer
 

@@ -460,7 +460,8 @@ def _training(curves: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     epochs, levels = curves["epoch"], range(len(curves["perplexity"][0]))
     perplexity = {f"level {n + 1}": [row[n] for row in curves["perplexity"]] for n in levels}
-    error, even = curves["reconstruction"], ", ".join(
+    error = curves["reconstruction"]
+    even = ", ".join(
         f"{name} from {values[0]:.0f} to {values[-1]:.0f}" for name, values in perplexity.items()
     )
     labels = (
