@@ -46,7 +46,7 @@ _WIDTH = 360  # px, as wide as a telephone
 _WIDE = "MWmw@%—"  # letters that count twice
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 _STATUS = {"bad": "✗", "look": "!", "ok": "✓"}
-_PARTS = {"vectors": "The vectors", "text": "The vectors of their texts"}
+_PARTS = {"vectors": "The vectors", "text": "The text vectors"}
 _ATTRIBUTES = {"categories": "Category", "brand": "Brand"}
 
 
@@ -363,7 +363,7 @@ def _duplicate_table(duplicates: Mapping[str, Any] | None) -> Table:
 def _twins(duplicates: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """The largest groups of equal items, by their texts where these are kept apart."""
     parts = [part for name in reversed(_PARTS) if (part := (duplicates or {}).get(name))]
-    listed = next((part["listed"] for part in parts if part["listed"]), [])
+    listed: list[Any] = next((part["listed"] for part in parts if part["listed"]), [])
     return [
         {
             "items": f"{group['items']:,}",

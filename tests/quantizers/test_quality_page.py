@@ -128,11 +128,11 @@ def test_equal_items_are_named():
     found = {"vectors": duplicate_report(fused, frame), "text": duplicate_report(vectors, frame)}
     report = quality_report(np.arange(30)[:, None], (30,), duplicates=found)
     look = statuses(report)["look"]
-    assert look == ["The vectors of their texts of 13 items equal another’s, in 1 groups."]
+    assert look == ["The text vectors of 13 items equal another’s, in 1 groups."]
     page = check_structure(render_quality_page(report))
     text = page.text()
     assert "i0, i1, i2, i3, i4, i5, i6, i7, i8, i9 and 3 more 13 Mug" in text
-    assert "The vectors of their texts 13 1 1 1" in text
+    assert "The text vectors 13 1 1 1" in text
     bare = quality_report(np.arange(30)[:, None], (30,), duplicates={"vectors": found["text"]})
     assert statuses(bare)["bad"] == ["1 items have no vector: their codes are arbitrary."]
 
