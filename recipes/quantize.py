@@ -406,7 +406,8 @@ def warn_of_uneven_levels(args: QuantizeArgs, quality: dict[str, Any], n_levels:
         if at < n_levels
     ]
     if found:
-        advice = f"{EVENER[args.method]}, or use a smaller codebook_size"
+        evener = "lower max_fill" if args.max_fill else EVENER[args.method]
+        advice = f"{evener}, or use a smaller codebook_size"
         if args.method == "residual-kmeans" and n_levels > 1 and not args.normalize_residuals:
             advice += ", or normalize_residuals: true"
         logger.warning("codes are used unevenly: %s; %s", ", ".join(found), advice)
