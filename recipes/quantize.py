@@ -469,7 +469,7 @@ def main() -> None:
     semantic_ids.export_index(stage.folder / "index.json")
     shutil.rmtree(stage.folder / FOLDER, ignore_errors=True)  # of a run that was killed
     SidTrie.build(semantic_ids.codes).save(stage.folder / FOLDER, semantic_ids.sha256)
-    history = quantizer.history if made == "rqvae" else []
+    history = cast(Any, quantizer).history if made == "rqvae" else []
     if history:
         write_json(stage.folder / "history.json", history)
     quality = measure_quality(
