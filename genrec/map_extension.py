@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 IMPORTED = "import"  # the method of a map that was read from an index.json
 QUANTIZER_FILE = "quantizer.safetensors"
-SAME_SPACE = 0.5  # share of old items whose vectors still give their first code, at least
+SAME_SPACE = 0.5  # agreement of old items' first codes with their vectors', at least
 
 
 def extended_map(
@@ -103,11 +103,35 @@ def check_same_space(
     quantizer: Quantizer, vectors: npt.NDArray[np.floating], codes: CodeArray, run: Path
 ) -> None:
     """Refuse vectors of another encoder: new items would be placed at random."""
-    same = float((quantizer.encode(vectors)[:, 0] == codes[:, 0]).mean())
+    same = first_code_agreement(quantizer.encode(vectors)[:, 0], codes[:, 0])
     if same < SAME_SPACE:
         raise ValueError(
-            f"only {same:.0%} of the old items' vectors still give their first code: they are of "
-            f"another space than those of {run}; embed with `extend: {run}`"
+            f"the old items' vectors give their first codes to {max(same, 0):.0%} only: they are "
+            f"of another space than those of {run}; embed with `extend: {run}`"
         )
     if same < 0.95:
-        logger.warning("%.0f%% of the old items' vectors give their first code", 100 * same)
+        logger.warning("the old items' vectors give their first codes to %.0f%%", 100 * same)
+
+
+def first_code_agreement(encoded: npt.NDArray[np.integer], held: npt.NDArray[np.integer]) -> float:
+    """How far two lists of first codes agree, where many items may have left full codes.
+
+    Where more items fall to a code than there are SIDs below it, the rest have another code than
+    their vector's. So agreement counts beyond chance and as a share of what the two lists' use of
+    the codes allows: Cohen's kappa over its maximum.
+
+    Args:
+        encoded: codes of the items' vectors, (n_items,).
+        held: codes that the items have, (n_items,).
+
+    Returns:
+        1 if all items have the code that they can have, about 0 for lists that have nothing to do
+        with each other; the plain share of equal ones where the use of the codes allows no more
+        than chance.
+    """
+    n_items, size = len(held), int(max(encoded.max(), held.max())) + 1
+    given, kept = np.bincount(encoded, minlength=size), np.bincount(held, minlength=size)
+    same = float((encoded == held).mean())
+    chance = float((given / n_items) @ (kept / n_items))
+    most = float(np.minimum(given, kept).sum()) / n_items
+    return (same - chance) / (most - chance) if most - chance > 1e-9 else same

@@ -22,12 +22,15 @@ With `extend` every setting that shapes vectors is the earlier run's. Items that
 rows, also where their text changed; new ones are encoded with what it fitted and have no behaviour.
 
 Encoding goes in shards: a killed run goes on with those that it finished, and SASRec from its last
-measurement. SASRec learns from training rows alone; validation rows say when it stops.
+measurement. Texts that were encoded stay so when other settings change (`--overwrite true` with
+another `collaborative_weight`): their vectors are taken from the folder that was set aside. SASRec
+learns from training rows alone; validation rows say when it stops.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +40,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from genrec.artifacts import Stage, require, stage_folder
+from genrec.artifacts import Stage, read_json, require, sha256_json, stage_folder, write_json
 from genrec.columns import ITEM_ID, SEEN, TRAIN_COUNT
 from genrec.config import check_choice, dataset_path, parse, run
 from genrec.data.splits import read_split
@@ -55,6 +58,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 # A local model's files are hashed, so that another model of the same name is another input.
 MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")
 SASREC_STATE = "sasrec.pt"
+ENCODED = "encoded.json"  # which texts, encoded how, are in which file
 
 Vectors = npt.NDArray[np.float32]
 
@@ -211,7 +215,7 @@ def text_vectors(
 
 
 def encode(args: EmbedArgs, stage: Stage, texts: list[str], path: Path) -> Vectors:
-    """Encode with a pretrained model, in shards beside `path`."""
+    """Encode with a pretrained model, in shards beside `path`, unless this run did so before."""
     from genrec.embedding.lm_pooling import lm_vectors
     from genrec.embedding.shards import encode_in_shards
     from genrec.embedding.text_encoder import encode_texts
@@ -219,11 +223,39 @@ def encode(args: EmbedArgs, stage: Stage, texts: list[str], path: Path) -> Vecto
     names = ("model_name_or_path", "prompt", "max_length", "normalize", "dtype")
     settings = {name: getattr(args, name) for name in names}
     if args.method == "lm":
-        encoder = partial(lm_vectors, **settings, pooling=args.pooling)
+        settings["pooling"] = args.pooling
+    # All that decides the vectors of a text, and nothing of what is done with them later.
+    keyed = {"method": args.method, **settings}
+    if model := {n: sha for n, sha in stage.inputs.items() if n.startswith("model/")}:
+        keyed["model_name_or_path"] = model
+    key = sha256_json({"texts": texts, "settings": keyed})
+    before = set_aside(stage)
+    if not args.extend and (done := encoded_before(before, key)):
+        logger.info("%d texts were encoded before: %s", len(texts), done)
+        shutil.copyfile(done, path)
     else:
-        encoder = partial(encode_texts, **settings)
-    encoder = partial(encoder, batch_size=args.batch_size, device=args.device)
-    return encode_in_shards(texts, encoder, path, {"stage": stage.fingerprint}, args.shard_size)
+        encoder = partial(lm_vectors if args.method == "lm" else encode_texts, **settings)
+        encoder = partial(encoder, batch_size=args.batch_size, device=args.device)
+        encode_in_shards(texts, encoder, path, keyed, args.shard_size, before)
+    if not args.extend:  # whose file gets the rows of the earlier run, too
+        write_json(stage.folder / ENCODED, {"key": key, "file": path.name})
+    return np.load(path, mmap_mode="r")
+
+
+def set_aside(stage: Stage) -> list[Path]:
+    """Folders of earlier, overwritten or killed, embeddings of this run, the latest first."""
+    found = stage.folder.parent.glob(f"{stage.folder.name}.old-*")
+    return sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
+
+
+def encoded_before(folders: list[Path], key: str) -> Path | None:
+    """Vectors of these texts by this encoder, whatever else the run was made with."""
+    for folder in folders:
+        if (folder / ENCODED).exists():
+            about = read_json(folder / ENCODED)
+            if about["key"] == key and (folder / about["file"]).exists():
+                return folder / about["file"]
+    return None
 
 
 def behaviour_vectors(

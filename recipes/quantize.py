@@ -9,7 +9,8 @@ the later catalogue (see embed.py, which comes first, for the whole way).
 
 Reads ``embeddings/`` and the training rows (for the quality report and the indexes that learn from
 them); writes ``semantic_ids/``: items.parquet, semantic_ids.json, index.json (LC-Rec's form),
-quantizer.safetensors, quality.json and report.html.
+quantizer.safetensors, quality.json and report.html; for an RQ-VAE also history.json, a row per
+epoch of its training. Items with equal vectors, or none, are reported first.
 
 With ``method: title`` there are no codes: each item is named by its title, made unique, and the
 model writes the title's own tokens and an end mark (ReRe, BIGRec). Nothing is added to a model's
@@ -33,6 +34,7 @@ from genrec.columns import HISTORY, ITEM_ID, TARGET
 from genrec.config import check_choice, dataset_path, parse, run
 from genrec.data.splits import read_split
 from genrec.decoding.trie import FOLDER, SidTrie
+from genrec.embedding.vectors import TEXT_VECTORS, VECTORS
 from genrec.item_lists import ItemLists
 from genrec.map_extension import IMPORTED, QUANTIZER_FILE, extended_map
 from genrec.quantizers.category_names import CategoryNames, rootless_paths
@@ -47,6 +49,10 @@ INDEXES = ("random", "sequential", "collaborative", "independent", "semantic", "
 COLLISIONS = ("minimal", "sinkhorn", "suffix", "item-token")
 METHODS = (*QUANTIZERS, *INDEXES, "import", "title")
 LISTED = 100  # groups of items that quality.json names
+EVENER = {  # what evens the use of the codes
+    **dict.fromkeys(KMEANS, "cap how full a code gets (max_fill: 1.5)"),
+    "rqvae": "use standardize=standard, dead_code_reset=true and gradient=ema (rqvae_options)",
+}
 # Settings that only some methods read; of all others a value would be overlooked.
 READ_BY = {
     "codebook_sizes": QUANTIZERS, "collisions": QUANTIZERS,
@@ -84,7 +90,9 @@ class QuantizeArgs:
     # k-means methods
     n_init: int = 1  # restarts per level
     max_fill: float | None = None  # balanced: cap on a code's items, in even shares; null: none
-    normalize_residuals: bool = False  # residual-kmeans: lower levels see unit vectors, as in GRID
+    # residual-kmeans: lower levels see unit vectors, as in GRID: they use their codes more evenly,
+    # and far fewer items collide
+    normalize_residuals: bool = True
     rotate: bool = True  # product: OPQ; false: plain PQ
     # rqvae
     preset: str = "default"  # default, tiger, lc-rec, letter, grid-rvq or mender
@@ -134,13 +142,15 @@ class QuantizeArgs:
             rqvae_settings(self)
         if not self.extend:
             self._check_read()
+        if self.extend or self.method != "residual-kmeans" or len(self.sizes) == 1:
+            self.normalize_residuals = False  # not read, so it makes no other stage
 
     def _check_read(self) -> None:
         """Refuse settings that the method would overlook."""
         defaults = {f.name: f.default for f in fields(self)}
         for name, methods in READ_BY.items():
             value = getattr(self, name)
-            if value and value != defaults[name] and self.method not in methods:
+            if value not in (None, [], defaults[name]) and self.method not in methods:
                 raise ValueError(
                     f"{name} is no setting of method={self.method}, but of {', '.join(methods)}; "
                     "leave it out"
@@ -309,26 +319,47 @@ def make_map(
         The map, the quantizer (None for an index without one), and what was done with collisions.
     """
     from genrec.quantizers.collisions import resolve_collisions
-    from genrec.quantizers.quantizer import check_capacity
+    from genrec.quantizers.quantizer import check_capacity, check_crowding
 
     quantizer = None
     if args.method in QUANTIZERS:
         sizes = rqvae_settings(args).codebook_sizes if args.method == "rqvae" else args.sizes
         appended = args.collisions in ("suffix", "item-token")
         # Before the fit, which may take hours.
-        if not appended and (advice := check_capacity(len(catalog), sizes)):
-            logger.warning(advice)
+        tight = None if appended else check_capacity(len(catalog), sizes)
+        if tight:
+            logger.warning(tight)
         quantizer = fit_quantizer(args, vectors, stage_folder(args.run_dir, "embed"))
+        codes = quantizer.encode(vectors)
+        if not appended and not tight and (advice := check_crowding(codes, sizes)):
+            logger.warning("%s; or %s", advice, EVENER[args.method])
         codes, sizes, found = resolve_collisions(
-            quantizer, vectors, quantizer.encode(vectors), cast(Any, args.collisions), args.seed,
-            args.spare,
-        )  # fmt: skip
+            quantizer, vectors, codes, cast(Any, args.collisions), args.seed, args.spare
+        )
         report = asdict(found)
     elif args.method == "import":
         codes, sizes, report = imported_codes(args, index, catalog, vectors)
     else:
         (codes, sizes), report = index_codes(args, catalog, sequences), {"method": "none"}
     return SemanticIds(catalog[ITEM_ID], codes, sizes), quantizer, report
+
+
+def find_duplicates(run_dir: str, catalog: pl.DataFrame, vectors: np.ndarray) -> dict[str, Any]:
+    """Items with equal vectors or none: of what is quantized, and of the text kept apart."""
+    from genrec.quantizers.duplicates import duplicate_report
+
+    found = {"vectors": duplicate_report(vectors, catalog)}
+    text = stage_folder(run_dir, "embed") / TEXT_VECTORS
+    if text.exists():
+        found["text"] = duplicate_report(np.load(text, mmap_mode="r"), catalog)
+    for part, one in found.items():
+        if one["items"] or one["without_vector"]:
+            of_title = "" if one["same_title"] is None else f", {one['same_title']:,} of one title"
+            print(
+                f"{part}: {one['items']:,} items equal another ({one['groups']:,} groups"
+                f"{of_title}), {one['without_vector']:,} have none"
+            )
+    return found
 
 
 def measure_quality(
@@ -338,12 +369,12 @@ def measure_quality(
     catalog: pl.DataFrame,
     vectors: np.ndarray,
     sequences: ItemLists,
-    report: dict[str, Any],
+    **found: Any,
 ) -> dict[str, Any]:
     """The quality report; neighbours by content are those of the text, where it is kept apart."""
     from genrec.quantizers.quality import quality_report, reconstruction_error
 
-    text = stage_folder(args.run_dir, "embed") / "text_embeddings.npy"
+    text = stage_folder(args.run_dir, "embed") / TEXT_VECTORS
     valid = read_split(args.run_dir, "valid", "quantize").filter(pl.col(HISTORY).list.len() > 0)
     held_out = (valid[HISTORY].list.last().to_numpy(), valid[TARGET].to_numpy())
     quality = quality_report(
@@ -352,15 +383,34 @@ def measure_quality(
         np.load(text) if text.exists() else vectors,
         catalog,
         sequences,
-        collisions=report,
         held_out=held_out if len(valid) else None,
         seed=args.seed,
         map_method=cast(Any, args.report_map),
+        **found,
     )
-    if quantizer is not None and quantizer.codebook_sizes == semantic_ids.codebook_sizes:
+    if quantizer is not None:
         error = reconstruction_error(semantic_ids.codes, vectors, quantizer)
         quality["reconstruction"] = error
     return quality
+
+
+def warn_of_uneven_levels(args: QuantizeArgs, quality: dict[str, Any], n_levels: int) -> None:
+    """Say which of the quantizer's levels use their codes unevenly, and what to change."""
+    from genrec.quantizers.quality_page import uneven_levels
+
+    levels = quality["levels"]
+    found = [
+        f"level {at + 1} has the perplexity of {levels[at]['perplexity']:.0f} of its "
+        f"{levels[at]['size']} codes"
+        for at in uneven_levels(quality)
+        if at < n_levels
+    ]
+    if found:
+        evener = "lower max_fill" if args.max_fill else EVENER[args.method]
+        advice = f"{evener}, or use a smaller codebook_size"
+        if args.method == "residual-kmeans" and n_levels > 1 and not args.normalize_residuals:
+            advice += ", or normalize_residuals: true"
+        logger.warning("codes are used unevenly: %s; %s", ", ".join(found), advice)
 
 
 def input_files(args: QuantizeArgs) -> dict[str, Path]:
@@ -398,7 +448,8 @@ def main() -> None:
     from genrec.embedding.collaborative import training_histories
     from genrec.quantizers.quality_page import write_quality_page
 
-    vectors = np.load(stage_folder(args.run_dir, "embed") / "item_embeddings.npy")
+    vectors = np.load(stage_folder(args.run_dir, "embed") / VECTORS)
+    duplicates = find_duplicates(args.run_dir, catalog, vectors)
     sequences = training_histories(read_split(args.run_dir, "train", "quantize"))
     if args.extend:
         old_run = Path(args.extend)
@@ -418,13 +469,21 @@ def main() -> None:
     semantic_ids.export_index(stage.folder / "index.json")
     shutil.rmtree(stage.folder / FOLDER, ignore_errors=True)  # of a run that was killed
     SidTrie.build(semantic_ids.codes).save(stage.folder / FOLDER, semantic_ids.sha256)
-    quality = measure_quality(args, semantic_ids, quantizer, catalog, vectors, sequences, report)
+    history = cast(Any, quantizer).history if made == "rqvae" else []
+    if history:
+        write_json(stage.folder / "history.json", history)
+    quality = measure_quality(
+        args, semantic_ids, quantizer, catalog, vectors, sequences,
+        collisions=report, duplicates=duplicates, history=history,
+    )  # fmt: skip
     write_json(stage.folder / "quality.json", quality)
     write_quality_page(stage.folder / "report.html", quality, Path(args.run_dir).name)
     names = ("levels", "collisions", "vector_neighbours", "copurchase_neighbours")
     metrics = {"method": made, **{name: quality[name] for name in names}}
     stage.finish(rows=semantic_ids.n_items, seed=args.seed, metrics=metrics)
     print_summary(semantic_ids, quality, stage.folder)
+    if quantizer is not None and not args.extend:
+        warn_of_uneven_levels(args, quality, len(quantizer.codebook_sizes))
 
 
 def name_by_titles(args: QuantizeArgs, stage: Stage, catalog: pl.DataFrame) -> None:
@@ -474,7 +533,11 @@ def print_summary(semantic_ids: SemanticIds, quality: dict[str, Any], folder: Pa
         print("every item has a token of its own on the last level")
     elif "rate_before" in found:
         shared, moved = found["rate_before"], found["moved"]
-        print(f"{shared:.1%} of the items shared a SID, now none; {moved:,} moved")
+        text = f"{shared:.1%} of the items shared a SID, now none; {moved:,} moved"
+        if moved and found.get("distortion_before", 0) > 0:
+            more = found["distortion_after"] / found["distortion_before"] - 1
+            text += f", which adds {more:.2%} to the distortion"
+        print(text)
     if "new" in found:
         print(
             f"{found['kept']:,} items kept their SIDs, {found['new']:,} are new, "

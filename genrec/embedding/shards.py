@@ -35,6 +35,7 @@ def encode_in_shards(
     path: Path,
     settings: Mapping[str, Any],
     shard_size: int = 1024,
+    earlier: Sequence[Path] = (),
 ) -> npt.NDArray[np.float32]:
     """Encode texts shard by shard, then put the shards together in one ``.npy`` file.
 
@@ -47,6 +48,8 @@ def encode_in_shards(
         path: the file to write; shards go to the folder ``shards`` beside it.
         settings: all that decides what `encode` returns, as JSON values.
         shard_size: texts per shard; what is lost when a run is killed.
+        earlier: folders in which earlier calls may have left shards beside their file; those that
+            fit are read where they are.
 
     Returns:
         Read-only memory map of the file, (n_texts, dim) float32. Never more than a shard is held
@@ -62,6 +65,7 @@ def encode_in_shards(
     starts = range(0, len(texts), shard_size)
     parts = [list(texts[start : start + shard_size]) for start in starts]
     files = [_shard_file(path, number, part, settings) for number, part in enumerate(parts)]
+    files = [_found(file, len(part), earlier) for file, part in zip(files, parts, strict=True)]
     have = [_complete(file, len(part)) for file, part in zip(files, parts, strict=True)]
     if any(have):
         logger.info("%d of %d shards were encoded before: they are kept", sum(have), len(have))
@@ -82,6 +86,12 @@ def remove_shards(path: Path) -> None:
 def _shard_file(path: Path, number: int, part: list[str], settings: Mapping[str, Any]) -> Path:
     key = sha256_json({"texts": part, "settings": dict(settings)})[:16]
     return path.parent / FOLDER / f"{number:05d}-{key}.npy"
+
+
+def _found(file: Path, n_rows: int, earlier: Sequence[Path]) -> Path:
+    """The shard's file, or a whole one of the same name that an earlier call left elsewhere."""
+    places = [file, *(folder / FOLDER / file.name for folder in earlier)]
+    return next((place for place in places if _complete(place, n_rows)), file)
 
 
 def _complete(file: Path, n_rows: int) -> bool:

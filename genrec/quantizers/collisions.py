@@ -14,7 +14,8 @@ Four ways, all of which end with one SID per item:
   learn what each is alone. The vocabulary grows with the catalogue. For catalogues of up to some
   100,000 items and few interactions it ranks better than codes alone (README, "Which index").
 
-New items of a living catalogue are placed around the SIDs that are taken (`place_items`).
+Items with equal vectors collide whatever the quantizer: `duplicates` tells of them beforehand. New
+items of a living catalogue are placed around the SIDs that are taken (`place_items`).
 """
 
 from __future__ import annotations
@@ -66,8 +67,6 @@ class CollisionReport:
         rate_before: items that share a SID / items, before.
         groups: SIDs that were shared.
         largest_group: most items that shared one SID.
-        identical_vectors: items whose vector equals another item's exactly; no quantizer can tell
-            them apart.
         moved: items whose codes changed.
         spilled: those of them that changed above the last level.
         distortion_before: mean squared distance of the latents to what their codes stand for.
@@ -78,7 +77,6 @@ class CollisionReport:
     rate_before: float
     groups: int
     largest_group: int
-    identical_vectors: int
     moved: int
     spilled: int
     distortion_before: float
@@ -230,23 +228,11 @@ def _report(
         rate_before=collision_rate(old),
         groups=int((counts > 1).sum()),
         largest_group=int(counts.max()),
-        identical_vectors=identical_vectors(vectors),
         moved=len(moved),
         spilled=int(changed[:, :-1].any(axis=1).sum()),
         distortion_before=before / len(old),
         distortion_after=(before + after) / len(old),
     )
-
-
-def identical_vectors(vectors: npt.NDArray[np.floating]) -> int:
-    """Number of rows that equal another row in float32 (found by a 64-bit hash of each)."""
-    hashes = np.empty(len(vectors), dtype=np.int64)
-    for block in row_blocks(*vectors.shape):
-        # Plus zero, so that -0.0 is 0.0.
-        rows = np.ascontiguousarray(vectors[block], dtype=np.float32) + 0.0
-        hashes[block] = [hash(row.tobytes()) for row in rows]
-    _, counts = np.unique(hashes, return_counts=True)
-    return int(counts[counts > 1].sum())
 
 
 def _distortion(quantizer: Quantizer, vectors: npt.NDArray[np.floating], codes: CodeArray) -> float:

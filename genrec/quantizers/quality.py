@@ -34,6 +34,7 @@ FloatArray = npt.NDArray[np.floating]
 
 NEIGHBOURS = 10  # per item
 FEWEST, MOST = 5, 500  # distinct values of an attribute that prefixes are compared with
+CURVE_POINTS = 200  # epochs of a training that are drawn
 AGREEMENT_ITEMS = 50_000  # adjusted mutual information is slow: larger catalogues are sampled
 MAP_ITEMS = 3_000
 _PERMUTATIONS = 5  # of the categories, for the purity by chance
@@ -210,18 +211,21 @@ def reconstruction_error(
     """What the codes leave unexplained of the vectors: 0 nothing, 1 as much as their mean does.
 
     Args:
-        codes: (n_items, n_levels).
+        codes: (n_items, n_levels); a level of suffixes or item tokens behind the quantizer's levels
+            describes nothing and is left out.
         vectors: that the quantizer encodes, (n_items, dim).
         quantizer: the fitted one.
 
     Returns:
-        ``after_level``: mean squared distance of the latents to their code, by the quantizer's
-        `level_distances`, over the latents' variance; None where it is infinite or there is no
-        variance. The parts that a product quantizer has not coded yet count with their variance.
-        ``decoded``: the same for the decoded vectors in the space of the input.
+        ``after_level``, for each level of the quantizer: mean squared distance of the latents to
+        what the codes so far stand for, by the quantizer's `level_costs`, over the latents'
+        variance; None where it is infinite or there is no variance. The parts that a product
+        quantizer has not coded yet count with their variance. ``decoded``: the same for the decoded
+        vectors in the space of the input.
     """
     from genrec.quantizers.product import ProductQuantizer
 
+    codes = codes[:, : len(quantizer.codebook_sizes)]
     check_codes(codes, quantizer.codebook_sizes)
     exact = codes.astype(np.int32)
     energy, decoded = np.zeros(codes.shape[1]), 0.0
@@ -231,8 +235,8 @@ def reconstruction_error(
         rows = np.asarray(vectors[block], dtype=np.float32)
         latents, own = quantizer.project(rows), exact[block]
         for level in range(codes.shape[1]):
-            distances = quantizer.level_distances(latents, own[:, :level], level)
-            energy[level] += distances[np.arange(len(own)), own[:, level]].sum(dtype=np.float64)
+            costs = quantizer.level_costs(latents, own[:, :level], level)
+            energy[level] += costs[np.arange(len(own)), own[:, level]].sum(dtype=np.float64)
         decoded += float(((quantizer.decode(own) - rows) ** 2).sum(dtype=np.float64))
         of_latents.add(latents)
         of_vectors.add(rows)
@@ -413,6 +417,24 @@ def item_map(
     }
 
 
+def training_curves(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How an RQ-VAE's training went, thinned to some `CURVE_POINTS` epochs.
+
+    Args:
+        history: `RQVAE.history`, a row per epoch.
+
+    Returns:
+        ``epochs`` in all and ``kept``, the one whose weights are kept; lists of equal length:
+        ``epoch``, the losses ``total`` and ``reconstruction``, ``collision_rate``, and
+        ``perplexity``, in which each entry has a value per level.
+    """
+    at = np.linspace(0, len(history) - 1, min(CURVE_POINTS, len(history))).round().astype(int)
+    kept = next(row["epoch"] for row in history if row["kept"])
+    rows = [history[i] for i in sorted({*at.tolist(), kept - 1})]
+    names = ("epoch", "total", "reconstruction", "collision_rate", "perplexity")
+    return {"epochs": len(history), "kept": kept} | {n: [row[n] for row in rows] for n in names}
+
+
 def quality_report(
     codes: IntArray,
     codebook_sizes: Sequence[int],
@@ -422,6 +444,8 @@ def quality_report(
     quantizer: Quantizer | None = None,
     collisions: Mapping[str, Any] | None = None,
     held_out: tuple[npt.ArrayLike, npt.ArrayLike] | None = None,
+    duplicates: Mapping[str, Any] | None = None,
+    history: Sequence[Mapping[str, Any]] = (),
     seed: int = 0,
     map_method: Literal["tsne", "pca"] = "tsne",
 ) -> dict[str, Any]:
@@ -437,6 +461,9 @@ def quality_report(
         collisions: what their resolution found and did, taken over as it is.
         held_out: pairs of items that came after one another outside of training, such as every
             user's last training item and validation target, (n_pairs,) each.
+        duplicates: `duplicate_report` of the vectors that were quantized, under "vectors", and of
+            other ones under their names, taken over as they are.
+        history: of an RQ-VAE's training, see `training_curves`.
         seed: of samples, permutations and the map.
         map_method: see `item_map`.
 
@@ -470,10 +497,12 @@ def quality_report(
     report = {
         "n_items": len(codes),
         "seed": seed,
+        "duplicates": None if duplicates is None else dict(duplicates),
         "collision_rate": collision_rate(codes),
         "collisions": None if collisions is None else dict(collisions),
         "vector_neighbours": by_vector and by_vector["same_code"][0],
         "copurchase_neighbours": by_users and by_users["same_code"][0],
+        "training": training_curves(history) if history else None,
         "levels": level_usage(codes, codebook_sizes),
         "prefixes": prefix_usage(codes),
         "items_by_code": [

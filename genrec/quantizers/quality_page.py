@@ -27,6 +27,7 @@ from genrec.page import display_text, environment, number
 from genrec.svg import CARD, INK, LINE, MARKED, QUIET, SERIES, SMALL, inline_svg, svg_style
 
 SHOWN_CODES = 30  # of the first level; the rest is folded
+SHOWN_TWINS = 20  # groups of equal items
 MAX_CODES = 500
 MAX_FIGURES = 8  # levels whose use is drawn
 MAP_GROUPS = 8  # as many as there are colours
@@ -37,6 +38,7 @@ LARGEST = 0.05  # items of one first code
 ALONE = 0.95  # items that a shorter SID tells apart already
 LOST = 0.5  # variance that the codes don't explain
 FAR = 0.2  # nearest neighbours that share the first code
+WITHOUT = 0.01  # items without a vector
 LIFT = 2.0  # of co-purchased items over chance
 PURER = 0.05  # purity above chance
 
@@ -44,6 +46,7 @@ _WIDTH = 360  # px, as wide as a telephone
 _WIDE = "MWmw@%—"  # letters that count twice
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 _STATUS = {"bad": "✗", "look": "!", "ok": "✓"}
+_PARTS = {"vectors": "The vectors", "text": "The text vectors"}
 _ATTRIBUTES = {"categories": "Category", "brand": "Brand"}
 
 
@@ -71,9 +74,12 @@ def render_quality_page(report: Mapping[str, Any], name: str = "this catalogue")
             n_items=report["n_items"],
             shape=_shape([level["size"] for level in report["levels"]]),
             findings=findings(report),
+            duplicates=_duplicate_table(report["duplicates"]),
+            twins=_twins(report["duplicates"]),
             levels=_level_table(report),
             usage=_usage_charts(report),
             use=_use_table(report["items_by_code"]),
+            training=_training(report["training"]),
             prefixes=_prefix_table(report),
             collisions=_collision_facts(report),
             attributes=_attribute_table(report["attributes"]),
@@ -94,6 +100,7 @@ def findings(report: Mapping[str, Any]) -> list[dict[str, str]]:
     Worst first. The limits are rules of thumb (the constants of this module), not tests.
     """
     found = [
+        *_duplicate_findings(report),
         *_collision_findings(report),
         *_level_findings(report),
         *_meaning_findings(report),
@@ -106,6 +113,27 @@ def findings(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 Finding = tuple[str, str, str]  # status, what was found, what to do
+
+
+def _duplicate_findings(report: Mapping[str, Any]) -> list[Finding]:
+    """Of the vectors that were quantized, and of the texts' where they have duplicates alone."""
+    found: list[Finding] = []
+    for name, words in _PARTS.items():
+        part = (report["duplicates"] or {}).get(name)
+        if part is None:
+            continue
+        if part["items"] and not found:
+            text = (
+                f"{words} of {part['items']:,} items equal another’s, in {part['groups']:,} groups."
+            )
+            advice = "Merge those that are one product; else tell them apart in their texts."
+            found.append(("look", text, advice))
+        if part["without_vector"] and name == "vectors":
+            share = part["without_vector"] / report["n_items"]
+            text = f"{part['without_vector']:,} items have no vector: their codes are arbitrary."
+            advice = "Give them a text (text_fields), or behaviour (collaborative)."
+            found.append(("bad" if share > WITHOUT else "look", text, advice))
+    return found
 
 
 def _collision_findings(report: Mapping[str, Any]) -> list[Finding]:
@@ -124,17 +152,14 @@ def _collision_findings(report: Mapping[str, Any]) -> list[Finding]:
 def _level_findings(report: Mapping[str, Any]) -> list[Finding]:
     found: list[Finding] = []
     n_items, levels = report["n_items"], report["levels"]
-    alone = [0.0, *(prefix["alone"] / n_items for prefix in report["prefixes"])]
-    # A level below prefixes of one item each has nothing left to tell apart.
-    needed = next((n for n, share in enumerate(alone[: len(levels)]) if share >= ALONE), None)
+    alone, needed = _levels_needed(report)
     if needed is not None:
         text = f"After {_tokens(needed)} {_percent(alone[needed])} of the items stand alone."
         advice = (
             f"{_tokens(needed)} per item (n_levels={needed}) would nearly do and decode faster."
         )
         found.append(("look", text, advice))
-    even = [level["perplexity"] / min(level["size"], n_items) for level in levels[:needed]]
-    uneven = [place for place, share in enumerate(even) if share < UNEVEN]
+    uneven = uneven_levels(report)
     if uneven:
         parts = [
             f"level {place + 1} has the perplexity of {number(levels[place]['perplexity'], 0)} of "
@@ -145,9 +170,10 @@ def _level_findings(report: Mapping[str, Any]) -> list[Finding]:
             "A balanced quantizer uses codes alike; so do centred or whitened vectors, or a "
             "smaller codebook_size."
         )
-        status = "bad" if min(even) < COLLAPSED else "look"
+        worst = min(_evenness(levels[place], n_items) for place in uneven)
+        status = "bad" if worst < COLLAPSED else "look"
         found.append((status, f"Codes are used unevenly: {', '.join(parts)}.", advice))
-    elif even:
+    elif needed != 0:
         found.append(("ok", "The levels use their codes evenly.", ""))
     largest = levels[0]["largest_share"]
     if largest > max(LARGEST, 10 / levels[0]["size"]):
@@ -156,12 +182,40 @@ def _level_findings(report: Mapping[str, Any]) -> list[Finding]:
     return found
 
 
+def uneven_levels(report: Mapping[str, Any]) -> list[int]:
+    """Levels, from 0, whose perplexity is below `UNEVEN` of their codes (or of fewer items).
+
+    Levels below prefixes of one item each don't count, nor does one of suffixes: they have nothing
+    to tell apart.
+    """
+    levels = report["levels"][: _levels_needed(report)[1]]
+    if (report["collisions"] or {}).get("method") == "suffix":
+        levels = levels[: len(report["levels"]) - 1]
+    return [at for at, level in enumerate(levels) if _evenness(level, report["n_items"]) < UNEVEN]
+
+
+def _evenness(level: Mapping[str, Any], n_items: int) -> float:
+    return level["perplexity"] / min(level["size"], n_items)
+
+
+def _levels_needed(report: Mapping[str, Any]) -> tuple[list[float], int | None]:
+    """Share of the items that stand alone after 0, 1, … codes, and how many codes are enough."""
+    alone = [0.0, *(prefix["alone"] / report["n_items"] for prefix in report["prefixes"])]
+    # A level below prefixes of one item each has nothing left to tell apart.
+    levels = range(len(report["levels"]))
+    return alone, next((n for n in levels if alone[n] >= ALONE), None)
+
+
 def _meaning_findings(report: Mapping[str, Any]) -> list[Finding]:
     found: list[Finding] = []
-    error = (report["reconstruction"] or {}).get("decoded")
-    if error is not None:
+    kept = report["reconstruction"] or {}
+    if (error := kept.get("decoded")) is not None:
         text = f"The codes explain {_percent(1 - error)} of the variance of the vectors."
         advice = "More levels or larger codebooks keep more of them." if error > LOST else ""
+        if len(kept["after_level"]) < len(report["levels"]):
+            # What is coarse is meant so: the last level tells items apart whatever they are like.
+            text = f"The codes above the last level explain {_percent(1 - error)} of the variance."
+            advice = ""
         found.append(("look" if advice else "ok", text, advice))
     kinds = (
         ("vector", "of an item’s nearest vectors share its first code", FAR, None),
@@ -227,7 +281,9 @@ Table = dict[str, list[Any]]  # columns and rows of text
 
 
 def _level_table(report: Mapping[str, Any]) -> Table:
-    errors = (report["reconstruction"] or {}).get("after_level")
+    errors = list((report["reconstruction"] or {}).get("after_level", ()))
+    shown = bool(errors)
+    errors += [None] * (len(report["levels"]) - len(errors))  # a level that describes nothing
     columns = ["Level", "Codes", "Used", "Perplexity", "Gini", "Largest code"]
     rows = []
     for place, level in enumerate(report["levels"]):
@@ -237,8 +293,8 @@ def _level_table(report: Mapping[str, Any]) -> Table:
             f"{number(level['perplexity'], 1)} ({_percent(even)})", number(level["gini"], 3),
             _percent(level["largest_share"]),
         ]  # fmt: skip
-        rows.append(row + ([_percent(errors[place])] if errors else []))
-    return {"columns": columns + (["Not explained"] if errors else []), "rows": rows}
+        rows.append(row + ([_percent(errors[place])] if shown else []))
+    return {"columns": columns + (["Not explained"] if shown else []), "rows": rows}
 
 
 def _use_table(items_by_code: Sequence[Sequence[int]]) -> Table:
@@ -271,14 +327,52 @@ def _first_codes(length: int) -> str:
 def _collision_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = report["collisions"] or {}
     names = {
-        "identical_vectors": "Items whose vector equals another’s",
         "moved": "Items whose codes were changed",
         "spilled": "Of them above the last level",
     }
     facts = [("Items that share a SID", _percent(report["collision_rate"]))]
     if "rate_before" in found:
         facts.append(("The same before resolution", _percent(found["rate_before"])))
-    return facts + [(label, f"{found[key]:,}") for key, label in names.items() if key in found]
+    facts += [(label, f"{found[key]:,}") for key, label in names.items() if key in found]
+    if "distortion_before" in found:
+        before, after = found["distortion_before"], found["distortion_after"]
+        text = number(before)
+        if after != before:
+            more = _percent((after - before) / before) if before > 0 else "–"
+            text += f", then {number(after)} ({more} more)"
+        facts.append(("Mean squared distance of the latents to their codes", text))
+    return facts
+
+
+def _duplicate_table(duplicates: Mapping[str, Any] | None) -> Table:
+    """Counts of each kind of vectors; no rows where there is nothing to tell."""
+    rows = [
+        [
+            _PARTS[name], f"{part['items']:,}", f"{part['groups']:,}",
+            "–" if part["same_title"] is None else f"{part['same_title']:,}",
+            f"{part['without_vector']:,}",
+        ]
+        for name in _PARTS
+        if (part := (duplicates or {}).get(name)) is not None
+        and (part["items"] or part["without_vector"])
+    ]  # fmt: skip
+    columns = ["Equal in", "Items", "Groups", "Groups of one title", "Items without any"]
+    return {"columns": columns, "rows": rows}
+
+
+def _twins(duplicates: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The largest groups of equal items, by their texts where these are kept apart."""
+    parts = [part for name in reversed(_PARTS) if (part := (duplicates or {}).get(name))]
+    listed: list[Any] = next((part["listed"] for part in parts if part["listed"]), [])
+    return [
+        {
+            "items": f"{group['items']:,}",
+            "ids": ", ".join(display_text(item, 40) for item in group["item_ids"]),
+            "titles": list(dict.fromkeys(map(display_text, group["titles"]))),
+            "more": group["items"] - len(group["item_ids"]),
+        }
+        for group in listed[:SHOWN_TWINS]
+    ]
 
 
 def _attribute_table(attributes: Mapping[str, Any] | None) -> Table:
@@ -358,6 +452,78 @@ def _code_row(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _label(words: Sequence[str], most: int) -> str:
     return ", ".join(display_text(word, 20) for word in words[:most]) or "(no words)"
+
+
+def _training(curves: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """An RQ-VAE's training: two drawings and a table of some epochs."""
+    if curves is None:
+        return None
+    epochs, levels = curves["epoch"], range(len(curves["perplexity"][0]))
+    perplexity = {f"level {n + 1}": [row[n] for row in curves["perplexity"]] for n in levels}
+    error = curves["reconstruction"]
+    even = ", ".join(
+        f"{name} from {values[0]:.0f} to {values[-1]:.0f}" for name, values in perplexity.items()
+    )
+    labels = (
+        f"Reconstruction error by epoch, from {error[0]:.3g} to {error[-1]:.3g}",
+        f"Perplexity by epoch: {even}",
+    )
+    charts = [
+        {
+            "key": "training-error", "caption": "Reconstruction error",
+            "svg": _draw_curves("training-error", labels[0], epochs, {"": error}),
+        },
+        {
+            "key": "training-perplexity", "caption": "Perplexity",
+            "svg": _draw_curves("training-perplexity", labels[1], epochs, perplexity),
+        },
+    ]  # fmt: skip
+    places = np.linspace(0, len(epochs) - 1, min(5, len(epochs))).round().astype(int).tolist()
+    rows = [
+        [
+            f"{epochs[at]:,}", f"{curves['total'][at]:.4g}", f"{error[at]:.4g}",
+            _percent(curves["collision_rate"][at]),
+            *(number(values[at], 1) for values in perplexity.values()),
+        ]
+        for at in sorted({*places, epochs.index(curves["kept"])})
+    ]  # fmt: skip
+    columns = ["Epoch", "Loss", "Reconstruction", "Items that share a SID"]
+    columns += [f"Perplexity, {name}" for name in perplexity]
+    return {
+        "charts": charts, "columns": columns, "rows": rows,
+        "epochs": curves["epochs"], "kept": curves["kept"],
+    }  # fmt: skip
+
+
+def _draw_curves(
+    key: str, label: str, epochs: Sequence[int], curves: Mapping[str, Sequence[float]]
+) -> Markup:
+    """Lines over epochs, named below where there are several."""
+    named = [name for name in curves if name]
+    legend = 17 * ((min(len(named), len(SERIES)) + 2) // 3)
+    with svg_style(key):
+        figure, axes = _canvas(52, 10, 12, 40 + legend, 130)
+        for i, (name, values) in enumerate(list(curves.items())[: len(SERIES)]):
+            (artist,) = axes.plot(
+                epochs, values, color=SERIES[i], linewidth=1.5, label=name or "_", zorder=3,
+                marker="o" if len(epochs) == 1 else "",
+            )  # fmt: skip
+            artist.set_gid(f"{MARKED}curve")
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", color=LINE, linewidth=1)
+        axes.spines["bottom"].set_visible(True)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        axes.set_xlabel("epochs", color=QUIET)
+        if named:
+            figure.legend(
+                loc="lower left", bbox_to_anchor=(0.0, 0.0), ncols=3, handlelength=1,
+                columnspacing=1, labelspacing=0.35, borderaxespad=0, borderpad=0.25,
+                handletextpad=0.4, fontsize=SMALL,
+            )  # fmt: skip
+        return inline_svg(figure, key, label)
 
 
 def _usage_charts(report: Mapping[str, Any]) -> list[dict[str, Any]]:

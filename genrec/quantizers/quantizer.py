@@ -23,6 +23,7 @@ CodeArray = npt.NDArray[np.int32]
 
 BLOCK_CELLS = 2**24  # of a matrix that is held at once, such as distances: 64 MB of float32
 ROOM = 50  # SIDs an item below which a map is called tight
+CROWDED = 0.05  # share of the items, below which tight first codes are not worth a word
 LARGEST = 1e15  # of an input value: squares of larger ones overflow when they are summed
 FINITE = float(np.finfo(np.float32).max)
 
@@ -242,14 +243,43 @@ def check_capacity(n_items: int, codebook_sizes: tuple[int, ...]) -> str | None:
     )
 
 
-def _roomier(n_items: int, codebook_sizes: tuple[int, ...]) -> str:
-    """Settings that give `ROOM` SIDs an item."""
+def check_crowding(codes: npt.NDArray[np.integer], codebook_sizes: tuple[int, ...]) -> str | None:
+    """Advice if many items have first codes that the last levels are tight for, else None.
+
+    A map that has room on the whole (`check_capacity`) may lack it where its items are: the codes
+    of the levels below a first code are all that its items can be told apart by.
+
+    Args:
+        codes: as they were encoded, before collisions are resolved, (n_items, n_levels).
+        codebook_sizes: number of codes per level.
+    """
+    if len(codebook_sizes) == 1:
+        return None  # all that `check_capacity` looks at
+    below = math.prod(codebook_sizes[1:])
+    counts = np.bincount(codes[:, 0])
+    tight = counts > min(below // ROOM, len(codes))
+    share = float(counts[tight].sum()) / len(codes)
+    if share <= CROWDED:
+        return None
+    fullest = int(counts.max())
+    # As much room as if every first code were as full as the fullest.
+    roomier = _roomier(len(codes), codebook_sizes, ROOM * fullest * codebook_sizes[0])
+    return (
+        f"{share:.0%} of the items have first codes with fewer than {ROOM} SIDs an item below them "
+        f"(the fullest has {fullest:,} items and {below:,} SIDs); expect collisions that move "
+        f"items to unfitting codes: {roomier}"
+    )
+
+
+def _roomier(n_items: int, codebook_sizes: tuple[int, ...], sids: int | None = None) -> str:
+    """Settings that give so many SIDs; None: `ROOM` an item."""
     levels, size = len(codebook_sizes), max(2, *codebook_sizes)
+    wanted = ROOM * n_items if sids is None else sids
     more = levels
-    while size**more < ROOM * n_items:
+    while size**more < wanted:
         more += 1
     larger = size
-    while larger**levels < ROOM * n_items:
+    while larger**levels < wanted:
         larger *= 2
     deeper = f"use {more} levels of {size} codes"
     # A codebook needs as many distinct items as it has codes.

@@ -98,7 +98,8 @@ class RQVAE:
         seed: of initialisation, batches and re-seeding.
         history: one row per epoch: mean loss parts per item; over all items trained on, the share
             of those that share a SID and, per level, perplexity and codes used; and whether its
-            weights are the ones kept. JSON can hold it. Not saved; empty after `load`.
+            weights are the ones kept. JSON can hold it (the quantize recipe keeps it as
+            ``history.json``). `save` leaves it out; empty after `load`.
     """
 
     kind: ClassVar[str] = "rqvae"

@@ -5,7 +5,8 @@
     python recipes/benchmarks/quantizers.py --quick          # a synthetic shop and 100,000 items
 
 `--run_dir` is a run with prepare and embed done, embed with `collaborative`: quantizers get the
-fused vectors (those marked "text" the text vectors); neighbours by content are measured on the text
+fused vectors (those marked "text" the text vectors, the letter preset the collaborative ones, too),
+P5's indexes training rows or categories; neighbours by content are measured on the text
 vectors, co-purchases on training rows, "held_out" on each user's last training item and validation
 target. `--letter_index` is LETTER's published index.json of the same catalogue, measured by the
 same code. "faiss RQ" is faiss's ResidualQuantizer, what one would otherwise take for residual
@@ -36,7 +37,9 @@ from genrec.artifacts import stage_folder, write_json
 from genrec.columns import HISTORY, ITEM_ID, TARGET
 from genrec.data.splits import read_split
 from genrec.embedding.collaborative import training_histories
-from genrec.quantizers.collisions import resolve_collisions
+from genrec.quantizers import item_indexes
+from genrec.quantizers.category_names import rootless_paths
+from genrec.quantizers.collisions import Method, resolve_collisions
 from genrec.quantizers.hierarchical_kmeans import HierarchicalKMeans
 from genrec.quantizers.index_files import read_index, resolve_shared
 from genrec.quantizers.neighbours import (
@@ -51,6 +54,8 @@ from genrec.quantizers.quality import attribute_agreement, collision_rate, level
 from genrec.quantizers.residual_kmeans import ResidualKMeans
 
 WHITE: dict[str, Any] = {"standardize": "whiten", "normalize_residuals": True}
+PLAIN: dict[str, Any] = {"normalize_residuals": False}
+PAPERS = ("tiger", "lc-rec", "letter", "grid-rvq")  # presets named after them
 DIM = 256  # of the vectors at scale
 
 
@@ -64,10 +69,11 @@ class Shop:
         if not (embedded / "text_embeddings.npy").exists():
             raise SystemExit(f"{run_dir}: embed was run without `collaborative`; run it with")
         self.text = np.load(embedded / "text_embeddings.npy")
-        sequences = training_histories(read_split(run_dir, "train", "benchmark"))
+        self.behaviour = np.load(embedded / "collaborative_embeddings.npy")
+        self.sequences = training_histories(read_split(run_dir, "train", "benchmark"))
         valid = read_split(run_dir, "valid", "benchmark").filter(pl.col(HISTORY).list.len() > 0)
         self.near = nearest_vectors(self.text, 10)
-        self.bought = co_purchases(sequences, len(self.catalog), 10)
+        self.bought = co_purchases(self.sequences, len(self.catalog), 10)
         self.pairs = (valid[HISTORY].list.last().to_numpy(), valid[TARGET].to_numpy())
 
     def measure(self, codes: np.ndarray, sizes: tuple[int, ...]) -> dict[str, Any]:
@@ -88,39 +94,71 @@ class Shop:
         return {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}
 
 
-def fits(size: int, pca_dim: int, epochs: int) -> dict[str, tuple[bool, Callable[..., Any]]]:
+Fit = Callable[[np.ndarray], Any]
+ONE_LEVEL = "residual-kmeans 1 level, item token"
+
+
+def fits(shop: Shop, size: int, pca_dim: int, epochs: int) -> dict[str, tuple[bool, Fit]]:
     """Name -> (whether it gets the fused vectors, how it is fitted)."""
     white, levels = {**WHITE, "pca_dim": pca_dim}, (size,) * 3
 
-    def rqvae(name: str, **changes: Any) -> Callable[..., Any]:
+    def rqvae(name: str) -> Fit:
         def fit(vectors: np.ndarray) -> Any:
             from genrec.quantizers.rqvae import RQVAE
 
-            shape = {"n_levels": 3, "codebook_size": size, "epochs": epochs}
-            return RQVAE.fit(vectors, preset(name, **{**shape, **changes}), progress=False)
+            settings = preset(name, codebook_size=size, epochs=epochs)
+            behaviour = shop.behaviour if settings.collaborative_weight else None
+            return RQVAE.fit(vectors, settings, collaborative=behaviour, progress=False)
 
         return fit
 
     return {
-        "residual-kmeans text": (False, lambda v: ResidualKMeans.fit(v, levels)),
-        "residual-kmeans": (True, lambda v: ResidualKMeans.fit(v, levels)),
-        "residual-kmeans balanced": (True, lambda v: ResidualKMeans.fit(v, levels, max_fill=1.5)),
-        "residual-kmeans normalised": (
+        "residual-kmeans text": (False, lambda v: ResidualKMeans.fit(v, levels, **PLAIN)),
+        "residual-kmeans": (True, lambda v: ResidualKMeans.fit(v, levels, **PLAIN)),
+        "residual-kmeans balanced": (
             True,
-            lambda v: ResidualKMeans.fit(v, levels, normalize_residuals=True),
+            lambda v: ResidualKMeans.fit(v, levels, max_fill=1.5, **PLAIN),
         ),
+        "residual-kmeans normalised": (True, lambda v: ResidualKMeans.fit(v, levels)),
         "residual-kmeans whitened": (True, lambda v: ResidualKMeans.fit(v, levels, **white)),
         "residual-kmeans whitened 4 levels": (
             True,
             lambda v: ResidualKMeans.fit(v, (size,) * 4, **white),
         ),
+        ONE_LEVEL: (True, lambda v: ResidualKMeans.fit(v, (size,))),
+        "hierarchical-kmeans": (
+            True,
+            lambda v: HierarchicalKMeans.fit(v, (size // 4,) * 3, progress=False),
+        ),
         "hierarchical-kmeans balanced": (
             True,
             lambda v: HierarchicalKMeans.fit(v, (size // 4,) * 3, max_fill=1.5, progress=False),
         ),
+        "pq": (True, lambda v: ProductQuantizer.fit(v, (size,) * 4, rotate=False)),
         "opq": (True, lambda v: ProductQuantizer.fit(v, (size,) * 4)),
         "rqvae": (True, rqvae("default")),
-        "rqvae tiger": (True, rqvae("tiger")),
+        **{f"rqvae {name}": (True, rqvae(name)) for name in PAPERS},
+    }
+
+
+def indexes(shop: Shop, size: int) -> dict[str, Callable[[], item_indexes.ItemCodes]]:
+    """Name -> P5's and OpenP5's indexes, which need no vectors."""
+    n_items, sequences = len(shop.catalog), shop.sequences
+
+    def collaborative() -> item_indexes.ItemCodes:
+        return item_indexes.collaborative_index(sequences, n_items, size // 4, size)
+
+    return {
+        "random (P5)": lambda: item_indexes.random_index(n_items, 3, size, seed=0),
+        "sequential (P5)": lambda: item_indexes.sequential_index(
+            sequences, n_items, codebook_size=size, n_levels=3
+        ),
+        "independent (P5)": lambda: item_indexes.independent_index(n_items),
+        "semantic (P5)": lambda: item_indexes.semantic_index(
+            rootless_paths(shop.catalog)[0], n_items
+        ),
+        "collaborative (P5)": collaborative,
+        "hybrid (P5)": lambda: item_indexes.hybrid_index(collaborative()),
     }
 
 
@@ -146,24 +184,38 @@ def on_catalogue(args: argparse.Namespace, size: int, pca_dim: int) -> dict[str,
     """Every quantizer and the published index on one catalogue."""
     shop = Shop(args.run_dir)
     found: dict[str, Any] = {}
-    for name, (fused, fit) in fits(size, pca_dim, args.epochs).items():
-        if args.only and name not in args.only:
+
+    def wanted(name: str) -> bool:
+        return not args.only or name in args.only
+
+    def add(name: str, seconds: float, rate: float, codes: np.ndarray, sizes: Any) -> None:
+        before = {"fit_s": round(seconds, 1), "collisions_before": round(rate, 4)}
+        found[name] = before | shop.measure(codes, sizes)
+        print(name, found[name], flush=True)
+
+    for name, (fused, fit) in fits(shop, size, pca_dim, args.epochs).items():
+        if not wanted(name):
             continue
         vectors = shop.fused if fused else shop.text
         started = time.perf_counter()
         quantizer = fit(vectors)
         seconds = time.perf_counter() - started
         codes = quantizer.encode(vectors)
-        new, sizes, _ = resolve_collisions(quantizer, vectors, codes)
-        before = {"fit_s": round(seconds, 1), "collisions_before": round(collision_rate(codes), 4)}
-        found[name] = before | shop.measure(new, sizes)
-        print(name, found[name], flush=True)
-    started = time.perf_counter()
-    codes, sizes = faiss_codes(shop.fused, size), (size,) * 3
-    seconds = time.perf_counter() - started
-    before = {"fit_s": round(seconds, 1), "collisions_before": round(collision_rate(codes), 4)}
-    found["faiss RQ"] = before | shop.measure(resolve_shared(codes, sizes, shop.fused), sizes)
-    print("faiss RQ", found["faiss RQ"], flush=True)
+        way: Method = "item-token" if name == ONE_LEVEL else "minimal"
+        new, sizes, _ = resolve_collisions(quantizer, vectors, codes, way)
+        add(name, seconds, collision_rate(codes), new, sizes)
+    for name, make in indexes(shop, size).items():
+        if wanted(name):
+            started = time.perf_counter()
+            made = make()
+            seconds = time.perf_counter() - started
+            add(name, seconds, collision_rate(made.codes), made.codes, made.codebook_sizes)
+    if wanted("faiss RQ"):
+        started = time.perf_counter()
+        codes, sizes = faiss_codes(shop.fused, size), (size,) * 3
+        seconds = time.perf_counter() - started
+        distinct = resolve_shared(codes, sizes, shop.fused)
+        add("faiss RQ", seconds, collision_rate(codes), distinct, sizes)
     report: dict[str, Any] = {"items": len(shop.catalog), "quantizers": found, "letter": None}
     if args.letter_index:
         index = read_index(args.letter_index, shop.catalog[ITEM_ID], args.index_offset)

@@ -43,12 +43,13 @@ from genrec.metrics import gains, hits
 K = 10
 FUSED = ["--collaborative", "cooccurrence"]
 WHITE = ["--standardize", "whiten", "--pca_dim", "128", "--normalize_residuals", "true"]
+PLAIN = ["--normalize_residuals", "false"]
 # name -> (vectors it is made of, arguments of quantize)
 INDEXES: dict[str, tuple[str, list[str]]] = {
     "random": ("fused", ["--method", "random"]),
     "letter": ("fused", ["--method", "import", "--index_offset", "1"]),
-    "residual-kmeans text": ("text", []),
-    "residual-kmeans": ("fused", []),
+    "residual-kmeans text": ("text", PLAIN),
+    "residual-kmeans": ("fused", PLAIN),
     "residual-kmeans normalised": ("fused", ["--normalize_residuals", "true"]),
     "residual-kmeans whitened": ("fused", WHITE),
     "residual-kmeans whitened 4 levels": ("fused", [*WHITE, "--n_levels", "4"]),

@@ -54,6 +54,20 @@ def test_a_second_call_encodes_only_what_is_missing(tmp_path: Path):
     assert found.tolist() == [[i, 1] for i in range(10)]
 
 
+def test_shards_of_an_earlier_place_are_read_there(tmp_path: Path):
+    old, path, encoder = tmp_path / "old" / "v.npy", tmp_path / "new" / "v.npy", Encoder()
+    encode_in_shards(TEXTS, encoder, old, {"model": "a"}, 4)
+    shards = sorted((tmp_path / "old" / "shards").iterdir())
+    shards[1].write_bytes(b"cut")
+    encoder.asked.clear()
+    places = [tmp_path / "nowhere", tmp_path / "old"]
+    found = encode_in_shards(TEXTS, encoder, path, {"model": "a"}, 4, places)
+    assert encoder.asked == [TEXTS[4:8]] and found.tolist() == [[i, 1] for i in range(10)]
+    assert [p.name for p in (tmp_path / "new" / "shards").iterdir()] == [shards[1].name]
+    encode_in_shards(TEXTS, encoder, path, {"model": "b"}, 4, places)
+    assert len(encoder.asked) == 4
+
+
 def test_other_texts_or_settings_are_encoded_anew(tmp_path: Path):
     path, encoder = tmp_path / "v.npy", Encoder()
     encode_in_shards(TEXTS, encoder, path, {"model": "a"}, 4)

@@ -24,7 +24,7 @@ def test_they_are_about_the_centroids_of_residual_kmeans():
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(8, 6)) * 5
     vectors = (centres[rng.integers(0, 8, 500)] + rng.normal(size=(500, 6))).astype(np.float32)
-    quantizer = ResidualKMeans.fit(vectors, (8, 8))
+    quantizer = ResidualKMeans.fit(vectors, (8, 8), normalize_residuals=False)
     found = code_vectors(vectors, quantizer.encode(vectors), (8, 8))
     for mine, book in zip(found, quantizer.codebooks, strict=True):
         assert mine == pytest.approx(book * quantizer.projection.scale, abs=0.3)

@@ -16,7 +16,6 @@ from genrec.quantizers import quantizer as quantizer_module
 from genrec.quantizers.collisions import (
     METHODS,
     has_item_tokens,
-    identical_vectors,
     place_items,
     resolve_collisions,
     uniform_plan,
@@ -110,8 +109,6 @@ def test_always_bijective_and_in_range(method, world):
     )
     _, counts = np.unique(codes, axis=0, return_counts=True)
     assert (report.groups, report.largest_group) == ((counts > 1).sum(), counts.max())
-    _, alike = np.unique(vectors, axis=0, return_counts=True)
-    assert report.identical_vectors == alike[alike > 1].sum()
     if method == "suffix":
         assert (kept == codes).all() and sizes[-1] == 2 * counts.max()
     elif report.rate_before == 0:
@@ -173,7 +170,7 @@ def test_a_report_by_hand():
     assert sorted(new[:2, 1].tolist()) == [0, 1] and new[2:].tolist() == [[0, 2], [1, 0], [1, 2]]
     assert sizes == (2, 3)
     assert (report.rate_before, report.groups, report.largest_group) == (3 / 5, 1, 3)
-    assert (report.identical_vectors, report.moved, report.spilled) == (2, 2, 0)
+    assert (report.moved, report.spilled) == (2, 0)
     assert report.distortion_before == pytest.approx(0.25 / 5)
     assert report.distortion_after == pytest.approx(3.25 / 5)
 
@@ -203,7 +200,7 @@ def test_as_many_identical_items_as_there_are_sids(method):
     vectors, codes = np.zeros((27, 2), dtype=np.float32), np.zeros((27, 3), dtype=int)
     new, sizes, report = resolve_collisions(random_quantizer((3, 3, 3), 2, 0), vectors, codes, method)  # fmt: skip # noqa: E501
     assert is_bijective(new)
-    assert report.identical_vectors == 27 and report.rate_before == 1.0
+    assert report.rate_before == 1.0
     if method == "suffix":
         assert sizes == (3, 3, 3, 54) and sorted(new[:, 3].tolist()) == list(range(27))
 
@@ -292,16 +289,6 @@ def test_minimal_costs_less_than_the_others():
     assert cost["minimal"].rate_before > 0.1
     assert cost["minimal"].distortion_after <= cost["sinkhorn"].distortion_after * 1.0001
     assert cost["suffix"].distortion_after == cost["suffix"].distortion_before
-
-
-def test_identical_vectors_are_counted_by_value(monkeypatch: pytest.MonkeyPatch):
-    vectors = np.array([[0.0], [-0.0], [1.0], [2.0], [2.0], [2.0]])
-    assert identical_vectors(vectors) == identical_vectors(vectors.astype(np.float16)) == 5
-    monkeypatch.setattr(quantizer_module, "BLOCK_CELLS", 2)
-    assert identical_vectors(vectors) == 5
-    many = np.random.default_rng(0).integers(0, 2, (20_000, 40)).astype(np.float32)
-    _, counts = np.unique(many, axis=0, return_counts=True)
-    assert identical_vectors(many) == counts[counts > 1].sum()
 
 
 @pytest.mark.parametrize("crowd", [False, True])

@@ -157,7 +157,7 @@ def test_spill_into_clusters_that_do_not_exist(vectors: np.ndarray):
     new, sizes, report = resolve_collisions(tree, rows, codes)
     assert sizes == (4, 4) and len(np.unique(new, axis=0)) == 16
     assert report.spilled >= 9 and math.isfinite(report.distortion_after)
-    assert report.identical_vectors == 13 and report.largest_group == 13
+    assert report.largest_group == 13
 
 
 @pytest.mark.parametrize("max_fill", [None, 1.5])

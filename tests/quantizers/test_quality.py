@@ -156,7 +156,21 @@ def test_reconstruction_without_variance_is_unknown(vectors):
     found = reconstruction_error(quantizer.encode(alike), alike, quantizer)
     assert found == {"after_level": [None], "decoded": None}
     with pytest.raises(ValueError, match="levels"):
-        reconstruction_error(np.zeros((5, 2), dtype=int), alike, quantizer)
+        reconstruction_error(np.zeros((5, 0), dtype=int), alike, quantizer)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_level_that_describes_nothing_is_left_out_of_the_reconstruction(vectors, normalize):
+    quantizer = ResidualKMeans.fit(vectors, (6, 4), normalize_residuals=normalize)
+    codes = quantizer.encode(vectors)
+    whole = reconstruction_error(codes, vectors, quantizer)
+    assert len(whole["after_level"]) == 2
+    tokens = np.column_stack([codes, np.arange(len(codes))])
+    assert reconstruction_error(tokens, vectors, quantizer) == whole
+    # The first level alone, whatever is normalised below it.
+    first = ResidualKMeans.fit(vectors, (6,))
+    alone = reconstruction_error(codes[:, :1], vectors, first)["after_level"]
+    assert whole["after_level"][0] == pytest.approx(alone[0], rel=1e-5)
 
 
 def test_labels_name_what_sets_a_code_apart():

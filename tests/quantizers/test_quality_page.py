@@ -17,7 +17,8 @@ from page_elements import Page
 
 from genrec.item_lists import ItemLists
 from genrec.page import MAX_TITLE_CHARS
-from genrec.quantizers.quality import quality_report
+from genrec.quantizers.duplicates import duplicate_report
+from genrec.quantizers.quality import CURVE_POINTS, quality_report, training_curves
 from genrec.quantizers.quality_page import (
     MAP_GROUPS,
     MAX_CODES,
@@ -25,6 +26,7 @@ from genrec.quantizers.quality_page import (
     SHOWN_CODES,
     findings,
     render_quality_page,
+    uneven_levels,
     write_quality_page,
 )
 from genrec.quantizers.residual_kmeans import ResidualKMeans
@@ -50,9 +52,26 @@ def report() -> dict[str, Any]:
     train = ItemLists(items, np.arange(0, 241, 4))
     return quality_report(
         quantizer.encode(vectors), (16, 8), vectors, frame, train, quantizer,
-        {"rate_before": 0.25, "moved": 1234, "spilled": 2}, ([0, 1, 2], [12, 13, 15]),
+        {
+            "rate_before": 0.25, "moved": 1234, "spilled": 2,
+            "distortion_before": 0.5, "distortion_after": 0.51,
+        },
+        ([0, 1, 2], [12, 13, 15]),
+        {"vectors": duplicate_report(vectors, frame.with_columns(item_id=pl.Series(range(240))))},
         map_method="pca",
     )  # fmt: skip
+
+
+def trained(report: dict[str, Any], epochs: int = 3) -> dict[str, Any]:
+    """The report with an RQ-VAE's training."""
+    history = [
+        {
+            "epoch": n + 1, "total": 9.0 / (n + 1), "reconstruction": 6.0 / (n + 1),
+            "collision_rate": 0.5 / (n + 1), "perplexity": [4.0 + n, 3.0], "kept": n == 1,
+        }
+        for n in range(epochs)
+    ]  # fmt: skip
+    return report | {"training": training_curves(history)}
 
 
 def check_structure(html: str) -> Page:
@@ -93,10 +112,58 @@ def test_the_page_shows_every_part(report, tmp_path):
     share = report["neighbours"]["vector"]["same_code"][0]
     assert f"First code {100 * share:.1f}%" in text
     assert "The same before resolution 25.0%" in text or "resolution25.0%" in text
+    assert "0.5000, then 0.5100 (2.0% more)" in text
+    assert "Equal items" not in text and "Training" not in text
     assert "1,234" in text and "over 240 items" in text and "Share of 3 pairs" in text
     assert "Categories are paths cut after 2 steps: 12 values, 240 items compared." in text
     # Read back from JSON, the report gives the same page.
     assert render_quality_page(json.loads(json.dumps(report)), "Tiny shop") == html
+
+
+def test_equal_items_are_named():
+    frame = pl.DataFrame({"item_id": [f"i{n}" for n in range(30)], "title": ["Mug"] * 30})
+    vectors = np.arange(30, dtype=np.float32)[:, None].repeat(2, axis=1)
+    vectors[:13], vectors[13] = 5, 0
+    fused = vectors + 100 * np.arange(1, 31)[:, None]
+    found = {"vectors": duplicate_report(fused, frame), "text": duplicate_report(vectors, frame)}
+    report = quality_report(np.arange(30)[:, None], (30,), duplicates=found)
+    look = statuses(report)["look"]
+    assert look == ["The text vectors of 13 items equal another’s, in 1 groups."]
+    page = check_structure(render_quality_page(report))
+    text = page.text()
+    assert "i0, i1, i2, i3, i4, i5, i6, i7, i8, i9 and 3 more 13 Mug" in text
+    assert "The text vectors 13 1 1 1" in text
+    bare = quality_report(np.arange(30)[:, None], (30,), duplicates={"vectors": found["text"]})
+    assert statuses(bare)["bad"] == ["1 items have no vector: their codes are arbitrary."]
+
+
+def test_a_training_is_drawn(report):
+    page = check_structure(render_quality_page(trained(report)))
+    assert len(page.all("svg")) == 2 + 1 + 2 and len(page.all("g", class_="curve")) == 3
+    text = page.text()
+    assert "3 epochs; the weights after epoch 2 are kept." in text
+    assert "2 4.5 3 25.0% 5.0 3.0" in text  # an epoch of the table
+    labels = [a["aria-label"] for a in page.all("svg")]
+    assert "Perplexity by epoch: level 1 from 4 to 6, level 2 from 3 to 3" in labels
+    check_structure(render_quality_page(trained(report, 2)))
+    curves = trained(report, 9000)["training"]
+    assert len(curves["epoch"]) == len(curves["perplexity"]) == CURVE_POINTS + 1
+    assert (curves["epochs"], curves["kept"], curves["epoch"][-1]) == (9000, 2, 9000)
+    assert 2 in curves["epoch"]
+
+
+def test_suffixes_and_item_tokens_are_no_uneven_level(report):
+    codes = np.stack([np.arange(400) % 20, np.arange(400) // 20 % 4, np.arange(400) // 80], 1)
+    assert uneven_levels(quality_report(codes, (20, 4, 90))) == [2]
+    suffix = quality_report(codes, (20, 4, 90), collisions={"method": "suffix"})
+    assert uneven_levels(suffix) == [] and statuses(suffix)["look"] == []
+    left = {"after_level": [0.9, 0.8], "decoded": 0.8}
+    assert any(
+        text == "The codes above the last level explain 20.0% of the variance."
+        for text in statuses(suffix | {"reconstruction": left})["ok"]
+    )
+    text = Page(render_quality_page(suffix | {"reconstruction": left})).text()
+    assert "90.0% 2 4 4 4.0 (100.0%)" in text and "–" in text
 
 
 def test_a_page_of_codes_alone():
@@ -189,6 +256,9 @@ HOSTILE = "</script><img src=x onerror=alert(1)>\u202e{{ 7 * 7 }}\"' --> $x_{$"
 def hostile(report) -> str:
     """As if somebody had written markup, and very long words, into the stored report, too."""
     changed = copy.deepcopy(report)
+    changed = trained(changed, 40)
+    twins = {"items": 9, "item_ids": [HOSTILE, "W" * 500], "titles": [HOSTILE, "漢" * 900]}
+    changed["duplicates"]["vectors"] |= {"items": 9, "groups": 2, "listed": [twins] * 300}
     for i, entry in enumerate(changed["first_codes"]):
         entry["words"] = [HOSTILE, "W" * 500, "漢" * 90][i % 3 :]
         entry["examples"] = [HOSTILE, "A" * 9000, ""]

@@ -24,6 +24,7 @@ from genrec.quantizers.quantizer import (
     Quantizer,
     check_capacity,
     check_codes,
+    check_crowding,
     check_distinct,
     check_finite,
     check_input,
@@ -329,6 +330,28 @@ def test_capacity_by_hand():
     assert check_capacity(5, (2,) * 3000) is None  # more SIDs than a float can hold
     with pytest.raises(ValueError, match="use 9 levels of 2 codes$"):
         check_capacity(10, (1,))  # a degenerate map ends too
+
+
+def test_crowded_first_codes_by_hand():
+    # 40 items in 4 x 10 x 50 codes: 50 SIDs an item below a first code that has ten of them.
+    even = np.zeros((40, 3), np.int32)
+    even[:, 0] = np.arange(40) % 4
+    assert check_capacity(40, (4, 10, 50)) is None
+    assert check_crowding(even, (4, 10, 50)) is None  # exactly 50 SIDs an item
+    even[:11, 0] = 0
+    advice = check_crowding(even, (4, 10, 50))
+    fullest = int((even[:, 0] == 0).sum())
+    assert advice is not None and advice.startswith(
+        f"{fullest / 40:.0%} of the items have first codes with fewer than 50 SIDs an item below "
+        f"them (the fullest has {fullest} items and 500 SIDs)"
+    )
+    assert advice.endswith("use 3 levels of 50 codes")  # 50 * 50 are more than 50 * fullest
+    crowded = np.repeat([0, *range(1, 51)], [10, *[1] * 50])[:, None].repeat(2, axis=1)
+    assert check_crowding(crowded, (51, 60)) is not None  # 60 items: ten of them have six each
+    crowded = np.repeat([0, *range(1, 451)], [10, *[1] * 450])[:, None].repeat(2, axis=1)
+    assert check_crowding(crowded, (451, 460)) is None  # ten of 460 items are too few
+    assert check_crowding(even[:, :1], (4,)) is None
+    assert check_crowding(even[:, [0] * 3000], (4,) * 3000) is None
 
 
 @settings(max_examples=300, deadline=None)

@@ -60,7 +60,8 @@ def test_normalised_residuals_by_hand():
 
 
 def test_norms_are_the_mean_lengths_below_each_code(vectors: np.ndarray):
-    quantizer = ResidualKMeans.fit(vectors, (8, 8, 8), normalize_residuals=True)
+    quantizer = ResidualKMeans.fit(vectors, (8, 8, 8))
+    assert ResidualKMeans.fit(vectors, (8,)).norms is None  # no level below
     assert quantizer.norms is not None and len(quantizer.norms) == 2
     codes, residual = quantizer.encode(vectors), quantizer.project(vectors)
     for level in range(2):
@@ -76,8 +77,8 @@ def test_normalised_residuals_keep_level_1_and_use_lower_codes_alike(vectors: np
     # Half of the catalogue is dense: its residuals are small, and plain codes are spent elsewhere.
     rows = vectors.copy()
     rows[:200] = rows[:1] + 0.05 * rows[:200]
-    plain = ResidualKMeans.fit(rows, (8, 16))
-    scaled = ResidualKMeans.fit(rows, (8, 16), normalize_residuals=True)
+    plain = ResidualKMeans.fit(rows, (8, 16), normalize_residuals=False)
+    scaled = ResidualKMeans.fit(rows, (8, 16))
     assert (plain.codebooks[0] == scaled.codebooks[0]).all()
     assert (plain.encode(rows)[:, 0] == scaled.encode(rows)[:, 0]).all()
 

@@ -135,7 +135,7 @@ def test_a_language_model_encodes_in_shards_that_go(embed, shop: Path, tiny, tmp
     assert first.shape == (60, 32) and np.linalg.norm(first, axis=1) == pytest.approx(1, abs=1e-5)
     manifest = require(shop, "embed")
     assert "model/model.safetensors" in manifest.inputs
-    assert set(manifest.outputs) == {"item_embeddings.npy", "config.yaml"}
+    assert set(manifest.outputs) == {"item_embeddings.npy", "encoded.json", "config.yaml"}
     # Neither the place of the model nor the size of batches and shards is another result.
     moved = base.rename(tmp_path / "moved")
     flags[3] = str(moved)
@@ -145,6 +145,50 @@ def test_a_language_model_encodes_in_shards_that_go(embed, shop: Path, tiny, tmp
     tiny.lm(len(tokenizer), seed=1).save_pretrained(moved)
     said = embed(shop, *flags, "--pooling", "last", fails=True)
     assert "input 'model/model.safetensors'" in said
+
+
+def test_texts_stay_encoded_when_the_fusion_changes(
+    embed, shop: Path, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from genrec.embedding import lm_pooling
+
+    tokenizer, base = tiny.tokenizer(), tmp_path / "base"
+    tiny.lm(len(tokenizer)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    encode, calls = lm_pooling.lm_vectors, []
+
+    def counted(texts, *args, **settings):
+        calls.append(len(texts))
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return encode(texts, *args, **settings)
+
+    monkeypatch.setattr(lm_pooling, "lm_vectors", counted)
+    flags = ["--method", "lm", "--model_name_or_path", str(base), "--device", "cpu"]
+    flags += ["--collaborative", "cooccurrence", "--collaborative_dim", "6", "--shard_size", "16"]
+    stop = 3
+    with pytest.raises((KeyboardInterrupt, SystemExit)):  # killed in the third of four shards
+        embed(shop, *flags)
+    stop = 0
+    embed(shop, *flags, "--collaborative_weight", "0.3")
+    assert calls == [16, 16, 16, 16, 12]  # two shards were kept, though other settings came
+    text, fused = vectors(shop, "text"), vectors(shop)
+    embed(shop, *flags, "--collaborative_weight", "0.6", "--overwrite", "true")
+    embed(shop, *flags, "--fused_dim", "5", "--overwrite", "true")
+    assert len(calls) == 5 and vectors(shop).shape == (60, 5)
+    assert (vectors(shop, "text") == text).all()
+    embed(shop, *flags[:6], "--overwrite", "true")
+    assert len(calls) == 5 and (vectors(shop) == text).all()  # the same, now all there is
+    embed(shop, *flags, "--collaborative_weight", "0.3", "--overwrite", "true")
+    assert len(calls) == 5 and (vectors(shop) == fused).all()
+    # Another text, way of pooling or model is another key.
+    embed(shop, *flags, "--text_fields", "title", "--overwrite", "true")
+    embed(shop, *flags, "--pooling", "last", "--overwrite", "true")
+    assert sum(calls[5:]) == 120 and (vectors(shop, "text") != text).any()
+    tiny.lm(len(tokenizer), seed=1).save_pretrained(base)
+    lm_pooling._load.cache_clear()  # as in another process
+    embed(shop, *flags, "--overwrite", "true")
+    assert sum(calls[5:]) == 180 and (vectors(shop, "text") != text).any()
 
 
 @pytest.fixture

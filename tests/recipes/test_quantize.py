@@ -77,6 +77,7 @@ def test_every_method_gives_a_complete_map(quantize, shop: Path, method: str, fl
     assert report["collision_rate"] == 0 and len(report["levels"]) == ids.n_levels
     assert 0 <= report["vector_neighbours"] <= 1 and 0 <= report["copurchase_neighbours"] <= 1
     assert report["neighbours"]["held_out"]["pairs"] > 0
+    assert set(report["duplicates"]) == {"vectors", "text"}
     page = (folder / "report.html").read_text()
     assert "<script" not in page
     shapes = {  # what the flags say, and for the others what the shop gives
@@ -89,6 +90,12 @@ def test_every_method_gives_a_complete_map(quantize, shop: Path, method: str, fl
     quantizer = folder / "quantizer.safetensors"
     assert quantizer.exists() == (method in ("residual-kmeans", "hierarchical-kmeans", "product",
         "rqvae"))  # fmt: skip
+    assert (report["reconstruction"] is not None) == quantizer.exists()
+    assert (folder / "history.json").exists() == (method == "rqvae")
+    if method == "rqvae":
+        history = json.loads((folder / "history.json").read_text())
+        assert [row["epoch"] for row in history] == report["training"]["epoch"] == [1, 2]
+        assert "Perplexity by epoch" in page
     if quantizer.exists():
         assert ids.quantizer_sha256 == manifest.outputs["quantizer.safetensors"]["sha256"]
         codes = load_quantizer(quantizer).encode(
@@ -103,6 +110,10 @@ def test_every_method_gives_a_complete_map(quantize, shop: Path, method: str, fl
     [
         (["--method", "rqvae", "--max_fill", "1.5"], "max_fill is no setting of method=rqvae"),
         (["--method", "random", "--collisions", "suffix"], "collisions is no setting of method="),
+        (
+            ["--method", "product", "--normalize_residuals", "false"],
+            "normalize_residuals is no setting of method=product, but of residual-kmeans",
+        ),
         (["--device", "cuda"], "device is no setting of method=residual-kmeans, but of rqvae"),
         (["--preset", "tiger"], "preset is no setting of method=residual-kmeans, but of rqvae"),
         (["--method", "rqvae", "--rqvae_options", "patience"], "must read name=value"),
@@ -255,12 +266,59 @@ def test_letter_needs_the_collaborative_part(quantize, recipe, shop: Path):
 
 @pytest.mark.parametrize("collisions", ["minimal", "sinkhorn", "suffix", "item-token"])
 def test_collisions_are_resolved_by_every_way(quantize, shop: Path, collisions: str):
-    quantize(shop, "--n_levels", "2", "--codebook_size", "16", "--collisions", collisions, *MAP)
+    said = quantize(
+        shop, "--n_levels", "2", "--codebook_size", "16", "--collisions", collisions, *MAP
+    )
     ids, report = SemanticIds.load(shop / "semantic_ids"), quality(shop)["collisions"]
     appended = collisions in ("suffix", "item-token")
     assert ids.n_levels == (3 if appended else 2)
     assert report["method"] == collisions and report["rate_before"] > 0
     assert (report["moved"] == 0) == appended
+    added = report["distortion_after"] / report["distortion_before"] - 1
+    assert (f"which adds {added:.2%} to the distortion" in said) == (not appended)
+    assert len(quality(shop)["reconstruction"]["after_level"]) == 2
+
+
+def test_equal_items_are_reported_first(quantize, shop: Path, tmp_path: Path):
+    path = shop / "embeddings" / "item_embeddings.npy"
+    vectors = np.load(path)
+    vectors[[4, 7]], vectors[[5, 6, 8]] = vectors[3], 0
+    np.save(path, vectors)
+    said = quantize(shop, *SMALL)
+    line = "vectors: 3 items equal another (1 groups, 0 of one title), 3 have none"
+    assert said.startswith(line)
+    report = quality(shop)
+    ids = SemanticIds.load(shop / "semantic_ids").item_ids.to_list()
+    found = report["duplicates"]["vectors"]
+    assert found["listed"][0]["item_ids"] == [ids[3], ids[4], ids[7]]
+    assert found["without_vector_ids"] == [ids[5], ids[6], ids[8]]
+    assert report["collision_rate"] == 0
+    assert ids[7] in (shop / "semantic_ids" / "report.html").read_text()
+    quantize(shop, "--method", "independent", "--overwrite", "true", *MAP)
+    assert quality(shop)["duplicates"] == report["duplicates"]
+
+
+def test_uneven_codes_are_named_with_the_setting_to_change(quantize, shop: Path):
+    assert "used unevenly" not in quantize(shop, *SMALL, "--max_fill", "1.5")
+    vectors = np.load(shop / "embeddings" / "item_embeddings.npy")
+    vectors[12:] = vectors[0] + 0.02 * vectors[12:]
+    np.save(shop / "embeddings" / "item_embeddings.npy", vectors)
+    said = quantize(shop, *SMALL, "--codebook_size", "12", "--overwrite", "true")
+    assert "level 1 has the perplexity of" in said and "max_fill: 1.5" in said
+    assert "normalize_residuals" not in said  # it is on
+    uneven = ["--normalize_residuals", "false", "--overwrite", "true"]
+    said = quantize(shop, *SMALL, "--codebook_size", "12", *uneven)
+    assert "normalize_residuals: true" in said
+
+
+def test_residuals_are_normalised_where_a_level_sees_them(quantize, shop: Path):
+    quantize(shop, *SMALL)
+    assert require(shop, "quantize").config["normalize_residuals"] is True
+    assert load_quantizer(shop / "semantic_ids" / "quantizer.safetensors").norms is not None
+    one = [*ONE_LEVEL, "--collisions", "item-token", "--overwrite", "true"]
+    quantize(shop, *one)  # as it was before there was this default
+    assert require(shop, "quantize").config["normalize_residuals"] is False
+    assert load_quantizer(shop / "semantic_ids" / "quantizer.safetensors").norms is None
 
 
 def test_an_index_file_goes_round(quantize, shop: Path, tmp_path: Path):
