@@ -112,7 +112,7 @@ def test_one_centroid_per_distinct_vector_reconstructs_exactly(vectors: np.ndarr
 
 
 def test_each_level_takes_the_nearest_centroid(vectors: np.ndarray):
-    quantizer = ResidualKMeans.fit(vectors, (8, 8))
+    quantizer = ResidualKMeans.fit(vectors, (8, 8), normalize_residuals=False)
     codes, residual = quantizer.encode(vectors), quantizer.project(vectors)
     for level in range(2):
         distance = ((residual[:, None] - quantizer.codebooks[level]) ** 2).sum(-1)
