@@ -4,8 +4,8 @@ An engine only says how likely each child of each live beam is; selection, ties,
 account of what was pruned and the final list are made here, so that engines can differ in speed
 alone. A sampler (`genrec.decoding.sampling`) takes the place of selection and of nothing else.
 
-Shapes: U users, B beams, R rows (some of the U * B beams), M children per beam, L levels. Longer than other modules: a step, its ties
-and what it cuts off are one account, which is kept in one place.
+Shapes: U users, B beams, R rows (some of the U * B beams), M children per beam, L levels. Longer
+than other modules: a step, its ties and what it cuts off are one account, kept in one place.
 """
 
 from __future__ import annotations
@@ -491,12 +491,14 @@ def finish(tensors: TrieTensors, beams: Beams, k: int, prompt_rows: np.ndarray) 
     certified = (beams.pruned < last) | (beams.pruned == -torch.inf)
     if beams.draws is not None:
         certified = torch.zeros_like(certified)
+    # What a dead prefix once scored is nobody's.
+    level_log_probs = beams.level_log_probs[:, :k].masked_fill(~live.unsqueeze(-1), -torch.inf)
     missing = k - scores.shape[1]
     return BeamResult(
         np.pad(items.cpu().numpy(), ((0, 0), (0, missing)), constant_values=-1),
         np.pad(scores.cpu().numpy(), ((0, 0), (0, missing)), constant_values=-np.inf),
         np.pad(
-            beams.level_log_probs[:, :k].cpu().numpy(),
+            level_log_probs.cpu().numpy(),
             ((0, 0), (0, missing), (0, 0)),
             constant_values=-np.inf,
         ),

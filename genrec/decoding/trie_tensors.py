@@ -1,9 +1,9 @@
 """A trie on a device: children, codes and filters of whole batches as tensors.
 
-Children of several nodes are the rows of a rectangle, which is as wide as the longest of them. Where
-a level's nodes have about as many children each, one rectangle takes all beams. Where they don't (a
-few hundred clusters of items, a hub), it would be mostly padding, and `TrieTensors.blocks` sorts the
-beams into a few rectangles by their number of children.
+Children of several nodes are the rows of a rectangle, which is as wide as the longest of them.
+Where a level's nodes have about as many children each, one rectangle takes all beams. Where they
+don't (a few hundred clusters of items, a hub), it would be mostly padding, and `TrieTensors.blocks`
+sorts the beams into a few rectangles by their number of children.
 
 Shapes: U users, B beams, R rows (some beams of a batch), M children per row, L levels.
 """
@@ -22,8 +22,9 @@ from torch import Tensor
 from genrec.decoding.trie import CatalogueView, SidTrie
 
 _CELLS_AT_ONCE = 1 << 22  # of one rectangle: bounds memory; some ten arrays of this size
-_NARROW = 64  # rectangles up to this wide are not worth cutting
-_LONGER = 2  # each rectangle is so many times as wide as the next smaller one
+# Rectangles up to this wide are not worth cutting: on a GPU, which would have to wait for the host,
+# much wider ones (reckoned from memory traffic, not measured).
+_NARROW = {"cpu": 64, "cuda": 1024}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class TrieTensors:
         self._child_start = [torch.from_numpy(c).to(device) for c in trie.children]
         self._items = torch.from_numpy(trie.items).to(device)
         self.n_nodes = [len(tokens) for tokens in trie.tokens]
-        self._row_lengths = [_row_lengths(np.diff(start)) for start in trie.children]
+        narrow = _NARROW.get(device.type, _NARROW["cuda"])
+        self._row_lengths = [_row_lengths(np.diff(start), narrow) for start in trie.children]
         self.widest = [lengths[-1] for lengths in self._row_lengths]
         self._look_through(view)
 
@@ -277,20 +279,18 @@ def _row_pairs(lists: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     return rows, np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-def _row_lengths(n_children: np.ndarray) -> list[int]:
-    """How long the rows of a level's children are made, ascending; the last is the longest.
+def _row_lengths(n_children: np.ndarray, narrow: int) -> list[int]:
+    """How long the rows of a level's children are made, ascending, each half of the next.
 
-    One length where a beam's row would be half full: beams are where items are, so each parent
-    counts as often as it has children.
+    One length where rows would be half full on the mean, or are short. (Beams prefer nodes with
+    many items, but a user's beams are at different ones.)
 
     Args:
         n_children: of each parent, (n_nodes of the level above,).
+        narrow: what is short.
     """
-    longest = int(n_children.max())
-    n_children = n_children.astype(np.float64)
-    typical = (n_children**2).sum() / n_children.sum()
-    lengths = [longest]
-    if longest > 2 * typical:
-        while lengths[0] > _NARROW:
-            lengths.insert(0, -(-lengths[0] // _LONGER))
+    lengths = [int(n_children.max())]
+    if lengths[0] > 2 * n_children.mean():
+        while lengths[0] > narrow:
+            lengths.insert(0, -(-lengths[0] // 2))
     return lengths
