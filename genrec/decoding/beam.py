@@ -390,7 +390,8 @@ def advance(
             rows = torch.arange(users * n_beams, device=child.device)
             made = beams.draws.perturbed(level, rows, child.flatten(0, 1), log_probs.flatten(0, 1))
             drawn = [values.view(child.shape) for values in made]
-        top, draws = beams.draws.choose(*drawn, width)
+        prefixes, perturbed = drawn
+        top, draws = beams.draws.choose(prefixes, perturbed, width)
         keep = top.shape[1]
         out = draws.log_probs == -torch.inf  # what top-p leaves out has a score, but is not drawn
         best = scores.gather(1, top).masked_fill(out, -torch.inf)

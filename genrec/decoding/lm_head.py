@@ -108,20 +108,24 @@ class SidHead:
             level: the level.
             states: from `states`, (U, B, d or V).
         """
-        if self._head is None or len(self.sid_ids[level]) <= WIDE:
+        n_codes = len(self.sid_ids[level])
+        if self._head is None or n_codes <= WIDE:
             return self.columns(level, states)
+        n_logits = states.shape[:-1].numel() * n_codes
+        if self.normalizer == "level" and n_logits <= _LOGITS_AT_ONCE:
+            return self.columns(level, states)  # all of them are needed anyway
         rows, log_sum = self._rows(level), None
         if self.normalizer != "trie":
             over = rows if self.normalizer == "level" else (self._head.weight, self._head.bias)
             log_sum = self._log_sum(states, *over).flatten()
-        shape = torch.Size([*states.shape[:-1], len(self.sid_ids[level])])
+        shape = torch.Size([*states.shape[:-1], n_codes])
         return HeadColumns(shape, states.flatten(0, -2).float(), *rows, log_sum)
 
     def _rows(self, level: int) -> tuple[Tensor, Tensor | None]:
         """The head's weight and bias of a level's codes; without a copy where they lie together."""
-        head, at = self._head, self._spans[level]
+        head, span = self._head, self._spans[level]
         assert head is not None
-        at = self.sid_ids[level] if at is None else at
+        at = self.sid_ids[level] if span is None else span
         return head.weight[at], None if head.bias is None else head.bias[at].float()
 
     @staticmethod
@@ -188,8 +192,9 @@ class HeadColumns:
         """By a kernel that computes chosen entries of a product, and gathers nothing."""
         starts = torch.arange(0, codes.numel() + 1, codes.shape[1])
         zero = torch.zeros(codes.numel())
+        size = (len(codes), len(self.weight))
         chosen = torch.sparse_csr_tensor(
-            starts, codes.flatten(), zero, (len(codes), len(self.weight))
+            starts, codes.flatten(), zero, size, check_invariants=False
         )
         made = torch.sparse.sampled_addmm(chosen, states, self.weight.t(), beta=0.0)
         return made.values().view(codes.shape)

@@ -24,7 +24,7 @@ from genrec.decoding.trie import CatalogueView, SidTrie
 _CELLS_AT_ONCE = 1 << 22  # of one rectangle: bounds memory; some ten arrays of this size
 # Rectangles up to this wide are not worth cutting: on a GPU, which would have to wait for the host,
 # much wider ones (reckoned from memory traffic, not measured).
-_NARROW = {"cpu": 64, "cuda": 1024}
+_NARROW = {"cpu": 128, "cuda": 1024}
 
 
 @dataclass(frozen=True)

@@ -372,7 +372,7 @@ def step_cost(codes: np.ndarray, users: int, width: int, rounds: int) -> dict[st
         width: of the beam.
         rounds: a figure is the median of so many.
     """
-    n_items, n_levels = codes.shape
+    n_items, n_levels = len(codes), codes.shape[1]
     started = time.perf_counter()
     trie = SidTrie.build(codes)
     build = time.perf_counter() - started

@@ -402,6 +402,7 @@ def test_columns_asked_for_are_those_of_the_whole_head(
     monkeypatch.setattr(lm_head, "WIDE", WAYS[way][0])
     monkeypatch.setattr(lm_head, "_FEW", WAYS[way][1])
     monkeypatch.setattr(lm_head, "_NUMBERS_AT_ONCE", 700)
+    monkeypatch.setattr(lm_head, "_LOGITS_AT_ONCE", 1000)  # a table of the level is too large
     model = deepcopy(case.model).to(dtype)
     head = SidHead(model, [torch.tensor(ids) for ids in case.sid_ids], normalizer)
     rng = np.random.default_rng(0)
@@ -427,6 +428,14 @@ def test_a_narrow_level_is_a_table():
     assert isinstance(head.open_columns(1, states), Tensor)  # 400 codes are few
 
 
+def test_a_table_that_the_normaliser_needs_is_kept(monkeypatch: pytest.MonkeyPatch):
+    case = wide()
+    monkeypatch.setattr(lm_head, "WIDE", 8)
+    head = SidHead(case.model, [torch.tensor(ids) for ids in case.sid_ids], "level")
+    states = torch.ones(1, 2, 32)
+    assert torch.equal(head.open_columns(1, states), head.columns(1, states))
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_the_engine_searches_and_scores_item_tokens_exactly(
@@ -435,6 +444,7 @@ def test_the_engine_searches_and_scores_item_tokens_exactly(
     case = wide()
     monkeypatch.setattr(lm_head, "WIDE", WAYS[way][0])
     monkeypatch.setattr(lm_head, "_FEW", WAYS[way][1])
+    monkeypatch.setattr(lm_head, "_LOGITS_AT_ONCE", 1000)
     trie = SidTrie.build(case.codes)
     engine = TorchEngine(case.model, trie, case.sid_ids, 0, normalizer)
     truth = reference.exhaustive(case.model, case.prompts, case.codes, case.sid_ids, normalizer)
