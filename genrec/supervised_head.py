@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+from genrec.decoding.lm_head import rows_of
 from genrec.decoding.trie import SidTrie
 from genrec.decoding.trie_tensors import TrieTensors
 from genrec.normalizers import NORMALIZERS, Normalizer
@@ -114,7 +115,7 @@ class SupervisedHead:
         trie: SidTrie | None = None,
     ) -> None:
         self._levels = [torch.tensor(ids, device=device) for ids in sid_token_ids]
-        self._spans = [_span(ids) for ids in sid_token_ids]
+        self._spans = [rows_of(ids) for ids in sid_token_ids]
         self._trie = None if trie is None else TrieTensors(trie, None, device)
         largest = max((int(ids.max()) for ids in self._levels), default=-1)
         # Of each token: its level (0 for text, so that text comes first) and its code there.
@@ -252,16 +253,6 @@ class SupervisedHead:
                 )
         child, exists = trie.expand(level, nodes)
         return trie.codes(level, child).squeeze(1), exists.squeeze(1)
-
-
-def _span(ids: Sequence[int]) -> slice | None:
-    """The rows of a level's tokens as one slice: those added together lie side by side."""
-    first = ids[0]
-    return (
-        slice(first, first + len(ids))
-        if list(ids) == list(range(first, first + len(ids)))
-        else None
-    )
 
 
 def _scores(

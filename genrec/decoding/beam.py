@@ -4,15 +4,15 @@ An engine only says how likely each child of each live beam is; selection, ties,
 account of what was pruned and the final list are made here, so that engines can differ in speed
 alone. A sampler (`genrec.decoding.sampling`) takes the place of selection and of nothing else.
 
-Shapes: U users, B beams, M children per beam, L levels. Longer than other modules: a step, its ties
-and what it cuts off are one account, which is kept in one place.
+Shapes: U users, B beams, R rows (some of the U * B beams), M children per beam, L levels. Longer
+than other modules: a step, its ties and what it cuts off are one account, kept in one place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,12 +21,11 @@ from torch.nn import functional as F
 
 from genrec.decoding.sampling import Draws, Sample, gather_samples
 from genrec.decoding.trie import SidTrie
-from genrec.decoding.trie_tensors import LevelFilter, TrieTensors
+from genrec.decoding.trie_tensors import LevelFilter, TrieTensors, look_up
 from genrec.normalizers import NORMALIZERS as NORMALIZERS
 from genrec.normalizers import Normalizer as Normalizer
 
 _LOW_WORD = (1 << 32) - 1
-_CHILDREN_AT_ONCE = 1 << 22  # bounds the memory of a step; some ten arrays of this size
 
 
 def default_beam_width(k: int) -> int:
@@ -135,30 +134,27 @@ class Beams:
 
     @classmethod
     def start(cls, users: int, device: torch.device, draws: Draws | None = None) -> Beams:
-        """One empty prefix per user."""
-        zero = torch.zeros(users, 1, dtype=torch.int64, device=device)
-        scores = torch.zeros(users, 1, device=device)
+        """One empty prefix per user; of a sampler with replacement one per draw."""
+        shape = (users, 1 if draws is None else draws.log_probs.shape[1])
+        zero = torch.zeros(shape, dtype=torch.int64, device=device)
+        scores = torch.zeros(shape, device=device)
         pruned = torch.full((users,), -torch.inf, device=device)
-        return cls(zero, zero, zero, scores, torch.zeros(users, 1, 0, device=device), pruned, draws)
-
-    def users(self, rows: slice) -> Beams:
-        """The beams of some users."""
-        tensors = {name: getattr(self, name)[rows] for name in _TENSORS}
-        return Beams(**tensors, draws=None if self.draws is None else self.draws.users(rows))
-
-    @classmethod
-    def together(cls, parts: Sequence[Beams]) -> Beams:
-        """Beams of several groups of users, one after another."""
-        if len(parts) == 1:
-            return parts[0]
-        tensors: dict[str, Any] = {
-            name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS
-        }
-        draws = [part.draws for part in parts if part.draws is not None]
-        return cls(**tensors, draws=Draws.together(draws) if draws else None)
+        return cls(zero, zero, zero, scores, torch.zeros(*shape, 0, device=device), pruned, draws)
 
 
-_TENSORS = tuple(item.name for item in fields(Beams) if item.name != "draws")
+class Columns(Protocol):
+    """`normalize`'s columns of a level that are computed where they are asked for.
+
+    Attributes:
+        shape: (U, B, codebook_size); B is 1 where all beams go on from the prompt.
+    """
+
+    @property
+    def shape(self) -> torch.Size: ...  # noqa: D102
+
+    def pick(self, rows: Tensor, codes: Tensor) -> Tensor:
+        """Entries of codes (R, M) in rows (R,) of the flattened (U, B), (R, M) float32."""
+        ...
 
 
 def normalize(logits: Tensor, sid_ids: Tensor, normalizer: Normalizer) -> Tensor:
@@ -194,8 +190,21 @@ def child_log_probs(
     Returns:
         (U, B, M), −inf where no child exists.
     """
-    picked = columns.gather(-1, codes).masked_fill(~exists, -torch.inf)
+    return _over_children(columns.gather(-1, codes), exists, normalizer)
+
+
+def _over_children(picked: Tensor, exists: Tensor, normalizer: Normalizer) -> Tensor:
+    picked = picked.masked_fill(~exists, -torch.inf)
     return picked.log_softmax(-1) if normalizer == "trie" else picked
+
+
+def _pick(columns: Tensor | Columns, rows: Tensor, n_beams: int, codes: Tensor) -> Tensor:
+    """Columns of codes (R, M) behind beams (R,), numbers in the flattened (U, n_beams)."""
+    _, states, n_codes = columns.shape
+    rows = rows // (n_beams // states)  # one state for all beams, or one for each
+    if not isinstance(columns, Tensor):
+        return columns.pick(rows, codes)
+    return look_up(columns.flatten(), rows.unsqueeze(1) * n_codes + codes)
 
 
 def code_log_probs(
@@ -203,7 +212,7 @@ def code_log_probs(
     level: int,
     parents: Tensor,
     nodes: Tensor,
-    columns: Tensor,
+    columns: Tensor | Columns,
     normalizer: Normalizer,
 ) -> Tensor:
     """Log-probability of one given child of each parent, as a search scores it, (U, B).
@@ -213,57 +222,140 @@ def code_log_probs(
         level: level of the children.
         parents: nodes above it, (U, B); zeros at level 0.
         nodes: the children, (U, B).
-        columns: `normalize`'s, (U, B, codebook_size).
+        columns: `normalize`'s, (U, B or 1, codebook_size).
         normalizer: as in `normalize`.
     """
+    n_beams = nodes.shape[1]
+    above, own = parents.flatten(), nodes.flatten()
     if normalizer != "trie":  # the siblings don't matter
-        return columns.gather(-1, tensors.codes(level, nodes).unsqueeze(-1)).squeeze(-1)
-    child, exists = tensors.expand(level, parents)
-    log_probs = child_log_probs(columns, tensors.codes(level, child), exists, normalizer)
-    return log_probs.gather(-1, (nodes - child[..., 0]).unsqueeze(-1)).squeeze(-1)
+        rows = torch.arange(len(own), device=own.device)
+        found = _pick(columns, rows, n_beams, tensors.codes(level, own).unsqueeze(1))
+        return found.view(nodes.shape)
+    out = torch.empty(len(own), device=own.device)
+    for rows, length in tensors.blocks(level, above, torch.ones_like(own, dtype=torch.bool)):
+        child, exists = tensors.expand(level, above[rows], length)
+        picked = _pick(columns, rows, n_beams, tensors.codes(level, child))
+        log_probs = _over_children(picked, exists, normalizer)
+        out[rows] = log_probs.gather(1, own[rows].unsqueeze(1) - child[:, :1]).squeeze(1)
+    return out.view(nodes.shape)
 
 
 def step(
     tensors: TrieTensors,
     level: int,
     beams: Beams,
-    columns: Tensor,
+    columns: Tensor | Columns,
     normalizer: Normalizer,
     users: LevelFilter | None,
     width: int,
 ) -> Beams:
     """One level of the search: children, their scores, filters, selection.
 
-    A few users at a time where codebooks are wide, so that memory stays bounded; a user's beams
-    never depend on who else is in the batch.
+    Where nodes have children in unequal numbers, or there are very many, beams are expanded block
+    by block (see `TrieTensors.blocks`), and of each only the best children go on to `advance`: more
+    than can be kept of all come from none. A user's beams never depend on who else is in the batch.
 
     Args:
         tensors: the trie and its view.
         level: level of the children.
         beams: the prefixes to extend; at level 0 the root.
-        columns: `normalize`'s log-probabilities of the level's codes, (U, B, codebook_size).
+        columns: `normalize`'s log-probabilities of the level's codes, (U, B or 1, codebook_size).
         normalizer: as in `normalize`.
         users: the users' filters at this level, or None.
         width: beams to keep.
     """
-    n_users, n_beams = beams.nodes.shape
-    at_once = max(1, _CHILDREN_AT_ONCE // (n_beams * tensors.widest[level]))
-    parts = []
-    for first in range(0, n_users, at_once):
-        part = beams.users(slice(first, first + at_once))
-        nodes = part.nodes if level else torch.zeros_like(part.nodes)
-        child, exists = tensors.expand(level, nodes)
-        log_probs = child_log_probs(
-            columns[first : first + at_once], tensors.codes(level, child), exists, normalizer
+    shape, draws = beams.nodes.shape, beams.draws
+    nodes = (beams.nodes if level else torch.zeros_like(beams.nodes)).flatten()
+    scores = beams.scores.flatten()
+
+    def children(rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        child, exists = tensors.expand(level, nodes[rows], length)
+        picked = _pick(columns, rows, shape[1], tensors.codes(level, child))
+        log_probs = _over_children(picked, exists, normalizer)
+        if tensors.filters(users):
+            allowed = tensors.allowed(level, child, users, rows // shape[1])
+            log_probs = log_probs.masked_fill(~allowed, -torch.inf)
+        return child, log_probs
+
+    blocks = tensors.blocks(level, nodes, scores != -torch.inf)
+    if len(blocks) == 1 and len(blocks[0][0]) == len(nodes):
+        child, log_probs = children(*blocks[0])
+        return advance(
+            tensors, level, beams, child.view(*shape, -1), log_probs.view(*shape, -1), width
         )
-        allowed = tensors.allowed(level, child, users, first)
-        log_probs = log_probs.masked_fill(~allowed, -torch.inf)
-        parts.append(advance(tensors, level, part, child, log_probs, width))
-    return Beams.together(parts)
+    child, log_probs, *drawn = (
+        values.view(*shape, -1)
+        for values in _best_children(children, blocks, level, scores, draws, width)
+    )
+    return advance(tensors, level, beams, child, log_probs, width, drawn)
+
+
+def _best_children(
+    children: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    blocks: list[tuple[Tensor, int]],
+    level: int,
+    scores: Tensor,
+    draws: Draws | None,
+    width: int,
+) -> list[Tensor]:
+    """Of each beam the children that may live on: no more than `width`, and the best cut off.
+
+    Args:
+        children: child ids and log-probabilities, (R, M) each, of a block.
+        blocks: rows and lengths, from `TrieTensors.blocks`.
+        level: level of the children.
+        scores: of the beams, (U * B,).
+        draws: of a sampler, or None.
+        width: beams to keep.
+
+    Returns:
+        Child ids and log-probabilities, and what `Draws.perturbed` gives of them where a sampler
+        draws, (U * B, K) each; −inf where there are fewer.
+    """
+    keep = width + 1 if draws is None else draws.kept(width)
+    keep = min(keep, max((length for _, length in blocks), default=1))
+    types = [torch.float32] if draws is None else [torch.float32, torch.float64, torch.float64]
+    best = [torch.zeros(len(scores), keep, dtype=torch.int64, device=scores.device)]
+    best += [torch.full_like(best[0], -torch.inf, dtype=dtype) for dtype in types]
+    for rows, length in blocks:
+        child, log_probs = children(rows, length)
+        found = [child, log_probs]
+        if draws is not None:
+            found += draws.perturbed(level, rows, child, log_probs)
+        if length > keep:
+            if draws is None:
+                top = best_in_rows(scores[rows].unsqueeze(1) + log_probs, child, keep)
+            else:
+                top = found[-1].topk(keep, dim=1).indices
+            found = [values.gather(1, top) for values in found]
+        for whole, part in zip(best, found, strict=True):
+            whole[rows, : part.shape[1]] = part
+    return best
+
+
+def best_in_rows(scores: Tensor, nodes: Tensor, keep: int) -> Tensor:
+    """Places of each row's best by (score descending, SID ascending), in no order, (R, keep).
+
+    Args:
+        scores: (R, M), with M more than `keep`.
+        nodes: ids, (R, M).
+        keep: how many.
+    """
+    values, top = scores.topk(keep + 1, dim=1)
+    tied = (values[:, -2] == values[:, -1]) & (values[:, -1] != -torch.inf)
+    if not tied.any():  # almost always, and a float's top k costs half of the exact key's
+        return top[:, :keep]
+    return rank_key(scores, nodes).topk(keep, dim=1).indices
 
 
 def advance(
-    tensors: TrieTensors, level: int, beams: Beams, child: Tensor, log_probs: Tensor, width: int
+    tensors: TrieTensors,
+    level: int,
+    beams: Beams,
+    child: Tensor,
+    log_probs: Tensor,
+    width: int,
+    drawn: Sequence[Tensor] = (),
 ) -> Beams:
     """Keep each user's best children, or those that the beams' sampler draws.
 
@@ -274,6 +366,8 @@ def advance(
         child: child ids, (U, B, M), distinct per user where their score is finite.
         log_probs: (U, B, M), −inf for what doesn't exist or isn't allowed.
         width: beams to keep.
+        drawn: of a sampler's beams, where these are not all children: what `Draws.perturbed` gave
+            of all of them, (U, B, M) each.
 
     Returns:
         At most `width` beams, ordered by (score descending, SID ascending), or as drawn.
@@ -292,7 +386,12 @@ def advance(
         top = rank_key(scores, flat).topk(keep, dim=1).indices
         best = scores.gather(1, top)
     else:
-        top, draws = beams.draws.choose(level, child, log_probs, width)
+        if not drawn:
+            rows = torch.arange(users * n_beams, device=child.device)
+            made = beams.draws.perturbed(level, rows, child.flatten(0, 1), log_probs.flatten(0, 1))
+            drawn = [values.view(child.shape) for values in made]
+        prefixes, perturbed = drawn
+        top, draws = beams.draws.choose(prefixes, perturbed, width)
         keep = top.shape[1]
         out = draws.log_probs == -torch.inf  # what top-p leaves out has a score, but is not drawn
         best = scores.gather(1, top).masked_fill(out, -torch.inf)
@@ -393,12 +492,14 @@ def finish(tensors: TrieTensors, beams: Beams, k: int, prompt_rows: np.ndarray) 
     certified = (beams.pruned < last) | (beams.pruned == -torch.inf)
     if beams.draws is not None:
         certified = torch.zeros_like(certified)
+    # What a dead prefix once scored is nobody's.
+    level_log_probs = beams.level_log_probs[:, :k].masked_fill(~live.unsqueeze(-1), -torch.inf)
     missing = k - scores.shape[1]
     return BeamResult(
         np.pad(items.cpu().numpy(), ((0, 0), (0, missing)), constant_values=-1),
         np.pad(scores.cpu().numpy(), ((0, 0), (0, missing)), constant_values=-np.inf),
         np.pad(
-            beams.level_log_probs[:, :k].cpu().numpy(),
+            level_log_probs.cpu().numpy(),
             ((0, 0), (0, missing), (0, 0)),
             constant_values=-np.inf,
         ),

@@ -4,12 +4,16 @@ A level has a few hundred codes, a vocabulary some 150,000 tokens. Where the sco
 over the level or the trie, only the level's columns are computed; over the full vocabulary the
 normaliser is summed in blocks, so that no (beams x vocabulary) matrix is ever held in fp32. Both
 are computed in fp32 whatever the model's dtype: bfloat16 logits tie, and a normaliser of rounded
-logits would make log-probabilities positive.
+logits would make log-probabilities positive. A level whose codes are as many as the items (item
+tokens) is never computed whole: a beam's children are few of them (`HeadColumns`).
 """
 
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,12 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from genrec.decoding.beam import Normalizer, normalize
+from genrec.decoding.beam import Columns, Normalizer, normalize
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support")  # torch calls it a beta
 
 logger = logging.getLogger(__name__)
 
 _LOGITS_AT_ONCE = 1 << 26  # of the full vocabulary, in fp32: 256 MiB
 _TOKENS_AT_ONCE = 1 << 14  # rows of a half-precision head that are held in fp32
+WIDE = 1024  # codes of a level from which on its columns are computed where they are asked for
+_FEW = 32  # a column alone costs as much as so many in a matrix product
+_NUMBERS_AT_ONCE = 1 << 22  # of head rows that are gathered, or of a wide level's columns
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative; half precision: see below
 
 
@@ -43,6 +52,7 @@ class SidHead:
         self, model: PreTrainedModel, sid_ids: list[Tensor], normalizer: Normalizer
     ) -> None:
         self.model, self.sid_ids, self.normalizer = model, sid_ids, normalizer
+        self._spans = [rows_of(ids.tolist()) for ids in sid_ids]
         self._decoder: nn.Module | None = None
         self._head: nn.Linear | None = None
         if parts := _taken_apart(model):
@@ -85,20 +95,42 @@ class SidHead:
         """
         if self._head is None:
             return normalize(states, self.sid_ids[level], self.normalizer)
-        ids = self.sid_ids[level]
-        weight, bias = self._head.weight, self._head.bias
-        columns = F.linear(
-            states.float(), weight[ids].float(), None if bias is None else bias[ids].float()
-        )
+        weight, bias = self._rows(level)
+        columns = F.linear(states.float(), weight.float(), bias)
         if self.normalizer == "full":
-            return columns - self._log_sum(states)
+            return columns - self._log_sum(states, self._head.weight, self._head.bias)
         return columns.log_softmax(-1) if self.normalizer == "level" else columns
 
-    def _log_sum(self, states: Tensor) -> Tensor:
-        """Log of the summed exponentials over the vocabulary, (U, B, 1)."""
-        head = self._head
+    def open_columns(self, level: int, states: Tensor) -> Tensor | Columns:
+        """`columns`, where the level has many codes computed only where they are asked for.
+
+        Args:
+            level: the level.
+            states: from `states`, (U, B, d or V).
+        """
+        n_codes = len(self.sid_ids[level])
+        if self._head is None or n_codes <= WIDE:
+            return self.columns(level, states)
+        n_logits = states.shape[:-1].numel() * n_codes
+        if self.normalizer == "level" and n_logits <= _LOGITS_AT_ONCE:
+            return self.columns(level, states)  # all of them are needed anyway
+        rows, log_sum = self._rows(level), None
+        if self.normalizer != "trie":
+            over = rows if self.normalizer == "level" else (self._head.weight, self._head.bias)
+            log_sum = self._log_sum(states, *over).flatten()
+        shape = torch.Size([*states.shape[:-1], n_codes])
+        return HeadColumns(shape, states.flatten(0, -2).float(), *rows, log_sum)
+
+    def _rows(self, level: int) -> tuple[Tensor, Tensor | None]:
+        """The head's weight and bias of a level's codes; without a copy where they lie together."""
+        head, span = self._head, self._spans[level]
         assert head is not None
-        weight, bias = head.weight, head.bias
+        at = self.sid_ids[level] if span is None else span
+        return head.weight[at], None if head.bias is None else head.bias[at].float()
+
+    @staticmethod
+    def _log_sum(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Log of the summed exponentials over all logits, (U, B, 1)."""
         tokens = len(weight) if weight.dtype == torch.float32 else _TOKENS_AT_ONCE
         rows = max(1, _LOGITS_AT_ONCE // min(tokens, len(weight)))
         sums = []
@@ -113,6 +145,70 @@ class SidHead:
             ]
             sums.append(blocks[0] if len(blocks) == 1 else torch.stack(blocks).logsumexp(0))
         return torch.cat(sums).view(*states.shape[:-1], 1)
+
+
+@dataclass(frozen=True)
+class HeadColumns:
+    """A wide level's columns, computed where they are asked for.
+
+    Attributes:
+        shape: (U, B, codebook_size).
+        states: (U * B, d) float32.
+        weight: of the head, (codebook_size, d).
+        bias: (codebook_size,) float32, or None.
+        log_sum: the logarithm of the normaliser, (U * B,); None where logits stay as they are.
+    """
+
+    shape: torch.Size
+    states: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    log_sum: Tensor | None
+
+    def pick(self, rows: Tensor, codes: Tensor) -> Tensor:
+        """Entries of codes (R, M) in rows (R,), (R, M) float32.
+
+        Each as a scalar product of its own; where they are no small part of the level, from a
+        product with all of the head's rows, a few beams at a time.
+        """
+        length = codes.shape[1]
+        if length * _FEW > len(self.weight):
+            made, numbers = self._of_all, len(self.weight)
+        elif self.weight.dtype == torch.float32 and self.weight.device.type == "cpu":
+            made, numbers = self._sampled, 1
+        else:
+            made, numbers = self._gathered, length * self.weight.shape[1]
+        at_once = max(1, _NUMBERS_AT_ONCE // numbers)
+        parts = zip(rows.split(at_once), codes.split(at_once), strict=True)
+        logits = torch.cat([made(self.states[part], own) for part, own in parts])
+        if self.bias is not None:
+            logits = logits + self.bias[codes]
+        return logits if self.log_sum is None else logits - self.log_sum[rows].unsqueeze(1)
+
+    def _of_all(self, states: Tensor, codes: Tensor) -> Tensor:
+        return F.linear(states, self.weight.float()).gather(1, codes)
+
+    def _sampled(self, states: Tensor, codes: Tensor) -> Tensor:
+        """By a kernel that computes chosen entries of a product, and gathers nothing."""
+        starts = torch.arange(0, codes.numel() + 1, codes.shape[1])
+        zero = torch.zeros(codes.numel())
+        size = (len(codes), len(self.weight))
+        chosen = torch.sparse_csr_tensor(
+            starts, codes.flatten(), zero, size, check_invariants=False
+        )
+        made = torch.sparse.sampled_addmm(chosen, states, self.weight.t(), beta=0.0)
+        return made.values().view(codes.shape)
+
+    def _gathered(self, states: Tensor, codes: Tensor) -> Tensor:
+        rows = F.embedding(codes, self.weight).float()  # (R, M, d)
+        return torch.bmm(rows, states.unsqueeze(-1)).squeeze(-1)
+
+
+def rows_of(ids: Sequence[int]) -> slice | None:
+    """Tokens of a level as a slice, which copies nothing: those added together lie side by side."""
+    first = ids[0]
+    together = list(ids) == list(range(first, first + len(ids)))
+    return slice(first, first + len(ids)) if together else None
 
 
 def _taken_apart(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear] | None:

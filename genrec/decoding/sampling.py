@@ -156,7 +156,8 @@ class Draws:
         temperatures: one per level.
         top_ps: one per level.
         streams: where each user's noise starts, (U,) int64.
-        log_probs: of the prefixes under the sampled distribution, (U, B) float64.
+        log_probs: of the prefixes under the sampled distribution, (U, B) float64. With replacement
+            each draw is a beam from the root on.
         keys: their perturbed values, (U, B) float64; None with replacement.
         cut: the largest perturbed value cut off so far, (U,) float64; None with replacement.
     """
@@ -174,6 +175,7 @@ class Draws:
         sampler: Sampler,
         n_levels: int,
         prompts: Sequence[Sequence[int]],
+        width: int,
         device: torch.device,
     ) -> Draws:
         """State at the root.
@@ -182,6 +184,7 @@ class Draws:
             sampler: what to draw.
             n_levels: depth of the trie.
             prompts: token ids; they and the seed determine the noise.
+            width: prefixes that are drawn per level; with replacement the number of draws.
             device: where the search runs.
 
         Raises:
@@ -191,58 +194,58 @@ class Draws:
         temperatures = _per_level("temperature", level.temperature, n_levels)
         top_ps = _per_level("top_p", level.top_p, n_levels)
         streams = torch.from_numpy(streams_of(sampler.seed, prompts)).to(device)
-        zero = torch.zeros(len(prompts), 1, dtype=torch.float64, device=device)
+        roots = width if level.replacement else 1
+        zero = torch.zeros(len(prompts), roots, dtype=torch.float64, device=device)
         if level.replacement:
             return cls(temperatures, top_ps, streams, zero, None, None)
         root = gumbel(mix(streams)).unsqueeze(1)
         cut = torch.full_like(zero[:, 0], -torch.inf)
         return cls(temperatures, top_ps, streams, zero, root, cut)
 
-    def users(self, rows: slice) -> Draws:
-        """The state of some users."""
-        return replace(
-            self,
-            streams=self.streams[rows],
-            log_probs=self.log_probs[rows],
-            keys=None if self.keys is None else self.keys[rows],
-            cut=None if self.cut is None else self.cut[rows],
-        )
-
-    @classmethod
-    def together(cls, parts: Sequence[Draws]) -> Draws:
-        """States of several groups of users of one search, one after another."""
-        keys = [part.keys for part in parts if part.keys is not None]
-        cuts = [part.cut for part in parts if part.cut is not None]
-        return replace(
-            parts[0],
-            streams=torch.cat([part.streams for part in parts]),
-            log_probs=torch.cat([part.log_probs for part in parts]),
-            keys=torch.cat(keys) if keys else None,
-            cut=torch.cat(cuts) if cuts else None,
-        )
-
-    def choose(
-        self, level: int, child: Tensor, log_probs: Tensor, width: int
-    ) -> tuple[Tensor, Draws]:
-        """Draw among the children of all beams.
+    def perturbed(
+        self, level: int, beams: Tensor, child: Tensor, log_probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the children of some beams are drawn by.
 
         Args:
             level: level of the children.
-            child: node ids, (U, B, M).
-            log_probs: log-probabilities given the parents, (U, B, M), −inf where not allowed.
-            width: prefixes to draw; with replacement the number of draws.
+            beams: which of the flattened (U, B), (R,).
+            child: node ids of all their children, (R, M).
+            log_probs: log-probabilities given the parents, (R, M), −inf where not allowed.
+
+        Returns:
+            Log-probabilities of the prefixes under the sampled distribution, and those perturbed:
+            the largest are drawn. (R, M) float64 each, −inf where not allowed.
+        """
+        n_beams = self.log_probs.shape[1]
+        split = split_of(log_probs, self.temperatures[level], self.top_ps[level])
+        prefixes = self.log_probs.flatten()[beams].unsqueeze(1) + split
+        streams = mix(self.streams + _signed((level + 1) * _LEVEL))[beams // n_beams]
+        if self.keys is None:  # every beam is a draw with noise of its own
+            streams = mix(streams + (beams % n_beams + 1) * _DRAW)
+        noisy = prefixes + gumbel(hash_nodes(streams.unsqueeze(1), child))
+        if self.keys is None:
+            return prefixes, noisy
+        return prefixes, given_maximum(noisy, self.keys.flatten()[beams].unsqueeze(1))
+
+    def choose(self, log_probs: Tensor, perturbed: Tensor, width: int) -> tuple[Tensor, Draws]:
+        """Draw among the children of all beams.
+
+        Args:
+            log_probs: of the prefixes, as `perturbed` gives them, (U, B, M).
+            perturbed: from there, too, (U, B, M).
+            width: prefixes to draw.
 
         Returns:
             What was drawn as positions in the flattened children, (U, at most `width`), and the
             state that goes with it.
         """
-        split = split_of(log_probs, self.temperatures[level], self.top_ps[level])
-        log_probs = self.log_probs.unsqueeze(-1) + split  # (U, B, M), of the prefixes
-        streams = mix(self.streams + _signed((level + 1) * _LEVEL))
-        if self.keys is None or self.cut is None:
-            return self._draw_each(level, child, log_probs, streams, width)
-        noisy = log_probs + gumbel(hash_nodes(streams.view(-1, 1, 1), child))
-        keys = given_maximum(noisy, self.keys.unsqueeze(-1)).flatten(1)
+        _, n_beams, n_child = perturbed.shape
+        if self.keys is None or self.cut is None:  # each draw takes one child of its beam
+            first = torch.arange(0, n_beams * n_child, n_child, device=perturbed.device)
+            top = first + perturbed.argmax(-1)  # (U, B)
+            return top, replace(self, log_probs=log_probs.flatten(1).gather(1, top))
+        keys = perturbed.flatten(1)
         keep = min(width + 1, keys.shape[1])
         best, top = keys.topk(keep, dim=1)  # continuous: ties are among the dead alone
         cut = self.cut
@@ -252,17 +255,9 @@ class Draws:
         drawn = log_probs.flatten(1).gather(1, top)
         return top, replace(self, log_probs=drawn, keys=best, cut=cut)
 
-    def _draw_each(
-        self, level: int, child: Tensor, log_probs: Tensor, streams: Tensor, width: int
-    ) -> tuple[Tensor, Draws]:
-        """With replacement: every draw has a beam, and takes one child of it (Gumbel-max)."""
-        users, n_beams, n_child = child.shape
-        draw = torch.arange(width, device=child.device)
-        parent = torch.zeros_like(draw) if level == 0 else draw
-        own = mix(streams.unsqueeze(1) + (draw + 1) * _DRAW).unsqueeze(-1)  # (U, width, 1)
-        noisy = log_probs[:, parent] + gumbel(hash_nodes(own, child[:, parent]))
-        top = parent * n_child + noisy.argmax(-1)  # (U, width)
-        return top, replace(self, log_probs=log_probs.flatten(1).gather(1, top))
+    def kept(self, width: int) -> int:
+        """How many of one beam's children matter where `width` prefixes are drawn."""
+        return 1 if self.keys is None else width + 1
 
     def sample(self, k: int) -> Sample:
         """The account of the first `k` drawn, after the last level; (U, k), padded with −inf."""

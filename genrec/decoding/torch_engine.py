@@ -32,7 +32,7 @@ from genrec.decoding.beam import (
     without_padding,
 )
 from genrec.decoding.forward import Forward, attention_reach, descend
-from genrec.decoding.lm_head import SidHead
+from genrec.decoding.lm_head import WIDE, SidHead
 from genrec.decoding.sampling import Draws, Sampler, check_sampler
 from genrec.decoding.trie import CatalogueView, SidTrie
 from genrec.decoding.trie_tensors import LevelFilter, TrieTensors
@@ -281,7 +281,7 @@ class TorchEngine:
         n_levels = self.trie.n_levels
         draws = None
         if sampler is not None:
-            draws = Draws.start(sampler, n_levels, prompts, self.device)
+            draws = Draws.start(sampler, n_levels, prompts, width, self.device)
         with _EvalMode(self.model):
             if forward is None:
                 forward = Forward(head, prompts, self.pad_token_id, width * (n_levels - 1))
@@ -290,7 +290,7 @@ class TorchEngine:
             # Which decoded positions a beam sees, (U, B, decoded so far).
             ancestors: Tensor | None = None
             for level in range(n_levels):
-                columns = head.columns(level, forward.states)
+                columns = head.open_columns(level, forward.states)
                 users = None if filters is None else filters[level]
                 beams = step(tensors, level, beams, columns, self.normalizer, users, width)
                 if level + 1 < n_levels:
@@ -327,7 +327,8 @@ class TorchEngine:
         """Items that may be scored together: each is a row of a mask that sees all before it."""
         each = _SCORED_AT_ONCE // users
         whole = not self._sid_head().split  # such a head gives logits over the vocabulary
-        columns = self._embeddings.shape[0] if whole else max(map(len, self.sid_ids))
+        sizes = [len(ids) for ids in self.sid_ids if len(ids) <= WIDE]
+        columns = self._embeddings.shape[0] if whole else max(sizes, default=1)
         below = self.trie.n_levels - 1
         # c items make a mask of c (P + c (L - 1)) entries.
         half = prompt_length / 2
@@ -345,7 +346,7 @@ class TorchEngine:
         parent = torch.zeros(items.shape, dtype=torch.int64, device=self.device)
         for level in range(n_levels):
             node = torch.from_numpy(self.trie.node_of_leaf(level, leaf)).to(self.device)
-            columns = forward.head.columns(level, forward.states).expand(-1, n_each, -1)
+            columns = forward.head.open_columns(level, forward.states)
             own = code_log_probs(tensors, level, parent, node, columns, self.normalizer)
             out[..., level] = own.masked_fill(tensors.ended(level, parent), 0.0)
             if level + 1 < n_levels:

@@ -1,6 +1,11 @@
 """A trie on a device: children, codes and filters of whole batches as tensors.
 
-Shapes: U users, B beams, M children per beam, L levels.
+Children of several nodes are the rows of a rectangle, which is as wide as the longest of them.
+Where a level's nodes have about as many children each, one rectangle takes all beams. Where they
+don't (a few hundred clusters of items, a hub), it would be mostly padding, and `TrieTensors.blocks`
+sorts the beams into a few rectangles by their number of children.
+
+Shapes: U users, B beams, R rows (some beams of a batch), M children per row, L levels.
 """
 
 from __future__ import annotations
@@ -15,6 +20,11 @@ import torch
 from torch import Tensor
 
 from genrec.decoding.trie import CatalogueView, SidTrie
+
+_CELLS_AT_ONCE = 1 << 22  # of one rectangle: bounds memory; some ten arrays of this size
+# Rectangles up to this wide are not worth cutting: on a GPU, which would have to wait for the host,
+# much wider ones (reckoned from memory traffic, not measured).
+_NARROW = {"cpu": 128, "cuda": 1024}
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,9 @@ class TrieTensors:
         self._child_start = [torch.from_numpy(c).to(device) for c in trie.children]
         self._items = torch.from_numpy(trie.items).to(device)
         self.n_nodes = [len(tokens) for tokens in trie.tokens]
-        self.widest = [trie.max_children(level) for level in range(trie.n_levels)]
+        narrow = _NARROW.get(device.type, _NARROW["cuda"])
+        self._row_lengths = [_row_lengths(np.diff(start), narrow) for start in trie.children]
+        self.widest = [lengths[-1] for lengths in self._row_lengths]
         self._look_through(view)
 
     def _look_through(self, view: CatalogueView | None) -> None:
@@ -64,9 +76,13 @@ class TrieTensors:
         other._look_through(view)
         return other
 
+    def filters(self, users: LevelFilter | None) -> bool:
+        """Whether `allowed` may leave a child out."""
+        return self._alive is not None or users is not None
+
     def codes(self, level: int, nodes: Tensor) -> Tensor:
         """Codes of nodes of a level, int64."""
-        return self._tokens[level][nodes].long()
+        return look_up(self._tokens[level], nodes).long()
 
     def ended(self, level: int, parents: Tensor) -> Tensor:
         """Where an item's end mark is behind, so that the code of `level` is forced padding.
@@ -89,19 +105,53 @@ class TrieTensors:
         """Catalogue rows of leaves, int64."""
         return self._items[leaves].long()
 
-    def expand(self, level: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    def blocks(self, level: int, nodes: Tensor, live: Tensor) -> list[tuple[Tensor, int]]:
+        """Which beams to expand together, so that the work follows their number of children.
+
+        How long a node's row is depends on the node alone: what is summed over a row doesn't
+        depend on who else is in the batch. A level that needs one rectangle is never counted, which
+        would make a GPU wait; nor are its dead beams left out.
+
+        Args:
+            level: level of the children.
+            nodes: parents, (R,).
+            live: beams whose children are wanted, (R,) bool; the others may be left out.
+
+        Returns:
+            Rows and how long to make them (the ``length`` of `expand`), block by block; in order
+            where there is one block of all rows.
+        """
+        lengths = self._row_lengths[level]
+        if len(lengths) == 1:
+            kinds = [torch.arange(len(nodes), device=self.device)]
+        else:
+            count = self._child_start[level][nodes + 1] - self._child_start[level][nodes]
+            kind = torch.searchsorted(torch.tensor(lengths, device=self.device), count.long())
+            kind = kind.masked_fill(~live, len(lengths))
+            sizes = torch.bincount(kind, minlength=len(lengths) + 1).tolist()
+            *kinds, _ = kind.argsort(stable=True).split(sizes)
+        return [
+            (rows, length)
+            for kind_rows, length in zip(kinds, lengths, strict=True)
+            if len(kind_rows)
+            for rows in kind_rows.split(max(1, _CELLS_AT_ONCE // length))
+        ]
+
+    def expand(self, level: int, nodes: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
         """Children of `nodes` in the unfiltered trie.
 
         Args:
             level: level of the children.
-            nodes: parents, (U, B); any value where a beam is dead (its children are masked later).
+            nodes: parents, (...); any value where a beam is dead (its children are masked later).
+            length: M, at least the most children that one of them has; None: the level's most.
 
         Returns:
-            Child ids (U, B, M), ascending, and which of them exist (U, B, M).
+            Child ids (..., M), ascending, and which of them exist (..., M).
         """
-        start = self._child_start[level][nodes].long()  # (U, B)
+        start = self._child_start[level][nodes].long()
         stop = self._child_start[level][nodes + 1].long()
-        child = start.unsqueeze(-1) + torch.arange(self.widest[level], device=self.device)
+        length = self.widest[level] if length is None else length
+        child = start.unsqueeze(-1) + torch.arange(length, device=self.device)
         exists = child < stop.unsqueeze(-1)
         return child.clamp_(max=self.n_nodes[level] - 1), exists
 
@@ -126,66 +176,64 @@ class TrieTensors:
         return child_codes, exists, place, child.gather(-1, place).squeeze(-1), same.any(-1)
 
     def allowed(
-        self, level: int, child: Tensor, users: LevelFilter | None, first: int = 0
+        self, level: int, child: Tensor, users: LevelFilter | None, user: Tensor | None = None
     ) -> Tensor:
-        """Which children the view and the users' own filters leave, (U, B, M).
+        """Which children the view and the users' own filters leave.
 
         Args:
             level: level of the children.
-            child: ids, (U, B, M).
+            child: ids as `expand` gives them, (U, B, M) or (R, M).
             users: the users' filters at this level, or None.
-            first: row of the batch's first user within `users`.
+            user: whose row each is, (R,); None: the first axis is that of users.
+
+        Returns:
+            The shape of `child`, bool.
         """
         if self._alive is None:
             allowed = torch.ones_like(child, dtype=torch.bool)
         else:
-            allowed = self._alive[level][child]
+            allowed = look_up(self._alive[level], child)
         if users is None:
             return allowed
+        if user is None:
+            user = torch.arange(len(child), device=self.device)
+            user = user.repeat_interleave(child[0, ..., 0].numel())
+        rows = child.view(-1, child.shape[-1])
         if len(users.dead):
-            allowed = self._marked(level, child, users.dead, first, allowed, False)
+            allowed = allowed & ~self._marked(level, rows, user, users.dead).view(child.shape)
         if users.restricted is not None:
-            restricted = users.restricted[first : first + len(child)].view(-1, 1, 1)
-            nothing = allowed & ~restricted
+            free = ~users.restricted[user].view(*child.shape[:-1], 1)
             # Opened again are candidates: `only` holds none that the view or `dead` excludes.
-            allowed = self._marked(level, child, users.only, first, nothing, True)
+            own = self._marked(level, rows, user, users.only).view(child.shape)
+            allowed = (allowed & free) | (own & ~free)
         return allowed
 
-    def _marked(
-        self, level: int, child: Tensor, keys: Tensor, first: int, mask: Tensor, value: bool
-    ) -> Tensor:
-        """`mask` with `value` where a child is one of the keys' nodes of its user, (U, B, M).
+    def _marked(self, level: int, child: Tensor, user: Tensor, keys: Tensor) -> Tensor:
+        """Which children are one of the keys' nodes of their user, (R, M).
 
-        Children are ranges, so each key's place is found by arithmetic, beam by beam. Where users
-        have more keys than there are children, children are looked up among the keys instead.
+        Rows are ranges that overlap nowhere, or are the same (one node twice, or a dead beam's), so
+        a key is looked up among the rows' beginnings and its place is the distance from there. Also
+        marked may be some of what doesn't exist behind a row's end.
 
         Args:
             level: level of the children.
-            child: ids, (U, B, M).
-            keys: ``user * n_nodes + node``.
-            first: row of the batch's first user.
-            mask: what to start from.
-            value: what to set.
+            child: ids, (R, M).
+            user: whose row each is, (R,).
+            keys: ``user * n_nodes + node``, sorted.
         """
-        n_users, n_beams, n_child = child.shape
-        if len(keys) > n_users * n_child:
-            rows = torch.arange(first, first + n_users, device=self.device).view(-1, 1, 1)
-            found = _holds(keys, rows * self.n_nodes[level] + child)
-            return mask | found if value else mask & ~found
-        row = keys // self.n_nodes[level] - first  # (K,)
-        node = (keys % self.n_nodes[level]).unsqueeze(1)
-        own = ((row >= 0) & (row < n_users)).unsqueeze(1)
-        row = row.clamp(0, n_users - 1)
-        place = node - child[row, :, 0]  # (K, B)
-        inside = own & (place >= 0) & (place < n_child)
-        place = place.clamp(0, n_child - 1)
-        beam = torch.arange(n_beams, device=self.device)
-        at = (row.unsqueeze(1) * n_beams + beam) * n_child + place
-        # What lies below no beam goes to a spare place at the end: no look at the device is needed.
-        spare = mask.numel()
-        flat = torch.cat([mask.flatten(), mask.new_zeros(1)])
-        flat[torch.where(inside, at, spare).flatten()] = value
-        return flat[:spare].view(child.shape)
+        n_rows, length = child.shape
+        first = user * self.n_nodes[level] + child[:, 0]
+        ordered, order = first.sort()
+        at = (torch.searchsorted(ordered, keys, right=True) - 1).clamp_(min=0)
+        place = keys - ordered[at]
+        inside = (place >= 0) & (place < length)
+        # What lies in no row goes to a spare place at the end: no look at the device is needed.
+        spare = n_rows * length
+        found = torch.zeros(spare + 1, dtype=torch.bool, device=self.device)
+        found[torch.where(inside, order[at] * length + place, spare)] = True
+        # Of equal rows the last one was found.
+        last = order[torch.searchsorted(ordered, first, right=True) - 1]
+        return found[:spare].view(n_rows, length)[last]
 
     def exclusions(
         self,
@@ -219,6 +267,11 @@ class TrieTensors:
         ]
 
 
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """``table[index]`` of a flat table, which takes three times as long on a CPU."""
+    return table.index_select(0, index.flatten()).view(index.shape)
+
+
 def _row_pairs(lists: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     """A list per user as (row, item) pairs."""
     rows = np.repeat(np.arange(len(lists)), [len(items) for items in lists])
@@ -226,7 +279,18 @@ def _row_pairs(lists: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     return rows, np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-def _holds(sorted_keys: Tensor, key: Tensor) -> Tensor:
-    """Whether each key is among the sorted ones, of which there is one at least."""
-    at = torch.searchsorted(sorted_keys, key).clamp_(max=len(sorted_keys) - 1)
-    return sorted_keys[at] == key
+def _row_lengths(n_children: np.ndarray, narrow: int) -> list[int]:
+    """How long the rows of a level's children are made, ascending, each half of the next.
+
+    One length where rows would be half full on the mean, or are short. (Beams prefer nodes with
+    many items, but a user's beams are at different ones.)
+
+    Args:
+        n_children: of each parent, (n_nodes of the level above,).
+        narrow: what is short.
+    """
+    lengths = [int(n_children.max())]
+    if lengths[0] > 2 * n_children.mean():
+        while lengths[0] > narrow:
+            lengths.insert(0, -(-lengths[0] // 2))
+    return lengths

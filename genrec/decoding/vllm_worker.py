@@ -150,7 +150,7 @@ class SearchWorker:
         hidden = batch.prefill()
         for level in range(levels):
             nodes = torch.from_numpy(tensors.trie.node_of_leaf(level, leaf)).to(tensors.device)
-            columns = batch.model.columns(hidden, level, job).expand(-1, n_leaves, -1)
+            columns = batch.model.columns(hidden, level, job)
             out[..., level] = code_log_probs(
                 tensors, level, parents, nodes, columns, job.normalizer
             )

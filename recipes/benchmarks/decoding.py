@@ -19,7 +19,9 @@ Beside the timings: `valid` is the share of results that are catalogue items (of
 also: that the user doesn't have), over `--valid_users` lists as well; of those, a sample is scored
 again by plain forward passes (`rescored_max_abs_diff`). `step_cost` is a whole
 search without its model (children, filters, selection) from 10k to 10M items, and the trie's build
-time and size. Raw lists go to `--out_dir`, so that validity can be counted again. vLLM engines stay
+time and size; `step_cost_item_tokens` the same where 256 clusters of very unequal size are followed
+by a token for each item, with the most children that a cluster has and those that a user's beams
+have together. Raw lists go to `--out_dir`, so that validity can be counted again. vLLM engines stay
 alive to the end, since they share a process: one catalogue at a time. Top-level ratios are medians
 over the catalogues at width 20 (or the widths given), `users_per_s` those of the first. The last
 line is one JSON object.
@@ -59,7 +61,7 @@ from genrec.decoding.forward import Forward
 from genrec.decoding.lm_head import SidHead
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
-from genrec.decoding.trie_tensors import TrieTensors
+from genrec.decoding.trie_tensors import TrieTensors, look_up
 
 K = 10
 LEVELS, CODES = 4, 256
@@ -108,6 +110,32 @@ def random_codes(n_items: int, seed: int = 0) -> np.ndarray:
         more = (CODES * rng.beta(0.8, 1.6, (2 * n_items, LEVELS))).astype(np.int32)
         rows = np.unique(np.concatenate([rows, more]), axis=0)
     return rows[rng.permutation(len(rows))[:n_items]]
+
+
+def item_token_codes(n_items: int, seed: int = 0) -> np.ndarray:
+    """256 clusters of log-normal sizes, then a token that only this item has, (n_items, 2)."""
+    rng = np.random.default_rng(seed)
+    share = rng.lognormal(0.0, 1.0, CODES)
+    clusters = rng.choice(CODES, n_items, p=share / share.sum())
+    return np.stack([clusters, rng.permutation(n_items)], axis=1).astype(np.int32)
+
+
+class SharedColumns:
+    """Log-probabilities of a level whose codes are too many for a table: they share its columns.
+
+    Args:
+        table: (U, B, a power of two).
+        n_codes: of the level.
+    """
+
+    def __init__(self, table: torch.Tensor, n_codes: int) -> None:
+        self.table = table.flatten()
+        self.size = table.shape[-1]
+        self.shape = torch.Size([*table.shape[:-1], n_codes])
+
+    def pick(self, rows: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """As `genrec.decoding.beam.Columns` says."""
+        return look_up(self.table, rows.unsqueeze(1) * self.size + (codes & (self.size - 1)))
 
 
 def build_model(args: argparse.Namespace) -> tuple[Any, list[list[int]]]:
@@ -335,9 +363,16 @@ def measure(
     return {name: statistics.median(values) for name, values in times.items()}, lists
 
 
-def step_cost(n_items: int, users: int, width: int, rounds: int) -> dict[str, float]:
-    """Milliseconds of a whole search without its model, and what the trie costs."""
-    codes = random_codes(n_items)
+def step_cost(codes: np.ndarray, users: int, width: int, rounds: int) -> dict[str, float]:
+    """Milliseconds of a whole search without its model, and what the trie costs.
+
+    Args:
+        codes: of the items, (n_items, n_levels).
+        users: searched together.
+        width: of the beam.
+        rounds: a figure is the median of so many.
+    """
+    n_items, n_levels = len(codes), codes.shape[1]
     started = time.perf_counter()
     trie = SidTrie.build(codes)
     build = time.perf_counter() - started
@@ -347,23 +382,35 @@ def step_cost(n_items: int, users: int, width: int, rounds: int) -> dict[str, fl
     filtered = TrieTensors(trie, view, torch.device("cpu"))
     view_ms = 1e3 * (time.perf_counter() - started)
     free = TrieTensors(trie, None, torch.device("cpu"))
-    columns = [torch.randn(users, 1 if i == 0 else width, CODES) for i in range(LEVELS)]
-    columns = [column.log_softmax(-1) for column in columns]
+    columns: list[torch.Tensor | SharedColumns] = []
+    for level in range(n_levels):
+        n_codes = int(codes[:, level].max()) + 1
+        table = torch.randn(users, width if level else 1, CODES if n_codes <= CODES else 4096)
+        table = table.log_softmax(-1)
+        columns.append(table if n_codes <= CODES else SharedColumns(table, n_codes))
     seen = [rng.integers(0, n_items, HISTORY) for _ in range(users)]
     times: dict[str, list[float]] = {"plain": [], "view and seen": []}
+    children = 0
     for _ in range(rounds):
         for name, tensors, gone in (("plain", free, None), ("view and seen", filtered, seen)):
             started = time.perf_counter()
             filters = tensors.exclusions(gone)
-            beams = Beams.start(users, torch.device("cpu"))
-            for level in range(LEVELS):
+            beams, followed = Beams.start(users, torch.device("cpu")), []
+            for level in range(n_levels):
+                followed.append(beams.nodes.numpy())
                 of_users = None if filters is None else filters[level]
                 beams = step(tensors, level, beams, columns[level], "full", of_users, width)
             times[name].append(1e3 * (time.perf_counter() - started))
+            if name == "plain":
+                counts = [
+                    np.diff(start)[at] for start, at in zip(trie.children, followed, strict=True)
+                ]
+                children = sum(int(count.sum()) for count in counts)
     found = {f"{name}, ms": round(statistics.median(t), 2) for name, t in times.items()}
     return found | {
         "build_s": round(build, 3), "view_ms": round(view_ms, 2),
         "bytes_per_item": round(trie.nbytes / n_items, 1),
+        "widest": max(free.widest), "children_per_user": round(children / users),
     }  # fmt: skip
 
 
@@ -453,9 +500,11 @@ def main() -> None:
     rescored = rescore(setting, many[:50])
     valid["torch, many users"], distinct["torch, many users"] = shares(many, keys)
     raw.append(raw_table(many, "torch, many users", args.catalogues[-1], 20))
-    steps = {n: step_cost(n, 32, 20, args.rounds) for n in args.step_items}
+    steps = {n: step_cost(random_codes(n), 32, 20, args.rounds) for n in args.step_items}
+    skewed = {n: step_cost(item_token_codes(n), 32, 20, args.rounds) for n in args.step_items}
     shutil.rmtree(scratch)
     report = summary(args, rows, valid, distinct, steps, len(many))
+    report["step_cost_item_tokens"] = skewed
     report["rescored_max_abs_diff"] = rescored
     if args.out_dir is not None:
         write_parquet(args.out_dir / "lists.parquet", pl.concat(raw))

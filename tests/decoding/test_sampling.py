@@ -62,7 +62,8 @@ def draw(
     tensors = TrieTensors(trie, None if allow is None else trie.allow(allow), CPU)
     dead = tensors.exclusions(None if seen is None else [seen] * n)
     prompts = [[i] for i in range(n)]
-    beams = Beams.start(n, CPU, Draws.start(sampler, trie.n_levels, prompts, CPU))
+    draws = Draws.start(sampler, trie.n_levels, prompts, width or k, CPU)
+    beams = Beams.start(n, CPU, draws)
     for level in range(trie.n_levels):
         nodes = beams.nodes if level else torch.zeros_like(beams.nodes)
         child, exists = tensors.expand(level, nodes)

@@ -26,7 +26,7 @@ from transformers import (
     RwkvForCausalLM,
 )
 
-from genrec.decoding import beam, torch_engine
+from genrec.decoding import torch_engine, trie_tensors
 from genrec.decoding.beam import NORMALIZERS
 from genrec.decoding.forward import Forward
 from genrec.decoding.lm_head import SidHead
@@ -146,7 +146,7 @@ SAMPLERS = [None, LevelSampling(2.0), LevelSampling(2.0, 0.8, replacement=True)]
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_wide_levels_are_searched_a_few_users_at_a_time(
+def test_wide_levels_are_searched_a_few_beams_at_a_time(
     reference: Any, normalizer: str, sampler: Any, monkeypatch: pytest.MonkeyPatch
 ):
     case = Case(reference, n_items=60, normalizer=normalizer)
@@ -158,7 +158,7 @@ def test_wide_levels_are_searched_a_few_users_at_a_time(
 
     whole = found()
     for at_once in (1, 80):
-        monkeypatch.setattr(beam, "_CHILDREN_AT_ONCE", at_once)
+        monkeypatch.setattr(trie_tensors, "_CELLS_AT_ONCE", at_once)
         part = found()
         assert (part.items == whole.items).all() and (part.certified == whole.certified).all()
         assert (part.scores == whole.scores).all()
