@@ -43,6 +43,8 @@ ARMS: dict[str, list[str]] = {
     "sft": [],
     "more-sft": [],
     "rl": [],
+    "rl-rewards-alone": ["--sft_weight", "0"],
+    "rl-sft-loss-alone": ["--reward_weights", "0", "0"],
     "rl-rule": ["--rewards", "rule"],
     "rl-rule-prefix": ["--rewards", "rule", "prefix"],
     "rl-rule-rank-prefix": ["--rewards", "rule", "rank", "prefix"],
