@@ -195,12 +195,16 @@ def test_whole_stage(run_dir):
     assert metrics["baselines"]["item-kNN"]["chosen"]["lag_power"] is None
 
     per_user = pl.read_parquet(folder / "per_user.parquet")
-    assert per_user.columns == ["row_id", "user_id", "system", "seed", "target_rank"]
+    assert per_user.columns[:5] == ["row_id", "user_id", "system", "seed", "target_rank"]
+    beyond = {f"{m}@{k}" for m in ("novelty", "popularity", "calibration") for k in (1, 3)}
+    assert set(per_user.columns[5:]) == {*beyond, "history_popularity"}
     assert per_user.height == N_USERS * len(systems) and per_user["seed"].max() == 0
     for system in systems:  # every metric can be taken again from the table
         rank = per_user.filter(system=system)["target_rank"].to_numpy()
         again = gains(RelevantRanks.of_targets(rank), 3).mean()
         assert metrics["systems"][system]["NDCG@3"]["value"] == pytest.approx(again)
+        bits = per_user.filter(system=system)["novelty@3"].mean()
+        assert metrics["systems"][system]["novelty@3"]["value"] == pytest.approx(bits, rel=1e-6)
 
     test = pl.read_parquet(stage_folder(run_dir, "prepare") / "test.parquet")
     for name in POSSIBLE:
