@@ -1,10 +1,10 @@
 """TRL's GRPOTrainer with rollouts over the trie and log-probabilities over the trie.
 
 With `genrec.reasoning_rollouts`, which puts chains before the items, the only module that touches
-TRL's experimental hooks. Overridden are generation (a group is the beam, or what
-`genrec.rollout_groups` draws: valid items, best first), the policy's log-probabilities,
-renormalised over what the trie allows, and what comes after TRL's advantages (`Objective`). With
-full-vocabulary log-probabilities, negative advantages push mass onto tokens that can never be
+TRL's experimental hooks; longer than others, so that a new TRL release is met in one place.
+Overridden are generation (a group is the beam, or what `genrec.rollout_groups` draws: valid items,
+best first), the policy's log-probabilities, renormalised over what the trie allows, and what comes
+after TRL's advantages (`Objective`). With full-vocabulary log-probabilities, negative advantages push mass onto tokens that can never be
 produced, which the search doesn't see and the loss rewards.
 
 Logged beside TRL's own: ``hits_per_group``, ``groups_without_hit``, ``zero_advantage`` (share of
@@ -517,8 +517,7 @@ class BeamGRPOTrainer(GRPOTrainer):
         """Mean −log π of the prompts' targets, each prompt once."""
         rows = torch.cat([inputs["prompt_ids"], inputs["target_ids"]], 1)
         _, place = rows.unique(dim=0, return_inverse=True)
-        first = torch.full((int(place.max()) + 1,), len(rows), device=rows.device)
-        first.scatter_reduce_(0, place, torch.arange(len(rows), device=rows.device), "amin")
+        first = _first_places(place)
         targets = inputs["target_ids"][first]
         behind = F.pad(targets, (0, 1), value=self._tokenizer.eos_token_id)
         ids = torch.cat([inputs["prompt_ids"][first], behind], 1)
@@ -616,8 +615,7 @@ class BeamGRPOTrainer(GRPOTrainer):
                 position_ids=position[:, :-2],
                 logits_to_keep=n_levels,
             ).logits
-        first = torch.full((len(prompts),), len(ids), device=ids.device)
-        first.scatter_reduce_(0, place, torch.arange(len(ids), device=ids.device), "amin")
+        first = _first_places(place)
         shared = model(
             input_ids=ids[first, :n_prompt],
             attention_mask=mask[first, :n_prompt],
@@ -683,3 +681,10 @@ class BeamGRPOTrainer(GRPOTrainer):
             allowed = allowed.masked_fill(~exists[:, 0], -torch.inf)
             masses.append((allowed.logsumexp(1) - full.logsumexp(1)).exp().mean().item())
         return masses
+
+
+def _first_places(numbers: Tensor) -> Tensor:
+    """Where each of the numbers 0, 1, … stands first in `numbers`, which holds them all."""
+    places = torch.arange(len(numbers), device=numbers.device)
+    first = torch.full((int(numbers.max()) + 1,), len(numbers), device=numbers.device)
+    return first.scatter_reduce_(0, numbers, places, "amin")
