@@ -1,4 +1,8 @@
-"""Recommender: a run folder or a bundle in, ranked catalogue items out."""
+"""Recommender: a run folder or a bundle in, ranked catalogue items out.
+
+Longer than other modules: loading, its checks and every way of asking belong to one class, which is
+what users of the library meet.
+"""
 
 from __future__ import annotations
 

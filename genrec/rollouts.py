@@ -4,8 +4,8 @@ With `genrec.reasoning_rollouts`, which puts chains before the items, the only m
 TRL's experimental hooks; longer than others, so that a new TRL release is met in one place.
 Overridden are generation (a group is the beam, or what `genrec.rollout_groups` draws: valid items,
 best first), the policy's log-probabilities, renormalised over what the trie allows, and what comes
-after TRL's advantages (`Objective`). With full-vocabulary log-probabilities, negative advantages push mass onto tokens that can never be
-produced, which the search doesn't see and the loss rewards.
+after TRL's advantages (`Objective`). With full-vocabulary log-probabilities, negative advantages
+push mass onto tokens that can never be produced, which the search doesn't see and the loss rewards.
 
 Logged beside TRL's own: ``hits_per_group``, ``groups_without_hit``, ``zero_advantage`` (share of
 groups), ``invalid`` (share of completions that are no item: 0), ``resampled`` (share of groups),

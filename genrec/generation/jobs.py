@@ -6,6 +6,8 @@ ends with the same files. Shards depend on their rows alone: several processes c
 
 Everything of a shard but the search is done for its users at once: prompts in Polars, item ids by
 joins, the table from arrays. Only the hashes of prompts are made one by one.
+
+Longer than other modules: what makes a job the same after a kill is read in one place.
 """
 
 from __future__ import annotations
