@@ -118,7 +118,7 @@ def align(
 
     Raises:
         ValueError: a column is missing, ids are of another type, the lists belong to another
-            dataset or split, ranks are not 1, 2, …, or a list holds an item twice.
+            dataset or split, ranks are not 1, 2, …, or an item stands twice among a list's first k.
     """
     key = _key(table, split_rows)
     order = RANK if RANK in table.columns else SCORE
