@@ -643,43 +643,46 @@ class BeamGRPOTrainer(GRPOTrainer):
     def _score_completions(self, logits: Tensor, sid_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies (N, L + 1) of SIDs (N, L) from logits (N, L, V)."""
         log_probs, entropies = [], []
-        for level, child_codes, exists, at in self._path(sid_tokens):
+        for level, above, own in self._path(sid_tokens):
             columns = normalize(logits[:, level : level + 1], self._sid_ids[level], self.normalizer)
-            scores = child_log_probs(columns, child_codes, exists, self.normalizer)
-            log_probs.append(scores.gather(-1, at).flatten())
-            allowed = scores.log_softmax(-1)
-            entropies.append(-(allowed.exp() * allowed.masked_fill(~exists, 0.0)).sum(-1).flatten())
+            order, scored, mixed = [], [], []
+            for rows, codes, exists, place in self._tensors.siblings(level, above, own):
+                behind = columns if len(rows) == len(own) else columns[rows]
+                scores = child_log_probs(behind[:, 0], codes, exists, self.normalizer)
+                allowed = scores.log_softmax(-1)
+                order.append(rows)
+                scored.append(scores.gather(-1, place).flatten())
+                mixed.append(-(allowed.exp() * allowed.masked_fill(~exists, 0.0)).sum(-1))
+            back = torch.cat(order).argsort()
+            log_probs.append(torch.cat(scored)[back])
+            entropies.append(torch.cat(mixed)[back])
         zero = torch.zeros_like(log_probs[0])
         return torch.stack([*log_probs, zero], 1), torch.stack([*entropies, zero], 1)
 
-    def _path(self, sid_tokens: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Per level what the trie allows behind the prefixes of SIDs (N, L).
-
-        Yields:
-            The level, codes of the children (N, 1, M), which exist (N, 1, M), and the place of the
-            SID's own code among them (N, 1, 1).
-        """
+    def _path(self, sid_tokens: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Per level the nodes before and at each SID's code, (N,) each; SIDs are (N, L)."""
         codes = self._code_of_token[sid_tokens]
-        node = torch.zeros(len(codes), 1, dtype=torch.int64, device=codes.device)
+        above = torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
         for level in range(self.trie.n_levels):
-            child_codes, exists, at, node, found = self._tensors.follow(
-                level, node, codes[:, level : level + 1]
-            )
+            own, found = self._tensors.follow(level, above, codes[:, level])
             if not found.all():
                 raise ValueError(
                     "a rollout left the trie; it was not made by this trainer's search"
                 )
-            yield level, child_codes, exists, at
+            yield level, above, own
+            above = own
 
     @torch.no_grad()
     def _valid_mass(self, logits: Tensor, sid_tokens: Tensor) -> list[float]:
         """Per level the mean probability, over the whole vocabulary, of what the trie allows."""
         masses = []
-        for level, child_codes, exists, _ in self._path(sid_tokens):
-            full = logits[:, level].float()
-            allowed = full.gather(1, self._sid_ids[level][child_codes[:, 0]])
-            allowed = allowed.masked_fill(~exists[:, 0], -torch.inf)
-            masses.append((allowed.logsumexp(1) - full.logsumexp(1)).exp().mean().item())
+        for level, above, own in self._path(sid_tokens):
+            full, total = logits[:, level].float(), 0.0
+            for rows, codes, exists, _ in self._tensors.siblings(level, above, own):
+                allowed = full[rows].gather(1, self._sid_ids[level][codes])
+                allowed = allowed.masked_fill(~exists, -torch.inf).logsumexp(1)
+                total += (allowed - full[rows].logsumexp(1)).exp().sum().item()
+            masses.append(total / len(own))
         return masses
 
 

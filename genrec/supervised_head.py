@@ -142,7 +142,7 @@ class SupervisedHead:
             one, (B, T) each and zero where nothing is learned.
 
         Raises:
-            ValueError: with a trie, the tokens before a label begin no item's SID.
+            ValueError: with a trie, a label continues no item's SID behind the tokens before it.
         """
         mask = labels != _IGNORED
         kept, wanted = states[mask], labels[mask]
@@ -213,46 +213,59 @@ class SupervisedHead:
         own = None if bias is None else bias[rows]
         if self._trie is None or not len(codes):
             return _scores(states, weight[rows], own, codes)
-        child, exists = self._continued(tokens, places, level)  # (N, M) each
-        if child.shape[1] * _FEW > len(ids):
-            # What is no child goes to a spare column.
-            open_codes = torch.zeros(len(codes), len(ids) + 1, dtype=torch.bool, device=ids.device)
-            open_codes.scatter_(1, child.masked_fill(~exists, len(ids)), True)
-            return _scores(states, weight[rows], own, codes, open_codes[:, :-1])
-        # Few children of a wide level: only their columns. An embedding lookup, since its gradient
-        # is summed far faster than that of an index.
-        columns = F.embedding(ids[child], weight)  # (N, M, d)
-        logits = torch.bmm(columns, states.unsqueeze(-1)).squeeze(-1).float()
-        if bias is not None:
-            logits = logits + bias[ids[child]]
-        place = ((child == codes.unsqueeze(1)) & exists).long().argmax(1)
-        return _scores_of_logits(logits.masked_fill(~exists, _CLOSED), place)
+        parts, order = [], []
+        above, own_nodes = self._nodes(tokens, places, codes, level)
+        for at, child, exists, place in self._trie.siblings(level, above, own_nodes):
+            order.append(at)
+            if child.shape[1] * _FEW > len(ids):
+                # What is no child goes to a spare column.
+                open_codes = torch.zeros(
+                    len(at), len(ids) + 1, dtype=torch.bool, device=ids.device
+                ).scatter_(1, child.masked_fill(~exists, len(ids)), True)
+                parts.append(_scores(states[at], weight[rows], own, codes[at], open_codes[:, :-1]))
+                continue
+            # Few children of a wide level: only their columns. An embedding lookup, since its
+            # gradient is summed far faster than that of an index.
+            columns = F.embedding(ids[child], weight)  # (n, M, d)
+            logits = torch.bmm(columns, states[at].unsqueeze(-1)).squeeze(-1).float()
+            if bias is not None:
+                logits = logits + bias[ids[child]]
+            logits = logits.masked_fill(~exists, _CLOSED)
+            parts.append(_scores_of_logits(logits, place.squeeze(1)))
+        back = torch.cat(order).argsort()
+        one, two, three = (torch.cat(each)[back] for each in zip(*parts, strict=True))
+        return one, two, three
 
-    def _continued(self, tokens: Tensor, places: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """Codes that continue an item's SID behind the `level` tokens before each place.
+    def _nodes(
+        self, tokens: Tensor, places: Tensor, codes: Tensor, level: int
+    ) -> tuple[Tensor, Tensor]:
+        """Trie nodes before and at each label.
 
         Args:
             tokens: (B, T).
             places: row and column of each label, (N, 2).
+            codes: of the labels, (N,).
             level: of the labels.
-
-        Returns:
-            Codes (N, M), and which of them are there (N, M).
         """
         trie = self._trie
         assert trie is not None
-        nodes = torch.zeros(len(places), 1, dtype=torch.long, device=tokens.device)
-        for above in range(level):
-            before = tokens[places[:, 0], (places[:, 1] - level + above).clamp(min=0)]
-            known, code = self._level_and_code(before)
-            *_, nodes, found = trie.follow(above, nodes, code.unsqueeze(1))
-            if not bool((found.squeeze(1) & (known == above + 1)).all()):
+        above = torch.zeros(len(places), dtype=torch.long, device=tokens.device)
+        for before in range(level + 1):
+            if before == level:
+                code = codes
+            else:
+                token = tokens[places[:, 0], (places[:, 1] - level + before).clamp(min=0)]
+                known, code = self._level_and_code(token)
+                code = torch.where(known == before + 1, code, -1)
+            node, found = trie.follow(before, above, code)
+            if not bool(found.all()):
                 raise ValueError(
-                    "a SID that is learned begins no item's: the rows belong to another SID map; "
+                    "a SID that is learned is no item's: the rows belong to another SID map; "
                     "run build_dataset again"
                 )
-        child, exists = trie.expand(level, nodes)
-        return trie.codes(level, child).squeeze(1), exists.squeeze(1)
+            if before < level:
+                above = node
+        return above, node
 
 
 def _scores(

@@ -14,11 +14,13 @@ from genrec.adapters import expose_head_bias, lora_config
 from genrec.advantages import level_advantages, pass_at_k_advantages
 from genrec.artifacts import read_json
 from genrec.averaging import WeightAverage
+from genrec.decoding import trie_tensors
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 from genrec.evaluation.collapse import CollapseStop
 from genrec.evaluation.validation import BeamValidation
 from genrec.modeling import add_sid_tokens, encode_prompts
+from genrec.normalizers import NORMALIZERS
 from genrec.rewards import make_rank_reward, prefix_reward, rule_reward
 from genrec.rollouts import BeamGRPOTrainer, Objective
 from genrec.semantic_ids import SemanticIds
@@ -169,9 +171,19 @@ def test_rollouts_are_the_served_beam(tiny, tmp_path: Path, bos: bool, filtered:
     assert out["completion_mask"].bool().all()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("normalizer", ["trie", "full", "level"])
-def test_log_probs_are_those_of_the_engine(tiny, tmp_path: Path, normalizer: str, tied: bool):
+@pytest.mark.parametrize(
+    ("normalizer", "tied", "cut"),
+    [
+        *((normalizer, tied, False) for normalizer in NORMALIZERS for tied in (True, False)),
+        ("trie", True, True),
+        ("full", True, True),
+    ],
+)
+def test_log_probs_are_those_of_the_engine(
+    tiny, tmp_path: Path, monkeypatch, normalizer: str, tied: bool, cut: bool
+):
+    if cut:  # prefixes with one child apart from the others
+        monkeypatch.setattr(trie_tensors, "_row_lengths", lambda n, _: [1, max(2, int(n.max()))])
     world = World(tiny, tmp_path, tied)
     world.columns["prompt"][1] += "".join(world.semantic_ids.sids()[2:7])  # another length: padding
     trainer = world.trainer(normalizer=normalizer, num_iterations=2)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from trl import SFTConfig, SFTTrainer
 
 from genrec import adapters, modeling, supervised_head
+from genrec.decoding import trie_tensors
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
 from genrec.supervised_head import SupervisedHead, add_hidden_dropout, use_supervised_head
@@ -144,10 +145,15 @@ def test_over_the_vocabulary_it_trains_as_trl_does(tiny, tmp_path, lora: bool):
     assert losses[1][0][0] != losses[1][-1][0]
 
 
+@pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("few", [8, 0, 10_000])
-def test_over_the_trie_a_label_scores_as_the_search_scores_it(tiny, tmp_path, monkeypatch, few):
+def test_over_the_trie_a_label_scores_as_the_search_scores_it(
+    tiny, tmp_path, monkeypatch, few: int, cut: bool
+):
     """Summed over an item's tokens, it is the engine's exact score under the same normaliser."""
     monkeypatch.setattr(supervised_head, "_FEW", few)  # columns gathered always, or never
+    if cut:  # labels with one child apart from the others
+        monkeypatch.setattr(trie_tensors, "_row_lengths", lambda n, _: [1, max(2, int(n.max()))])
     semantic_ids = tiny.sids(20)
     trie = SidTrie.build(semantic_ids.codes)
     trainer, model, token_ids = trainer_of(tiny, tmp_path)
@@ -175,7 +181,7 @@ def test_rows_of_another_sid_map_are_refused_by_the_trie(tiny, tmp_path):
     codes = tiny.sids(20).codes[:3]
     use_supervised_head(model, token_ids, "trie", SidTrie.build(codes))
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
-    with pytest.raises(ValueError, match="begins no item's: the rows belong to another SID map"):
+    with pytest.raises(ValueError, match="is no item's: the rows belong to another SID map"):
         model(**batch, fused_lm_head=True)
 
 

@@ -10,7 +10,7 @@ Shapes: U users, B beams, R rows (some beams of a batch), M children per row, L 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -155,25 +155,45 @@ class TrieTensors:
         exists = child < stop.unsqueeze(-1)
         return child.clamp_(max=self.n_nodes[level] - 1), exists
 
-    def follow(
-        self, level: int, nodes: Tensor, codes: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def follow(self, level: int, nodes: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """One level down along given codes.
 
         Args:
             level: level of the children.
-            nodes: parents, (U, B).
-            codes: the code to follow from each, (U, B); one that is no child's is not found.
+            nodes: parents, (...).
+            codes: the code to follow from each, (...); one that is no child's is not found.
 
         Returns:
-            Codes of the children (U, B, M), which of them exist (U, B, M), the place of the given
-            code among them (U, B, 1), its node (U, B), and whether it was found (U, B).
+            The children's nodes, and whether they were found, (...) each.
         """
-        child, exists = self.expand(level, nodes)
-        child_codes = self.codes(level, child)
-        same = exists & (child_codes == codes.unsqueeze(-1))
-        place = same.int().argmax(-1, keepdim=True)
-        return child_codes, exists, place, child.gather(-1, place).squeeze(-1), same.any(-1)
+        low = self._child_start[level][nodes].long()
+        end = self._child_start[level][nodes + 1].long()
+        high, last = end, self.n_nodes[level] - 1
+        for _ in range(self.widest[level].bit_length()):  # codes of one node's children ascend
+            middle = (low + high) // 2
+            below = (low < high) & (self.codes(level, middle.clamp(max=last)) < codes)
+            low, high = torch.where(below, middle + 1, low), torch.where(below, high, middle)
+        child = low.clamp(max=last)
+        return child, (low < end) & (self.codes(level, child) == codes)
+
+    def siblings(
+        self, level: int, parents: Tensor, nodes: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Given children among all of their parents', block by block as `blocks` cuts them.
+
+        Args:
+            level: of the children.
+            parents: their parents, (R,).
+            nodes: one child of each, (R,).
+
+        Yields:
+            Rows (r,), all in order where there is one block; codes of their parents' children
+            (r, M), which of them exist (r, M), and where the given child is among them (r, 1).
+        """
+        for rows, length in self.blocks(level, parents, torch.ones_like(parents, dtype=torch.bool)):
+            child, exists = self.expand(level, parents[rows], length)
+            place = nodes[rows].unsqueeze(1) - child[:, :1]
+            yield rows, self.codes(level, child), exists, place
 
     def allowed(
         self, level: int, child: Tensor, users: LevelFilter | None, user: Tensor | None = None

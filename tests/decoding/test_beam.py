@@ -253,13 +253,43 @@ def test_following_an_items_codes_ends_at_its_leaf():
     codes = np.unique(rng.integers(0, (3, 5, 40), (60, 3)), axis=0)
     trie = SidTrie.build(codes)
     tensors, given = TrieTensors(trie, None, CPU), torch.from_numpy(codes)
-    nodes = torch.zeros(len(codes), 1, dtype=torch.long)
+    nodes = torch.zeros(len(codes), dtype=torch.long)
     for level in range(3):
-        own = given[:, level : level + 1]
-        child_codes, exists, place, nodes, found = tensors.follow(level, nodes, own)
-        assert found.all() and exists.gather(-1, place).all()
-        assert torch.equal(child_codes.gather(-1, place).squeeze(-1), own)
-    assert torch.equal(tensors.items(nodes).flatten(), torch.arange(len(codes)))
+        above, own = nodes, given[:, level]
+        nodes, found = tensors.follow(level, above, own)
+        assert found.all() and torch.equal(tensors.codes(level, nodes), own)
+        (found_of,) = tensors.siblings(level, above, nodes)
+        rows, child_codes, exists, place = found_of
+        assert torch.equal(rows, torch.arange(len(codes)))
+        assert exists.gather(1, place).all()
+        assert torch.equal(child_codes.gather(1, place).squeeze(1), own)
+    assert torch.equal(tensors.items(nodes), torch.arange(len(codes)))
     # A code that no item has there isn't found, whatever lies beside it.
-    root = torch.zeros(1, 1, dtype=torch.long)
-    assert not tensors.follow(0, root, torch.full((1, 1), 9))[-1].any()
+    root = torch.zeros(1, dtype=torch.long)
+    for missing in (-1, 3, 9):
+        assert not tensors.follow(0, root, torch.tensor([missing]))[1].any()
+
+
+def test_followed_codes_are_found_among_children_that_do_not_exist():
+    """Codes of nodes of few and of many children, also those that only the next node has."""
+    rng = np.random.default_rng(1)
+    many = np.stack([np.full(300, 0), rng.permutation(1000)[:300]], axis=1)
+    few = np.array([[1, 5], [2, 7], [2, 9], [3, 0]])
+    codes = np.concatenate([many, few])
+    tensors = TrieTensors(SidTrie.build(codes), None, CPU)
+    assert len(tensors._row_lengths[1]) > 1  # several rectangles
+    nodes, wanted = (each.flatten() for each in torch.meshgrid(
+        torch.arange(4), torch.arange(-1, 1001), indexing="ij"
+    ))  # fmt: skip
+    child, found = tensors.follow(1, nodes, wanted)
+    items = {tuple(row) for row in codes.tolist()}
+    pairs = zip(nodes.tolist(), wanted.tolist(), strict=True)
+    assert found.tolist() == [pair in items for pair in pairs]
+    assert torch.equal(tensors.codes(1, child[found]), wanted[found])
+    known, at = nodes[found], child[found]
+    seen = torch.zeros(len(known), dtype=torch.bool)
+    for rows, child_codes, exists, place in tensors.siblings(1, known, at):
+        assert torch.equal(child_codes.gather(1, place).squeeze(1), wanted[found][rows])
+        assert torch.equal(exists.sum(1), torch.tensor([300, 1, 2, 1])[known[rows]])
+        seen[rows] = True
+    assert seen.all()
