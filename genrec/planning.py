@@ -22,6 +22,7 @@ from typing import Any
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MEMORY_SHARE = 0.9  # of an accelerator's memory that is planned with
 LOGITS_AT_ONCE = 1 << 26  # of the full vocabulary, for a whole batch: genrec.decoding.lm_head's
+WIDE = 1024  # codes of a level from which on only children's columns are computed: the same's
 MOST_DEVICES = 1_000_000
 _MOST_SIZE = 1 << 31  # of anything in a config.json
 
@@ -186,7 +187,20 @@ class Workload:
         """Logits per position from which `level` is chosen."""
         if self.normalizer == "full" or self.head_columns == "all":
             return vocab
-        return self.codebook_sizes[level]
+        return self.picked(level)
+
+    def picked(self, level: int) -> int:
+        """Columns held per position: the level's, or of a wide one those of a prefix's children.
+
+        "level" sums over all of them. Children are reckoned as twice their mean number, since a
+        search prefers prefixes with many, and rows are made longer than they are; where they are
+        very unequal it is more.
+        """
+        codes = self.codebook_sizes[level]
+        if codes <= WIDE or self.normalizer == "level":
+            return codes
+        nodes = [min(self.n_items, math.prod(self.codebook_sizes[:n])) for n in (level, level + 1)]
+        return min(codes, 2 * math.ceil(nodes[1] / nodes[0]))
 
 
 @dataclass(frozen=True)
@@ -245,10 +259,10 @@ def user_bytes(model: ModelShape, work: Workload) -> dict[str, float]:
     """Memory of one user of a batch.
 
     ``kv``: ``kv_numbers·bytes`` for the prompt and every decoded position, P + Σ beams (at most
-    (L-1)·B). ``logits``: the widest level's beams × codes in float32, before and after they are
-    normalised; of an engine that computes every column, beams × vocabulary, once in the model's
-    dtype and once in float32. ``activations``: of one block, the larger of P and B tokens
-    × (2·intermediate + 4·hidden). ``mask``: beams × (P + decoded).
+    (L-1)·B). ``logits``: the widest level's beams × codes (`Workload.picked`) in float32, before
+    and after they are normalised; of an engine that computes every column, beams × vocabulary, once
+    in the model's dtype and once in float32. ``activations``: of one block, the larger of P and B
+    tokens × (2·intermediate + 4·hidden). ``mask``: beams × (P + decoded).
     """
     size = BYTES[work.dtype]
     beams = [work.beams(level) for level in range(work.levels - 1)]
@@ -256,8 +270,7 @@ def user_bytes(model: ModelShape, work: Workload) -> dict[str, float]:
     if work.head_columns == "all":
         logits = max([1, *beams]) * model.vocab * (size + 4)
     else:
-        sizes = work.codebook_sizes
-        logits = max(n * codes for n, codes in zip([1, *beams], sizes, strict=True)) * 8
+        logits = max(n * work.picked(level) for level, n in enumerate([1, *beams])) * 8
     tokens = max(work.prompt_tokens, max(beams, default=1))
     return {
         "kv": model.kv_numbers * size * positions,

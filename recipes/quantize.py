@@ -380,7 +380,7 @@ def measure_quality(
     quality = quality_report(
         semantic_ids.codes,
         semantic_ids.codebook_sizes,
-        np.load(text) if text.exists() else vectors,
+        np.load(text, mmap_mode="r") if text.exists() else vectors,
         catalog,
         sequences,
         held_out=held_out if len(valid) else None,
@@ -448,7 +448,7 @@ def main() -> None:
     from genrec.embedding.collaborative import training_histories
     from genrec.quantizers.quality_page import write_quality_page
 
-    vectors = np.load(stage_folder(args.run_dir, "embed") / VECTORS)
+    vectors = np.load(stage_folder(args.run_dir, "embed") / VECTORS, mmap_mode="r")
     duplicates = find_duplicates(args.run_dir, catalog, vectors)
     sequences = training_histories(read_split(args.run_dir, "train", "quantize"))
     if args.extend:

@@ -53,6 +53,7 @@ from genrec.columns import ITEM_ID, ROW_ID, USER_ID
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
 from genrec.decoding.sampling import GumbelTopK, LevelSampling, Sampler, check_sampler
+from genrec.embedding.vectors import VECTORS
 from genrec.engine_options import check_engine_options, engine_options
 from genrec.generation.allow_lists import allowed_rows
 from genrec.generation.jobs import (
@@ -100,7 +101,8 @@ logger = logging.getLogger("genrec.recommend")
 # Settings that matter only with `users`, and those that can't change a list.
 OF_USERS = ("users_split", "users_subset", "user_column", "history_column", "exclude_column",
     "candidates_column", "list_separator", "unknown_items", "sampler", "temperature", "top_p",
-    "one_per_title", "title_variant", "max_per_category", "category_depth", "boosts")  # fmt: skip
+    "one_per_title", "title_variant", "max_per_category", "category_depth", "boosts",
+    "max_cosine")  # fmt: skip
 HOW = ("batch_size", "output_dir", "shard", "executor", "ray_address", "num_actors",
     "cpus_per_actor", "gpus_per_actor", "tensor_parallel_size", "gpu_memory_utilization",
     "max_model_len")  # fmt: skip
@@ -151,6 +153,7 @@ class RecommendArgs:
     max_per_category: int | None = None  # items of one category in a list
     category_depth: int = -1  # which part of the category path; negative counts from the end
     boosts: list[str] = field(default_factory=list)  # "category=factor"
+    max_cosine: float | None = None  # of items whose vectors are nearer than that keep the best
     # How the work is done; in float32 the result doesn't depend on it.
     shard: str = "1/1"  # i/n: make every n-th shard from the i-th on
     executor: str = "local"  # local, or ray (genrec[ray])
@@ -266,9 +269,10 @@ def list_rules(args: RecommendArgs) -> ListRules:
         sampler = GumbelTopK(args.seed)
     elif args.sampler == "levels":
         sampler = LevelSampling(temperature, top_p, seed=args.seed)
+    vectors = None if args.max_cosine is None else stage_folder(args.run_dir, "embed") / VECTORS
     return ListRules(
         sampler, args.one_per_title, args.title_variant, args.max_per_category,
-        args.category_depth, parse_boosts(args.boosts),
+        args.category_depth, parse_boosts(args.boosts), args.max_cosine, vectors,
     )  # fmt: skip
 
 
@@ -276,6 +280,8 @@ def make_stage(args: RecommendArgs, model_stage: str) -> Stage:
     """The stage with all that decides its result."""
     source = args.run_dir if args.model_run is None else args.model_run
     inputs, of_model = ["prepare", "quantize"], ["build_dataset", model_stage]
+    if args.max_cosine is not None:
+        inputs.append("embed")
     exact = args.dtype == "float32"
     ignore, hashes = [name for name in HOW if exact or name not in ORDER_OF_SUMS], {}
     if args.model_run is None:
@@ -284,9 +290,8 @@ def make_stage(args: RecommendArgs, model_stage: str) -> Stage:
     else:
         hashes = {f"model_run/{s}": require(source, s).content_hash for s in of_model}
     # What isn't in effect is no setting of this run.
-    ignore += [
-        name for name in ("allow", "deny", "opt_out", "users") if getattr(args, name) is None
-    ]
+    given = ("allow", "deny", "opt_out", "users", "max_cosine")
+    ignore += [name for name in given if getattr(args, name) is None]
     ignore += OF_USERS if args.users is None else ["split", "max_rows"]
     if args.users is not None and args.sampler is None:
         ignore.append("seed")

@@ -64,6 +64,20 @@ def test_passes_of_one_user():
     assert (second.traffic, third.traffic) == (24 * 4 * 14, 24 * 4 * 19)
 
 
+def test_of_a_wide_level_the_children_alone_are_computed():
+    """256 clusters of 40 items: a beam looks at some 80 tokens, not at all 10,240 of them."""
+    shape = dict(beam_width=5, prompt_tokens=10, n_items=10_240, n_users=1)
+    trie = Workload(codebook_sizes=[256, 10_240], normalizer="trie", **shape)
+    assert [trie.columns(level, 20_000) for level in (0, 1)] == [256, 80]
+    assert user_bytes(SMALL, trie)["logits"] == 5 * 80 * 8
+    for other, columns, held in (("level", 10_240, 10_240), ("full", 20_000, 80)):
+        work = replace(trie, normalizer=other)
+        assert work.columns(1, 20_000) == columns
+        assert user_bytes(SMALL, work)["logits"] == 5 * held * 8
+    single = Workload(codebook_sizes=[10_240], normalizer="trie", **shape)
+    assert single.columns(0, 20_000) == 10_240  # each item is a child of the root
+
+
 def test_a_level_needs_its_own_columns_alone():
     level = replace(WORK, normalizer="level")
     gap = [

@@ -223,7 +223,7 @@ def filters(run: RecordedRun) -> list[dict[str, Any]]:
 
 def _shaping(config: Mapping[str, Any]) -> str:
     """How lists were drawn or shaped, in words; empty for those of the plain search."""
-    names = ["one_per_title", "title_variant", "max_per_category", "boosts"]
+    names = ["one_per_title", "title_variant", "max_per_category", "boosts", "max_cosine"]
     if config.get("sampler") == "levels":
         names = ["sampler", "temperature", "top_p"]
     elif config.get("sampler"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ VECTORS = "item_embeddings.npy"
 TEXT_VECTORS = "text_embeddings.npy"  # beside fused ones: the text part alone
 COLLABORATIVE_VECTORS = "collaborative_embeddings.npy"  # wherever behaviour has a part
 _NAMED = 3  # ids that a message shows
+_ROWS_AT_ONCE = 65_536
 
 
 def load_vectors(
@@ -51,8 +53,9 @@ def load_vectors(
         if ids is not None:
             raise ValueError(f"{path} brings its own ids; leave out the ids file {ids_path}")
         ids = read_ids(ids_path)
+    at: npt.NDArray[np.integer] | None = None
     if ids is not None:
-        vectors = vectors[_rows(path, len(vectors), ids, item_ids)]
+        at = _rows(path, len(vectors), ids, item_ids)
     elif len(vectors) != len(item_ids):
         raise ValueError(
             f"{path} has {len(vectors)} rows, the catalogue has {len(item_ids)} items; row i must "
@@ -64,15 +67,19 @@ def load_vectors(
             "of the catalogue; give a file with the id of each row to be sure",
             path, _some(item_ids.cast(pl.String)),
         )  # fmt: skip
-    with np.errstate(over="ignore"):  # what float32 can't hold becomes inf and is refused below
-        rows = vectors.astype(np.float32)
+    rows = np.empty((len(item_ids), vectors.shape[1]), dtype=np.float32)
+    for block in _row_blocks(len(rows)):  # the file is mapped: this is all that is held of it
+        with np.errstate(over="ignore"):  # what float32 can't hold becomes inf and is refused below
+            rows[block] = vectors[block if at is None else at[block]]
     check_vectors(rows, str(path))
     return rows
 
 
 def check_vectors(vectors: npt.NDArray[np.floating], name: str) -> None:
     """Raise ValueError if a row holds NaN or inf, naming the first one."""
-    bad = ~np.isfinite(vectors).all(axis=1)
+    bad = np.empty(len(vectors), dtype=bool)
+    for block in _row_blocks(len(vectors)):
+        bad[block] = ~np.isfinite(vectors[block]).all(axis=1)
     if bad.any():
         raise ValueError(
             f"{name}: {int(bad.sum())} rows hold NaN or inf, the first is row {int(bad.argmax())}"
@@ -150,7 +157,7 @@ def _read(path: Path) -> tuple[npt.NDArray[np.generic], pl.Series | None]:
 
 def _npy(path: Path) -> npt.NDArray[np.generic]:
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a plain .npy array: {error}") from error
     if not isinstance(array, np.ndarray):
@@ -241,6 +248,11 @@ def _rows(path: Path, n_rows: int, ids: pl.Series, item_ids: pl.Series) -> npt.N
     if extra := n_rows - len(catalog):
         logger.info("%s: %d rows of items that the catalogue lacks are ignored", path, extra)
     return found["row"].to_numpy()
+
+
+def _row_blocks(n_rows: int) -> Iterator[slice]:
+    for start in range(0, n_rows, _ROWS_AT_ONCE):
+        yield slice(start, min(start + _ROWS_AT_ONCE, n_rows))
 
 
 def _some(ids: pl.Series) -> str:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from genrec.list_shaping import (
     label_weights,
     numbered,
     title_groups,
+    without_similar,
 )
 from genrec.recommend import Engine
 
@@ -44,6 +46,8 @@ class ListRules:
         max_per_category: most items of one category in a list.
         category_depth: which part of the category path that is; negative counts from the end.
         boosts: (category, factor): items rank as if they were so many times as probable.
+        max_cosine: of two items whose vectors are nearer than that only the better one is kept.
+        vectors: ``.npy`` of the catalogue's item vectors, (n_items, dim); `max_cosine` needs it.
     """
 
     sampler: Sampler | None = None
@@ -52,6 +56,8 @@ class ListRules:
     max_per_category: int | None = None
     category_depth: int = -1
     boosts: tuple[tuple[str, float], ...] = ()
+    max_cosine: float | None = None
+    vectors: Path | None = None
 
     def __post_init__(self) -> None:
         """Reject rules that can't work together."""
@@ -64,13 +70,18 @@ class ListRules:
             )
         if self.title_variant is not None and not self.one_per_title:
             raise ValueError("title_variant needs one_per_title: it says what titles may differ in")
+        if self.max_cosine is not None and not -1 <= self.max_cosine < 1:
+            raise ValueError(f"max_cosine={self.max_cosine} must lie in [-1, 1)")
+        if (self.max_cosine is None) != (self.vectors is None):
+            raise ValueError("max_cosine and the item vectors that it compares belong together")
         if self.sampler is not None and self.shapes:
             raise ValueError("lists are either drawn (sampler) or shaped; set one of them")
 
     @property
     def shapes(self) -> bool:
         """Whether lists are shaped after the search."""
-        return self.one_per_title or self.max_per_category is not None or bool(self.boosts)
+        limits = (self.max_per_category, self.max_cosine)
+        return self.one_per_title or bool(self.boosts) or any(n is not None for n in limits)
 
     @property
     def plain(self) -> bool:
@@ -160,6 +171,12 @@ class ListMaker:
                 "engine='torch'"
             )
         self._caps, self._weights = caps_and_weights(catalog, rules)
+        self._vectors = None if rules.vectors is None else np.load(rules.vectors, mmap_mode="r")
+        if self._vectors is not None and len(self._vectors) != len(catalog):
+            raise ValueError(
+                f"{rules.vectors} has {len(self._vectors)} rows for {len(catalog)} items; embed "
+                "this catalogue"
+            )
 
     def search(
         self, prompts: Sequence[Sequence[int]], k: int, beam_width: int, **options: Any
@@ -177,6 +194,8 @@ class ListMaker:
         lists = Candidates.of(found.items, found.scores)
         if self._weights is not None:
             lists = boosted(lists, self._weights)
+        if self._vectors is not None and self.rules.max_cosine is not None:
+            lists = without_similar(lists, self._vectors, self.rules.max_cosine)
         lists = capped(lists, self._caps).top(k)
         levels = np.take_along_axis(
             found.level_log_probs, np.maximum(lists.places, 0)[..., None], axis=1

@@ -2,6 +2,7 @@
 
     python recipes/benchmarks/quantizers.py --run_dir runs/beauty --letter_index letter_sids.json
     python recipes/benchmarks/quantizers.py --scale 1000000 10000000
+    python recipes/benchmarks/quantizers.py --stages 1000000
     python recipes/benchmarks/quantizers.py --quick          # a synthetic shop and 100,000 items
 
 `--run_dir` is a run with prepare and embed done, embed with `collaborative`: quantizers get the
@@ -13,14 +14,16 @@ same code. "faiss RQ" is faiss's ResidualQuantizer, what one would otherwise tak
 codes.
 
 `--scale` draws clustered vectors of 256 dimensions (float16, on disk, memory-mapped) and times
-fitting, encoding and resolving in a process of its own; its peak memory counts mapped pages. CPU
-only. The last line is one JSON object.
+fitting, encoding and resolving in a process of its own; its peak memory counts mapped pages.
+`--stages` times prepare, embed (the same vectors, given) and quantize with its report, as commands
+on so many items in as many histories of three. CPU only. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -275,6 +278,56 @@ def write_vectors(path: Path, n_items: int) -> None:
     out.flush()
 
 
+def through_stages(n_items: int) -> dict[str, Any]:
+    """Time and peak memory of each stage, up to a finished map and its report."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rng = np.random.default_rng(0)
+        ids = np.arange(n_items)
+        kinds = pl.Series("category", (n_items * rng.random(n_items) ** 2).astype(np.int64) % 500)
+        pl.DataFrame({"item_id": ids, "title": pl.Series(ids).cast(pl.String)}).with_columns(
+            pl.lit("Product ") + pl.col("title"), "Kind " + kinds.cast(pl.String)
+        ).write_parquet(folder / "items.parquet")
+        # Each item is bought, and popular ones again and again.
+        bought = np.concatenate([ids, (n_items * rng.random(2 * n_items) ** 2).astype(np.int64)])
+        rng.shuffle(bought)
+        at = np.arange(3 * n_items)
+        pl.DataFrame({"user_id": at // 3, "item_id": bought, "timestamp": at}).write_parquet(
+            folder / "log.parquet"
+        )
+        write_vectors(folder / "vectors.npy", n_items)
+        np.save(folder / "ids.npy", ids)
+        levels = (256,) * (4 if n_items > 5_000_000 else 3)
+        given = {
+            "prepare": {
+                "interactions": folder / "log.parquet", "items": folder / "items.parquet",
+                "title_column": "title", "category_column": "category",
+            },
+            "embed": {
+                "method": "npy", "vectors": folder / "vectors.npy",
+                "vector_ids": folder / "ids.npy",
+            },
+            "quantize": {"n_levels": len(levels), "pca_dim": 128, "standardize": "whiten"},
+        }  # fmt: skip
+        found: dict[str, Any] = {"items": n_items, "dims": DIM, "codebooks": list(levels)}
+        for stage, settings in given.items():
+            flags = [str(x) for name, value in settings.items() for x in (f"--{name}", value)]
+            command = [sys.executable, "-c", "from genrec.cli import main; main()", stage]
+            started = time.perf_counter()
+            log = folder / f"{stage}.log"
+            with log.open("w") as out:
+                child = subprocess.Popen(
+                    [*command, "--run_dir", str(folder / "run"), *flags], stdout=out, stderr=out
+                )
+                _, status, used = os.wait4(child.pid, 0)
+            if status:
+                raise SystemExit(f"{stage} of {n_items:,} items: {log.read_text()[-3000:]}")
+            seconds = round(time.perf_counter() - started, 1)
+            found[stage] = {"seconds": seconds, "peak_gb": round(used.ru_maxrss / 1e6, 2)}
+            print(stage, found[stage], file=sys.stderr, flush=True)
+    return found
+
+
 def in_own_process(n_items: int) -> dict[str, Any]:
     """`at_scale`, with a peak that no earlier work has raised."""
     done = subprocess.run(
@@ -308,6 +361,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=50, help="of the RQ-VAEs")
     parser.add_argument("--only", nargs="*", help="names of quantizers")
     parser.add_argument("--scale", type=int, nargs="*", default=[], help="numbers of items")
+    parser.add_argument("--stages", type=int, nargs="*", default=[], help="numbers of items")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
@@ -320,10 +374,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             args.run_dir, args.epochs = quick_shop(Path(folder) / "shop"), 5
             report = on_catalogue(args, 64, 64)
-        args.scale = [100_000]
+        args.scale, args.stages = [100_000], [20_000]
     elif args.run_dir:
         report = on_catalogue(args, 256, 128)
     report["scale"] = [in_own_process(n_items) for n_items in args.scale]
+    report["stages"] = [through_stages(n_items) for n_items in args.stages]
     if args.output:
         write_json(args.output, report)
     print(json.dumps(report))

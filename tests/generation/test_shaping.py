@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,21 @@ def test_one_of_each_title_and_of_each_kind(world):
         assert np.isneginf(result.level_log_probs[~real]).all() and not result.certified.any()
 
 
+def test_of_near_duplicates_by_vector_the_best_is_kept(world, tmp_path):
+    recommender, prompts = world
+    n_items = len(recommender.catalog)
+    vectors = np.eye(3, dtype=np.float32)[np.arange(n_items) % 3]  # three kinds of equal items
+    np.save(tmp_path / "vectors.npy", vectors)
+    rules = ListRules(max_cosine=0.9, vectors=tmp_path / "vectors.npy")
+    whole = recommender.engine.search(prompts, n_items, n_items).items
+    for row, items in zip(whole, made(world, rules).items, strict=True):
+        best = [int(row[row % 3 == kind][0]) for kind in range(3)]
+        assert sorted(items[:3].tolist()) == sorted(best) and (items[3:] == -1).all()
+    np.save(tmp_path / "vectors.npy", vectors[1:])
+    with pytest.raises(ValueError, match=f"{n_items - 1} rows for {n_items} items"):
+        made(world, rules)
+
+
 def test_boosts_reorder_and_filters_hold(world):
     recommender, prompts = world
     kinds = recommender.catalog["categories"].list.get(-1).to_numpy()
@@ -134,6 +150,8 @@ def test_drawing_needs_the_torch_engine(world):
         ({"boosts": (("a", float("inf")),)}, "finite factor"),
         ({"title_variant": "x"}, "needs one_per_title"),
         ({"sampler": GumbelTopK(), "one_per_title": True}, "either drawn"),
+        ({"max_cosine": 1.0, "vectors": Path("v.npy")}, "max_cosine=1.0 must lie in"),
+        ({"max_cosine": 0.9}, "belong together"),
     ],
 )
 def test_rules_that_cannot_work_are_refused(settings, message):

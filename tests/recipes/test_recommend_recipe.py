@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
 import genrec.artifacts
 import genrec.generation.users
-from genrec.artifacts import load_manifest, read_json, require
+from genrec.artifacts import Stage, load_manifest, read_json, require
 from genrec.engine_options import engine_options
 from genrec.generation.users import UserTable
 from genrec.recommend import Recommender
@@ -94,6 +95,14 @@ def test_rules_for_lists(in_process, run_dir, users, tmp_path: Path):
     assert capped.group_by("user_id", "kind").len()["len"].max() == 1
     boosted = lists("boosted", "--boosts", "Kind 1=1e12").join(kinds, "item_id")
     assert set(boosted["kind"]) == {"Kind 1"}
+    embed = Stage(run_dir, "embed", {}, ["prepare"])
+    assert not embed.is_done()
+    np.save(embed.folder / "item_embeddings.npy", np.ones((len(catalog), 4), dtype=np.float32))
+    embed.finish(rows=len(catalog))
+    unlike = lists("unlike", "--max_cosine", "0.99")  # all resemble the best
+    assert unlike.group_by("user_id").len()["len"].to_list() == [1] * 22
+    assert "run_dir/embed" in require(tmp_path / "unlike", "recommend").inputs
+    assert "run_dir/embed" not in require(tmp_path / "capped", "recommend").inputs
     drawn = lists("drawn", "--sampler", "levels", "--temperature", "3", "1", "1", "--seed", "1")
     again = lists("again", "--sampler", "levels", "--temperature", "3", "1", "1", "--seed", "2")
     assert drawn["item_id"].to_list() != again["item_id"].to_list()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
 import signal
 import socket
 import subprocess
@@ -182,6 +184,33 @@ def test_a_port_in_use_is_found_before_a_model_is_loaded(in_process, run, monkey
         port = other.getsockname()[1]
         said = in_process("serve", run, "--port", str(port), fails=True)
     assert f"port={port} can't be listened at" in said and "in use" in said
+
+
+def test_answers_do_not_wait_for_acknowledgements():
+    """A body that is sent after its head would wait some 40 ms for the client's delayed ACK."""
+    path = recipes_folder() / "serve.py"
+    spec = importlib.util.spec_from_file_location("serve_recipe", path)
+    assert spec is not None and spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    sys.modules["serve_recipe"] = recipe
+    spec.loader.exec_module(recipe)
+
+    async def nodelay() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            own = writer.get_extra_info("socket")
+            found.set_result(own.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        bound = recipe.bound_socket("127.0.0.1", 0)
+        async with await asyncio.start_server(accept, sock=bound):
+            _, writer = await asyncio.open_connection(*bound.getsockname())
+            value = await asyncio.wait_for(found, 10)
+            writer.close()
+        return value
+
+    assert asyncio.run(nodelay())
 
 
 def test_a_short_token_is_refused(in_process, run, monkeypatch):
