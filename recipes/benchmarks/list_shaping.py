@@ -5,11 +5,12 @@
 
 Lists of ten for validation rows, under the run's rule for seen items: by beam search, by Gumbel
 top-k, by sampling with temperatures and top-p per level, and by shaping the beam's candidates
-(near-duplicates by title and by item vectors, a cap per category, a boost of the tail). Each with
-HR@10, NDCG@10, coverage, diversity inside a list (mean cosine distance of the item vectors), the
-share of distinct lists, the mean list length, and its NDCG less the beam's with a 95% bootstrap
-interval, paired over users. Sampled lists are ranked by score; "as drawn" keeps the order of
-drawing. Scores are normalised over the trie, where items have probabilities.
+(near-duplicates by title and by item vectors, a cap per category, boosts of the largest category
+and of the tail). Each with HR@10, NDCG@10, coverage, diversity inside a list (mean cosine distance
+of the item vectors), the share of distinct lists, the mean list length, and its NDCG less the
+beam's with a 95% bootstrap interval, paired over users. Sampled lists are ranked by score; "as
+drawn" keeps the order of drawing. Scores are normalised over the trie, where items have
+probabilities.
 
 `--run_dir` is a run with embed and sft (or grpo) done; its test rows are not read. CPU or GPU, as
 the model is loaded. The last line is one JSON object.
@@ -157,6 +158,9 @@ def shaped(
     for cosine in args.max_cosine:
         yield f"cosine at most {cosine:g}", without_similar(wide, shop.vectors, cosine)
     yield f"at most {args.cap} of a category", capped(wide, [Cap(categories, args.cap)])
+    largest = np.bincount(categories[categories >= 0]).argmax()
+    of_it = np.where(categories == largest, np.log(2.0), 0.0)
+    yield "largest category boosted x2", boosted(wide, of_it)
     for factor in (1.5, 3.0):
         yield f"tail boosted x{factor:g}", boosted(wide, np.where(tail, np.log(factor), 0.0))
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -278,6 +277,16 @@ def write_vectors(path: Path, n_items: int) -> None:
     out.flush()
 
 
+def resident_peak(pid: int) -> int:
+    """Most memory that a process has had so far, in kB; 0 once it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(found[0]) if found else 0
+
+
 def through_stages(n_items: int) -> dict[str, Any]:
     """Time and peak memory of each stage, up to a finished map and its report."""
     with tempfile.TemporaryDirectory() as name:
@@ -285,8 +294,9 @@ def through_stages(n_items: int) -> dict[str, Any]:
         rng = np.random.default_rng(0)
         ids = np.arange(n_items)
         kinds = pl.Series("category", (n_items * rng.random(n_items) ** 2).astype(np.int64) % 500)
-        pl.DataFrame({"item_id": ids, "title": pl.Series(ids).cast(pl.String)}).with_columns(
-            pl.lit("Product ") + pl.col("title"), "Kind " + kinds.cast(pl.String)
+        pl.DataFrame({"item_id": ids, "category": kinds}).with_columns(
+            pl.format("Product {}", "item_id").alias("title"),
+            pl.format("Kind {}", "category").alias("category"),
         ).write_parquet(folder / "items.parquet")
         # Each item is bought, and popular ones again and again.
         bought = np.concatenate([ids, (n_items * rng.random(2 * n_items) ** 2).astype(np.int64)])
@@ -300,8 +310,9 @@ def through_stages(n_items: int) -> dict[str, Any]:
         levels = (256,) * (4 if n_items > 5_000_000 else 3)
         given = {
             "prepare": {
-                "interactions": folder / "log.parquet", "items": folder / "items.parquet",
-                "title_column": "title", "category_column": "category",
+                "format": "table", "interactions": folder / "log.parquet",
+                "items": folder / "items.parquet", "title_column": "title",
+                "category_column": "category",
             },
             "embed": {
                 "method": "npy", "vectors": folder / "vectors.npy",
@@ -319,11 +330,15 @@ def through_stages(n_items: int) -> dict[str, Any]:
                 child = subprocess.Popen(
                     [*command, "--run_dir", str(folder / "run"), *flags], stdout=out, stderr=out
                 )
-                _, status, used = os.wait4(child.pid, 0)
-            if status:
+                peak = 0
+                while child.poll() is None:
+                    # Not rusage, which begins with what this process had when it forked.
+                    peak = max(peak, resident_peak(child.pid))
+                    time.sleep(0.2)
+            if child.returncode:
                 raise SystemExit(f"{stage} of {n_items:,} items: {log.read_text()[-3000:]}")
             seconds = round(time.perf_counter() - started, 1)
-            found[stage] = {"seconds": seconds, "peak_gb": round(used.ru_maxrss / 1e6, 2)}
+            found[stage] = {"seconds": seconds, "peak_gb": round(peak / 1e6, 2)}
             print(stage, found[stage], file=sys.stderr, flush=True)
     return found
 
