@@ -1,7 +1,7 @@
 """Benchmark: constrained beam search, genrec's engines against what else there is.
 
     python recipes/benchmarks/decoding.py --quick                         # one catalogue, one width
-    python recipes/benchmarks/decoding.py --out_dir runs/decoding         # 12k, 100k, 1M items
+    python recipes/benchmarks/decoding.py                                 # 12k, 100k, 1M items
     python recipes/benchmarks/decoding.py --vllm true --catalogues 12000  # where vLLM is installed
     python recipes/benchmarks/decoding.py --device cuda --shape 0.5b --dtype bfloat16 --prompt 300
 
@@ -433,12 +433,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--peak_tflops", type=float, help="of the device: adds flop_fraction")
     parser.add_argument("--vllm", choices=("true", "false"), default="false")
-    parser.add_argument("--out_dir", type=Path, default=None)
+    parser.add_argument("--out_dir", type=Path, help="default: runs/decoding, unless --quick")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:
         args.catalogues, args.widths, args.step_items = [12_000], [20], [10_000, 100_000]
         args.users, args.slow_users, args.valid_users = 32, 8, 256
+    elif args.out_dir is None:
+        args.out_dir = Path("runs/decoding")
     if args.vllm == "true" and len(args.catalogues) > 1:
         parser.error("--vllm true takes one of --catalogues: its engines share a process")
     return args

@@ -53,6 +53,10 @@ def test_every_quantizer_is_measured(tmp_path):
     (scale,) = found["scale"]
     assert (scale["items"], scale["collisions_after"]) == (100_000, 0)
     assert min(scale[name] for name in ("fit_s", "encode_s", "resolve_s", "peak_gb")) > 0
+    (stages,) = found["stages"]
+    assert stages["items"] == 20_000
+    for stage in ("prepare", "embed", "quantize"):
+        assert stages[stage]["seconds"] > 0 and stages[stage]["peak_gb"] > 0
 
 
 @pytest.mark.slow
