@@ -199,13 +199,14 @@ def text_vectors(
 ) -> Vectors:
     """Vectors of `method`; LSA is fitted here, unless a folder with a fitted one is given."""
     from genrec.embedding.lsa import LSA, fit_lsa, item_texts
-    from genrec.embedding.vectors import load_vectors
+    from genrec.embedding.vectors import copy_vectors
 
     if args.method in ENCODERS:
         texts = item_texts(catalog, args.text_fields, labelled=True)
         return encode(args, stage, texts, stage.folder / part_files(args)["text"])
     if args.method == "npy":
-        return load_vectors(files["vectors"], catalog[ITEM_ID], files.get("vector_ids"))
+        copy = stage.folder / part_files(args)["text"]
+        return copy_vectors(files["vectors"], catalog[ITEM_ID], copy, files.get("vector_ids"))
     texts = item_texts(catalog, args.text_fields)
     if fitted is not None:
         return LSA.load(fitted).encode(texts)

@@ -42,7 +42,57 @@ def load_vectors(
         ValueError: no readable matrix, ids that are missing, repeated or of another number than the
             rows, a row count other than the catalogue's where there are no ids, NaN or inf.
     """
-    path = Path(path)
+    vectors, rows = _aligned(Path(path), item_ids, ids_path)
+    found = np.empty((len(item_ids), vectors.shape[1]), dtype=np.float32)
+    for block, part in _float32(vectors, rows, len(item_ids)):
+        found[block] = part
+    check_vectors(found, str(path))
+    return found
+
+
+def copy_vectors(
+    path: Path | str, item_ids: pl.Series, copy: Path, ids_path: Path | str | None = None
+) -> npt.NDArray[np.float32]:
+    """`load_vectors` into a file of its own, block by block: more vectors than fit in memory.
+
+    Args:
+        path: as in `load_vectors`.
+        item_ids: as in `load_vectors`.
+        copy: ``.npy`` that is written; it appears when it is whole.
+        ids_path: as in `load_vectors`.
+
+    Returns:
+        Memory map of `copy`, (n_items, dim) float32.
+
+    Raises:
+        ValueError: as in `load_vectors`.
+    """
+    vectors, rows = _aligned(Path(path), item_ids, ids_path)
+    header = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),
+        "fortran_order": False,
+        "shape": (len(item_ids), vectors.shape[1]),
+    }
+    partial, bad, first = copy.with_suffix(".partial"), 0, None
+    with partial.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for block, part in _float32(vectors, rows, len(item_ids)):
+            broken = ~np.isfinite(part).all(axis=1)
+            if first is None and broken.any():
+                first = block.start + int(broken.argmax())
+            bad += int(broken.sum())
+            part.tofile(file)
+    if first is not None:
+        partial.unlink()
+        raise ValueError(_not_finite(str(path), bad, first))
+    partial.replace(copy)
+    return np.load(copy, mmap_mode="r")
+
+
+def _aligned(
+    path: Path, item_ids: pl.Series, ids_path: Path | str | None
+) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.integer] | None]:
+    """The matrix of a file, and the row of each item; None: row i is item i."""
     vectors, ids = _read(path)
     if vectors.ndim != 2 or vectors.dtype.kind not in "fiu" or vectors.shape[1] == 0:
         raise ValueError(
@@ -53,26 +103,29 @@ def load_vectors(
         if ids is not None:
             raise ValueError(f"{path} brings its own ids; leave out the ids file {ids_path}")
         ids = read_ids(ids_path)
-    at: npt.NDArray[np.integer] | None = None
     if ids is not None:
-        at = _rows(path, len(vectors), ids, item_ids)
-    elif len(vectors) != len(item_ids):
+        return vectors, _rows(path, len(vectors), ids, item_ids)
+    if len(vectors) != len(item_ids):
         raise ValueError(
             f"{path} has {len(vectors)} rows, the catalogue has {len(item_ids)} items; row i must "
             "be catalogue row i, or give a file with the id of each row"
         )
-    else:
-        logger.warning(
-            "%s has no item ids: its row order is trusted, with rows 0, 1, 2 … for the items %s … "
-            "of the catalogue; give a file with the id of each row to be sure",
-            path, _some(item_ids.cast(pl.String)),
-        )  # fmt: skip
-    rows = np.empty((len(item_ids), vectors.shape[1]), dtype=np.float32)
-    for block in _row_blocks(len(rows)):  # the file is mapped: this is all that is held of it
-        with np.errstate(over="ignore"):  # what float32 can't hold becomes inf and is refused below
-            rows[block] = vectors[block if at is None else at[block]]
-    check_vectors(rows, str(path))
-    return rows
+    logger.warning(
+        "%s has no item ids: its row order is trusted, with rows 0, 1, 2 … for the items %s … "
+        "of the catalogue; give a file with the id of each row to be sure",
+        path, _some(item_ids.cast(pl.String)),
+    )  # fmt: skip
+    return vectors, None
+
+
+def _float32(
+    vectors: npt.NDArray[np.generic], rows: npt.NDArray[np.integer] | None, n_items: int
+) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
+    """Vectors of the items in blocks; what float32 can't hold is inf."""
+    for block in _row_blocks(n_items):
+        part = vectors[block if rows is None else rows[block]]
+        with np.errstate(over="ignore"):
+            yield block, np.ascontiguousarray(part, dtype=np.float32)
 
 
 def check_vectors(vectors: npt.NDArray[np.floating], name: str) -> None:
@@ -81,9 +134,11 @@ def check_vectors(vectors: npt.NDArray[np.floating], name: str) -> None:
     for block in _row_blocks(len(vectors)):
         bad[block] = ~np.isfinite(vectors[block]).all(axis=1)
     if bad.any():
-        raise ValueError(
-            f"{name}: {int(bad.sum())} rows hold NaN or inf, the first is row {int(bad.argmax())}"
-        )
+        raise ValueError(_not_finite(name, int(bad.sum()), int(bad.argmax())))
+
+
+def _not_finite(name: str, bad: int, first: int) -> str:
+    return f"{name}: {bad} rows hold NaN or inf, the first is row {first}"
 
 
 def content_vectors(run_dir: Path | str) -> npt.NDArray[np.float32] | None:

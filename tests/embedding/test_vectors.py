@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from genrec.artifacts import Stage
-from genrec.embedding.vectors import content_vectors, load_vectors
+from genrec.embedding import vectors
+from genrec.embedding.vectors import content_vectors, copy_vectors, load_vectors
 
 ITEMS = pl.Series("item_id", [7, 9, 12])
 ROWS = np.arange(10, dtype=np.float32).reshape(5, 2)
@@ -112,6 +113,31 @@ def test_rows_are_brought_into_the_order_of_the_catalogue(
         assert load_vectors(tmp_path / "v.npy", items, ids).tolist() == ROWS[[2, 4, 0]].tolist()
     assert "2 rows of items that the catalogue lacks are ignored" in caplog.text
     assert "trusted" not in caplog.text
+
+
+def test_a_copy_is_what_saving_the_loaded_rows_would_write(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(vectors, "_ROWS_AT_ONCE", 2)  # of three items
+    np.save(tmp_path / "v.npy", ROWS.astype(np.float16))
+    ids = write_ids(tmp_path, "json", IDS)
+    loaded = load_vectors(tmp_path / "v.npy", ITEMS, ids)
+    np.save(tmp_path / "saved.npy", loaded)
+    copied = copy_vectors(tmp_path / "v.npy", ITEMS, tmp_path / "copy.npy", ids)
+    assert isinstance(copied, np.memmap) and (copied == loaded).all()
+    assert (tmp_path / "copy.npy").read_bytes() == (tmp_path / "saved.npy").read_bytes()
+    # A copy that can't be whole isn't there, and one of before stays.
+    broken = ROWS.copy()
+    broken[[2, 4], 1] = np.nan, np.inf  # rows of the items 1 and 2
+    broken[0] = np.nan
+    np.save(tmp_path / "v.npy", broken)
+    for call in (
+        lambda: load_vectors(tmp_path / "v.npy", ITEMS, ids),
+        lambda: copy_vectors(tmp_path / "v.npy", ITEMS, tmp_path / "copy.npy", ids),
+        lambda: copy_vectors(tmp_path / "v.npy", ITEMS, tmp_path / "new.npy", ids),
+    ):
+        with pytest.raises(ValueError, match="3 rows hold NaN or inf, the first is row 0"):
+            call()
+    assert (tmp_path / "copy.npy").read_bytes() == (tmp_path / "saved.npy").read_bytes()
+    assert not list(tmp_path.glob("new*")) and not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("kind", [pl.List(pl.Float64), pl.Array(pl.Float32, 2)])
