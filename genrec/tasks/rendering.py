@@ -144,6 +144,22 @@ def served_prompts(
     return _filled(rows, template, FAMILIES[family].prompt, texts, renderer).alias(PROMPT)
 
 
+def served_completions(
+    rows: pl.DataFrame, family: str, texts: ItemTexts, renderer: PromptRenderer
+) -> pl.Series:
+    """What follows the prompts of one family in training, (rows,).
+
+    Args:
+        rows: what the family's completion holds.
+        family: its name.
+        texts: of the items.
+        renderer: the templates that the model was trained with.
+    """
+    fields = FAMILIES[family].completion
+    made = _filled(rows, f"{family}/completion/01", fields, texts, renderer)
+    return made.alias(COMPLETION)
+
+
 def _filled(
     rows: pl.DataFrame,
     templates: pl.Series | str,

@@ -118,6 +118,19 @@ class InteractionLog:
         part = pl.scan_parquet(self.path, glob=False).select(column).slice(low, high - low)
         return part.collect()[column].gather(pl.Series(places - low, dtype=pl.UInt32))
 
+    def of_histories(self, rows: pl.DataFrame, column: str) -> pl.Series:
+        """What came with the interactions of each history, oldest first, (rows,) of lists.
+
+        Args:
+            rows: user_id, target_position, and as `HISTORY_ITEMS` the items right before it.
+            column: of `columns`.
+        """
+        lengths = rows[HISTORY_ITEMS].list.len().to_numpy().astype(np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        begin = np.repeat(self.places(rows) - lengths - offsets[:-1], lengths)
+        values = self.read(begin + np.arange(offsets[-1]), column)
+        return list_series(values, offsets)
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -285,7 +298,7 @@ class _Columns:
             table = add_noise(rows, len(sources.item_ids), seed)
             self._made |= {column: table[column] for column in (SHOWN, SET_ASIDE)}
         elif name == HISTORY_RATINGS:
-            self._made[name] = self._history_values(rows, RATING)
+            self._made[name] = sources.log.of_histories(rows, RATING)
         elif name in sources.log.columns:
             values = sources.log.read(sources.log.places(rows), name)
             if name != RATING:
@@ -335,14 +348,6 @@ class _Columns:
             step = column.removeprefix("step_")
             self._made[column] = worded[step]
             self._made[_SLOTS_OF + column] = _typed(step, worded[step], slots, sources.item_ids)
-
-    def _history_values(self, rows: pl.DataFrame, column: str) -> pl.Series:
-        """What came with the interactions of each history, oldest first."""
-        lengths = rows[HISTORY_ITEMS].list.len().to_numpy().astype(np.int64)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        begin = np.repeat(self._sources.log.places(rows) - lengths - offsets[:-1], lengths)
-        values = self._sources.log.read(begin + np.arange(offsets[-1]), column)
-        return list_series(values, offsets)
 
 
 def _side_by_side(columns: Sequence[pl.Series]) -> pl.Series:
