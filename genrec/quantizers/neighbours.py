@@ -23,6 +23,8 @@ IntArray = npt.NDArray[np.int64]
 
 ALL_QUERIES_ITEMS = 100_000  # larger catalogues are measured on a seeded sample
 SAMPLED_QUERIES = 10_000
+FEWEST_QUERIES = 2_000  # of the largest catalogues
+_PAIRS_SEARCHED = 10_000_000_000  # queries times items; more are minutes of work for no more digits
 _INDEX_ROWS = 131_072  # vectors indexed at once, which bounds the memory of the search
 _QUERY_ROWS = 8_192
 _PAIRS = 20_000_000  # item pairs counted at once
@@ -54,7 +56,8 @@ def nearest_vectors(
             and neither have nor are neighbours.
         k: neighbours per item, the item itself left out.
         queries: whose neighbours are sought; None takes all items, and above `ALL_QUERIES_ITEMS`
-            items a seeded sample of `SAMPLED_QUERIES`.
+            items a seeded sample of `SAMPLED_QUERIES`, of millions of items fewer, but no fewer
+            than `FEWEST_QUERIES`.
         seed: of that sample.
 
     Raises:
@@ -67,7 +70,8 @@ def nearest_vectors(
     if queries is None:
         queries = np.arange(n_items)
         if sampled:
-            queries = np.random.default_rng(seed).choice(n_items, SAMPLED_QUERIES, replace=False)
+            n_queries = min(SAMPLED_QUERIES, max(FEWEST_QUERIES, _PAIRS_SEARCHED // n_items))
+            queries = np.random.default_rng(seed).choice(n_items, n_queries, replace=False)
     items = np.unique(np.asarray(queries, dtype=np.int64))
     if len(items) and (items[0] < 0 or items[-1] >= n_items):
         raise ValueError(
