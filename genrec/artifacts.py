@@ -9,6 +9,7 @@ old folder aside under a new name. Longer than other modules: a stage's life is 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -305,6 +306,37 @@ def machine() -> str:
     return text
 
 
+_HELD: dict[str, int] = {}  # folder -> descriptor that holds it, of this process
+
+
+def _hold(folder: Path) -> None:
+    """Let no other process write a folder until this one lets go of it or ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    _release(folder)  # what this process held may have been set aside, and is another folder now
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(
+            f"another process is writing {folder}; wait until it ends, or use another --run_dir"
+        ) from None
+    except OSError as error:  # a file system without locks
+        os.close(descriptor)
+        logger.warning("%s can't be locked (%s): start no second process there", folder, error)
+        return
+    _HELD[str(folder.absolute())] = descriptor
+
+
+def _release(folder: Path) -> None:
+    descriptor = _HELD.pop(str(folder.absolute()), None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
 def _in_progress(folder: Path) -> dict[str, Any]:
     """What unfinished work says about itself; empty where nothing or damage is there."""
     try:
@@ -363,15 +395,20 @@ class Stage:
         )
         self._started = time.perf_counter()
 
-    def is_done(self, overwrite: bool = False) -> bool:
+    def is_done(self, overwrite: bool = False, alone: bool = True) -> bool:
         """Whether this very stage is already complete; else the folder is made ready to write.
 
         A partial folder with the same fingerprint is kept, so that the stage can resume; one of
-        other settings is set aside.
+        other settings is set aside. From then until it is finished, or the process ends, no other
+        process can begin it.
+
+        Args:
+            overwrite: a complete folder of other settings is set aside.
+            alone: False in processes that write the folder together with one that holds it.
 
         Raises:
             ValueError: a complete stage with other settings or inputs is there and `overwrite` is
-                False.
+                False, or another process is writing the folder.
         """
         complete = (self.folder / MANIFEST).exists()
         if complete and not overwrite:
@@ -386,6 +423,8 @@ class Stage:
                 f"{self._difference(manifest.config, manifest.inputs)}; use another --run_dir, or "
                 "--overwrite true (the old folder is kept under a new name)"
             )
+        if alone and self.folder.is_dir():
+            _hold(self.folder)
         progress = self.folder / IN_PROGRESS
         same = _in_progress(self.folder).get("fingerprint") == self.fingerprint
         # A damaged manifest isn't read here: overwriting is what mends it.
@@ -393,6 +432,8 @@ class Stage:
         if complete or (kept and not same):
             self._set_aside()
         self.folder.mkdir(parents=True, exist_ok=True)
+        if alone:
+            _hold(self.folder)
         state = {"fingerprint": self.fingerprint, "config": self.config, "inputs": self.inputs}
         write_json(progress, state)
         return False
@@ -491,5 +532,6 @@ class Stage:
         write_json(self.folder / MANIFEST, asdict(manifest))
         with suppress(FileNotFoundError):
             (self.folder / IN_PROGRESS).unlink()
+        _release(self.folder)
         logger.info("%s: done in %.1f s (%s)", self.name, manifest.seconds, self.folder)
         return manifest

@@ -370,7 +370,8 @@ def main() -> None:
     with PartialState().main_process_first():
         stage = Stage(args.run_dir, "grpo", config, inputs)
         require_codes(stage_folder(args.run_dir, "quantize"))
-        if stage.is_done(args.overwrite and PartialState().is_main_process):
+        first = PartialState().is_main_process
+        if stage.is_done(args.overwrite and first, alone=first):
             return
     check_rewards(args, training, objective)
     dataset = stage_folder(args.run_dir, "build_dataset")

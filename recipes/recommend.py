@@ -517,7 +517,7 @@ def main() -> None:
     with locked(stage.run_dir):
         if part != WHOLE:
             stage.check_shared()
-        if stage.is_done(args.overwrite):
+        if stage.is_done(args.overwrite, alone=False):  # parts share the folder
             return
         rule = require(source, model_stage).config.get("filter_seen")
         if rule not in (None, args.filter_seen):

@@ -383,7 +383,8 @@ def main() -> None:
         hashes = earlier.hashes if earlier else None
         stage = Stage(args.run_dir, "sft", config, inputs, ignore=["warm_start"], hashes=hashes)
         check_map(args.loss_over, stage_folder(args.run_dir, "quantize"))
-        if stage.is_done(args.overwrite and PartialState().is_main_process):
+        first = PartialState().is_main_process
+        if stage.is_done(args.overwrite and first, alone=first):
             return
     data = stage_folder(args.run_dir, "prepare")
     dataset = stage_folder(args.run_dir, "build_dataset")

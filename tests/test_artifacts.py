@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import polars as pl
@@ -113,6 +115,32 @@ def test_overwrite_keeps_the_old_folder_under_new_names(tmp_path: Path):
     assert sorted(texts) == ["content 0", "content 1", "content 2"]
     assert (tmp_path / "data" / "table.txt").read_text() == "content 2"
     assert (tmp_path / "data.old-1" / MANIFEST).exists()
+
+
+def test_a_folder_that_another_process_writes_is_left_alone(tmp_path: Path):
+    run = tmp_path / "run"
+    code = (
+        "import sys, time; from genrec.artifacts import Stage; "
+        f"stage = Stage({str(run)!r}, 'prepare', {{}}); assert not stage.is_done(); "
+        "(stage.folder / 'half').write_text('mine'); print('ready', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "ready\n"
+        for settings in ({}, {"seed": 1}):  # the same would resume it, others would set it aside
+            with pytest.raises(ValueError, match="another process is writing .*/data; wait"):
+                Stage(run, "prepare", settings).is_done()
+        assert not Stage(run, "prepare", {}).is_done(alone=False)  # a process of the same job
+        assert (run / "data" / "half").read_text() == "mine"
+        assert [path.name for path in run.iterdir()] == ["data"]
+    finally:
+        other.kill()
+        other.wait()
+    mine = Stage(run, "prepare", {"seed": 1})
+    assert not mine.is_done() and (run / "data.old-1" / "half").exists()
+    assert not Stage(run, "prepare", {"seed": 1}).is_done()  # this process may begin again
+    mine.finish(rows=0)
+    assert str(mine.folder.absolute()) not in artifacts._HELD
 
 
 def test_upstream_rebuilt_names_both_files_and_the_command(tmp_path: Path):

@@ -22,7 +22,7 @@ from genrec.evaluation.significance import bootstrap_means, interval
 FloatArray = npt.NDArray[np.float64]
 Predictor = Callable[[pl.DataFrame], FloatArray]  # rows with user_id and the target -> (n,)
 
-SHRINKAGES = (0.3, 1.0, 3.0, 10.0, 30.0)
+SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 def training_ratings(train: pl.DataFrame, interactions: Path | str) -> pl.DataFrame:
