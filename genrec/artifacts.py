@@ -337,6 +337,12 @@ def _release(folder: Path) -> None:
         os.close(descriptor)
 
 
+def release_held() -> None:
+    """Let go of all folders that this process holds (see `Stage.is_done`)."""
+    for folder in list(_HELD):
+        _release(Path(folder))
+
+
 def _in_progress(folder: Path) -> dict[str, Any]:
     """What unfinished work says about itself; empty where nothing or damage is there."""
     try:

@@ -20,6 +20,8 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
+from genrec.artifacts import release_held
+
 logger = logging.getLogger(__name__)
 
 
@@ -170,6 +172,8 @@ def run(main: Callable[[], None]) -> None:
             raise
         sys.stderr.write(f"error: {message}\n")
         raise SystemExit(2) from error
+    finally:
+        release_held()  # where recipes run inside another program, it goes on
 
 
 # Writers in C++ and Rust tell it in words alone; PyTorch's don't even say why they couldn't write.

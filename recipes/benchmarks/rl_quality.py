@@ -5,11 +5,11 @@
         --arms sft rl more-sft --split test
     python recipes/benchmarks/rl_quality.py --quick        # a synthetic shop, two arms, few steps
 
-Each seed has one SFT model that never saw the targets of the RL rows (each user's last training
-interaction), and every RL arm starts from it. `sft` is that model as it is: the same SFT, and SFT
-on the reduced rows, in one. `more-sft` learns all rows by SFT with as much time as `sft` and `rl`
-took together, its best checkpoint chosen on validation like every other. The further arms change
-one thing of `rl`.
+Each seed has one SFT model (`sft`), trained on all rows by the shipped config, and every RL arm
+starts from it. Its RL rows, each user's last training interaction, are among what it has learned.
+`more-sft` is SFT with as much time as `sft` and `rl` took together, its best checkpoint chosen on
+validation like every other. `sft-reduced` never saw the targets of the RL rows, and `rl-reduced`
+starts there, with the supervised loss on them added. The further arms change one thing of `rl`.
 
 Choose on validation rows (the default); `--split test` reads the test rows, for the arms that were
 chosen. Intervals are over rows and seeds, differences from `sft` are paired by row. What is
@@ -38,13 +38,14 @@ from genrec.metrics import gains, hits
 
 K = 10
 RESERVED = ["--reserve_last", "true"]
-# arm -> what grpo gets on top of its config; the first two are no RL.
+# arm -> what grpo gets on top of its config; the first three are no RL.
 ARMS: dict[str, list[str]] = {
     "sft": [],
     "more-sft": [],
+    "sft-reduced": [],
     "rl": [],
-    "rl-rewards-alone": ["--sft_weight", "0"],
-    "rl-sft-loss-alone": ["--reward_weights", "0", "0"],
+    "rl-reduced": "--sft_weight 0.5 --learning_rate 2e-4 --max_steps 1400".split(),
+    "rl-sft-loss-alone": "--reward_weights 0 0 --sft_weight 0.5".split(),
     "rl-rule": ["--rewards", "rule"],
     "rl-rule-prefix": ["--rewards", "rule", "prefix"],
     "rl-rule-rank-prefix": ["--rewards", "rule", "rank", "prefix"],
@@ -100,7 +101,7 @@ def seconds(run: Path, stage: str) -> float:
 
 
 def epochs_for(args: argparse.Namespace, seed: int) -> float:
-    """Epochs of SFT on all rows that take as long as SFT on the reduced ones and RL together."""
+    """Epochs of SFT that take as long as SFT and RL together."""
     path = args.configs / "sft.yaml"
     planned = yaml.safe_load(path.read_text())["num_train_epochs"] if path.exists() else 3
     planned = args.epochs or planned
@@ -114,13 +115,14 @@ def make(args: argparse.Namespace, arm: str, seed: int) -> Path:
     """The arm's run, trained."""
     run = args.work_dir / f"{arm}-{seed}"
     epochs = ["--num_train_epochs", str(args.epochs)] if args.epochs else []
-    if arm == "sft":
-        supervised(args, seed, run, *epochs, *args.sft, rows=RESERVED)
+    if arm in ("sft", "sft-reduced"):
+        rows = RESERVED if arm == "sft-reduced" else []
+        supervised(args, seed, run, *epochs, *args.sft, rows=rows)
     elif arm == "more-sft":
         longer = ["--num_train_epochs", f"{epochs_for(args, seed):.2f}"]
         supervised(args, seed, run, *longer, *args.sft, rows=[])
     else:
-        base = make(args, "sft", seed)
+        base = make(args, "sft-reduced" if arm == "rl-reduced" else "sft", seed)
         linked(base, run, ("prepare", "embed", "quantize", "build_dataset", "sft"))
         at = ["--run_dir", str(run), "--seed", str(seed), "--disable_tqdm", "true"]
         genrec("grpo", *config(args, "grpo"), *at, *args.grpo, *ARMS[arm])
@@ -145,7 +147,7 @@ def ranks_of(args: argparse.Namespace, arm: str, seed: int) -> np.ndarray:
 def facts(args: argparse.Namespace, arm: str) -> dict[str, object]:
     """What the first seed's training says of itself."""
     run = args.work_dir / f"{arm}-0"
-    stage = "sft" if arm in ("sft", "more-sft") else "grpo"
+    stage = "sft" if arm in ("sft", "more-sft", "sft-reduced") else "grpo"
     found: dict[str, object] = {"seconds": round(seconds(run, stage), 1)}
     before = stage_folder(run, "grpo") / "before.json"
     if stage == "grpo" and before.exists():
