@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
 from trl import TrlParser
 
 from genrec.artifacts import release_held
@@ -174,6 +175,17 @@ def run(main: Callable[[], None]) -> None:
         raise SystemExit(2) from error
     finally:
         release_held()  # where recipes run inside another program, it goes on
+
+
+def make_console(width: int = 120, markup: bool = False) -> Console:
+    """A console as wide as the terminal; elsewhere of a fixed width, since a log file has none.
+
+    Args:
+        width: columns, where there is no terminal.
+        markup: whether ``[bold]`` and the like are read; not where texts of users are printed.
+    """
+    console = Console(highlight=False, markup=markup)
+    return console if console.is_terminal else Console(highlight=False, markup=markup, width=width)
 
 
 # Writers in C++ and Rust tell it in words alone; PyTorch's don't even say why they couldn't write.

@@ -20,11 +20,10 @@ import logging
 from dataclasses import dataclass, field
 
 import numpy as np
-from rich.console import Console
 
 from genrec.artifacts import require, stage_folder
 from genrec.columns import USER_ID
-from genrec.config import check_choice, parse, run
+from genrec.config import check_choice, make_console, parse, run
 from genrec.data.splits import read_split
 from genrec.evaluation.baselines import DEVICES, UnfitData
 from genrec.evaluation.comparison import compare, comparison_table
@@ -109,9 +108,7 @@ def main() -> None:
     rule = "left out" if args.filter_seen else "allowed"
     name = args.dataset or stage_folder(args.run_dir, "prepare").resolve().parent.name
     title = f"{name}, {args.split}: {rows.height:,} rows, seen items {rule}"
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=120)
+    console = make_console(markup=True)
     console.print(comparison_table(comparison, columns, title))
     console.print("\n".join([*notes, f"cached in {cache}"]), markup=False)
 

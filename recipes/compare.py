@@ -24,11 +24,10 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from rich.console import Console
 
 from genrec.artifacts import write_json, write_parquet, write_text
 from genrec.columns import USER_ID
-from genrec.config import parse, run
+from genrec.config import make_console, parse, run
 from genrec.evaluation.comparison import (
     Comparison,
     compare_ranks,
@@ -202,9 +201,7 @@ def show(found: Comparison, results: dict[str, Any]) -> None:
     """Print the table and the sentence on the reference."""
     columns = [f"{metric}@{k}" for k in results["ks"] for metric in ("HR", "NDCG")]
     title = f"{results['dataset']}, {results['split']}: {results['rows']:,} rows"
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=120)  # a log file has no width to adapt to
+    console = make_console(markup=True)
     console.print(comparison_table(found, columns, title))
     if (line := describe_difference(found, f"NDCG@{max(results['ks'])}")) is not None:
         console.print(line, markup=False)

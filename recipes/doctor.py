@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from genrec.artifacts import FOLDERS, MANIFEST, require, stage_folder, write_json
 from genrec.columns import HISTORY, TRAIN_COUNT
-from genrec.config import check_choice, parse, run
+from genrec.config import check_choice, make_console, parse, run
 from genrec.data.splits import read_split
 from genrec.decoding.beam import default_beam_width
 from genrec.evaluation.doctor import (
@@ -236,9 +236,7 @@ def main() -> None:
         "details": details,
     }
     write_json(run_dir / "doctor.json", json.loads(json.dumps(found, default=float)))
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=100)
+    console = make_console(width=100)
     show(args.run_dir, checks, next_step(checks), console)
     if any(check.status == "bad" for check in checks):
         sys.exit(1)

@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from rich.console import Console
 
 from genrec.artifacts import (
     Stage,
@@ -52,7 +51,7 @@ from genrec.columns import (
     TRAIN_COUNT,
     USER_ID,
 )
-from genrec.config import check_choice, parse, run
+from genrec.config import check_choice, make_console, parse, run
 from genrec.data.splits import read_split
 from genrec.evaluation.baselines import DEVICES, UnfitData
 from genrec.evaluation.beyond_accuracy import category_matrix
@@ -369,9 +368,7 @@ def show(args: EvaluateArgs, comparison: Comparison, results: dict[str, Any]) ->
         f"{results['dataset']}, {results['split']}: {results['rows']:,} rows, "
         f"{results['items']:,} items, seen items {'left out' if args.filter_seen else 'allowed'}"
     )
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=120)  # a log file has no width to adapt to
+    console = make_console(markup=True)
     k = max(args.ks)
     console.print(comparison_table(comparison, [*columns, f"coverage@{k}"], title))
     notes = [f"± is half of the 95% bootstrap interval; popularity and kNN count {args.fit_on}"]

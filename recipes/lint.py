@@ -12,12 +12,11 @@ import sys
 from dataclasses import dataclass
 
 import polars as pl
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from genrec.artifacts import read_json, require, stage_folder
-from genrec.config import parse, run
+from genrec.config import make_console, parse, run
 from genrec.data.lint import Finding, lint_run_tables, worst_first
 from genrec.data.splits import SPLITS, read_split
 
@@ -58,9 +57,7 @@ def main() -> None:
     rows = {split: read_split(args.run_dir, split, "lint") for split in SPLITS}
     protocol = read_json(folder / "split.json")["protocol"]
     findings = worst_first(lint_run_tables(interactions, catalog, **rows, protocol=protocol))
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=100)
+    console = make_console(width=100)
     console.print(findings_table(findings))
     if any(finding.severity == "bad" for finding in findings):
         sys.exit(1)

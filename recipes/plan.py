@@ -15,12 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
-from rich.console import Console
 from rich.table import Table
 
 from genrec.artifacts import load_manifest, require, stage_folder
 from genrec.columns import HISTORY
-from genrec.config import check_choice, parse, run
+from genrec.config import check_choice, make_console, parse, run
 from genrec.data.splits import read_split
 from genrec.decoding.beam import default_beam_width
 from genrec.modeling import encode_prompts, load_tokenizer
@@ -242,9 +241,7 @@ def main() -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, value in lines(args, model, work, made):
         table.add_row(name, value)
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=100)
+    console = make_console(width=100)
     console.print("Estimate (a roofline, nothing was run):")
     console.print(table)
     console.print(f"Measured: {measured(args)}")

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -36,7 +35,7 @@ from genrec.columns import (
     TITLE,
     USER_ID,
 )
-from genrec.config import check_choice, parse, run
+from genrec.config import check_choice, make_console, parse, run
 from genrec.data.splits import read_split, rows_of_user
 from genrec.prompts import escape_text
 
@@ -129,7 +128,7 @@ def measure(args: RateArgs, rater: Rater) -> None:
         folder / "ratings.json",
         {"rows": len(rows), "against": against, "systems": found, "settings": asdict(args)},
     )
-    console = _console()
+    console = make_console()
     console.print(f"{len(rows):,} rated targets of the {args.split} split")
     shown = Table(box=None, pad_edge=False)
     for name in ("system", "RMSE", "MAE", f"RMSE − {against}"):
@@ -162,7 +161,7 @@ def one(args: RateArgs, rater: Rater) -> None:
         row = row.with_columns(pl.Series(TARGET, [at["at"][0]], dtype=row.schema[TARGET]))
     rows = rater.rows(row)
     (chances,) = rater.probabilities(rows)
-    console = _console()
+    console = make_console()
     item = int(row[TARGET][0])
     title = escape_text(catalog[TITLE][item], 60)
     console.print(Text(f"user {row[USER_ID][0]}, item {catalog[ITEM_ID][item]}: {title}"))
@@ -178,13 +177,6 @@ def one(args: RateArgs, rater: Rater) -> None:
             f"what the model would write with {likeliest[0]:g} (nothing in it is checked):"
         )
         console.print(Text(f"  {escape_text(review, 600)}"))
-
-
-def _console() -> Console:
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=120)
-    return console
 
 
 def main() -> None:

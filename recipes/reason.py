@@ -43,7 +43,7 @@ from genrec.columns import (
     TITLE,
     USER_ID,
 )
-from genrec.config import check_choice, parse, run
+from genrec.config import check_choice, make_console, parse, run
 from genrec.data.splits import read_split, rows_of_user
 from genrec.embedding.vectors import VECTORS
 from genrec.explain.thresholds import (
@@ -188,9 +188,7 @@ def lists_table(rows: pl.DataFrame, made: list[ReasonedList]) -> pl.DataFrame:
 
 def show_figures(found: dict[str, Any], folder: Path) -> None:
     """Verdicts, figures beside controls, thresholds."""
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=120)
+    console = make_console()
     console.print(f"{found['chains']:,} chains of {found['lists']:,} lists")
     for name, own in found["verdicts"].items():
         if own["share"] is not None:
@@ -271,9 +269,7 @@ def main() -> None:
     (made,) = recommender.reason(
         [row[HISTORY]], args.k, args.chains, sampling, seen, args.beam_width, args.exact
     )
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=120)
+    console = make_console()
     console.print(Text(f"{row[ROW_ID]}, user {row[USER_ID]}; history, oldest first:"))
     for item in row[HISTORY][-recommender.max_history :]:
         title = escape_text(recommender.catalog[TITLE][item], 60)

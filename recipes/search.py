@@ -20,13 +20,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from genrec.artifacts import require, stage_folder
 from genrec.columns import ITEM_ID, TITLE
-from genrec.config import check_choice, parse, run
+from genrec.config import check_choice, make_console, parse, run
 from genrec.prompts import escape_text
 
 
@@ -184,9 +183,7 @@ def main() -> None:
         table, how = grounded(args, catalog, history or []), "nearest by text"
     else:
         table = searched(args, history)
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=120)
+    console = make_console()
     joint = f", after {len(history)} items" if history is not None and not args.ground else ""
     console.print(Text(f"“{escape_text(query)}”, {how}{joint}"))
     console.print(table)

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from genrec.columns import HISTORY, ITEM_ID, ROW_ID, TITLE, USER_ID
-from genrec.config import check_choice, parse, run
+from genrec.config import check_choice, make_console, parse, run
 from genrec.data.splits import read_split, rows_of_user
 from genrec.prompts import escape_text
 
@@ -119,9 +119,7 @@ def main() -> None:
             history, profile, args.k, args.filter_seen, args.beam_width
         )
 
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=120)
+    console = make_console()
     console.print(Text(f"{row[ROW_ID]}, user {row[USER_ID]}; history, oldest first:"))
     for item in row[HISTORY][-recommender.max_history :]:
         console.print(Text(f"  {escape_text(recommender.catalog[TITLE][int(item)], 70)}"))

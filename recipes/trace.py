@@ -43,7 +43,7 @@ from genrec.columns import (
     TITLE,
     USER_ID,
 )
-from genrec.config import parse, run
+from genrec.config import make_console, parse, run
 from genrec.data.splits import GIVEN, read_split, rows_of_user
 from genrec.metrics import RelevantRanks, gains, hits
 from genrec.prompts import escape_text
@@ -119,9 +119,7 @@ def load_view(args: TraceArgs) -> tuple[View, list[str]]:
     # A user with several rows: an explained one, if there is.
     candidates = list(mine.iter_rows(named=True))
     row = next((r for r in candidates if r[ROW_ID] in explained), candidates[0])
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=100)
+    console = make_console(width=100)
     view = View(
         args.run_dir, done, split, pl.read_parquet(data / "catalog.parquet"), row,
         [chain for chain in chains if chain.row_id == row[ROW_ID]], console,
