@@ -33,11 +33,11 @@ from genrec.modeling import encode_prompts, encode_text
 from genrec.recommend import Recommender
 from genrec.tasks.rendering import ItemTexts, served_completions, served_prompts
 from genrec.tasks.rows import InteractionLog
+from genrec.title_index import END_CODE, token_codes
 
 RATING_FAMILY = "rating"
 EXPLANATION = "explanation"
 MOST_RATINGS = 201  # distinct ones: 0 to 100 in halves
-_END_CODE = 0  # of EOS, on every level of the trie
 
 
 def trained_ratings(run_dir: Path | str) -> list[float]:
@@ -89,17 +89,11 @@ class Rater:
         tokenizer = self.recommender.tokenizer
         labels = pl.DataFrame({RATING: pl.Series(self.values, dtype=pl.Float64)})
         texts = served_completions(labels, RATING_FAMILY, self._texts, self.recommender.renderer)
-        tokens = encode_text(tokenizer, texts.to_list())
-        end = tokenizer.eos_token_id
-        n_levels = max(map(len, tokens)) + 1
-        codes, token_ids = np.zeros((len(tokens), n_levels), dtype=np.int32), []
-        for level in range(n_levels):
-            used = sorted({own[level] for own in tokens if len(own) > level})
-            place = {token: at + 1 for at, token in enumerate(used)}
-            codes[:, level] = [place[own[level]] if len(own) > level else _END_CODE
-                               for own in tokens]  # fmt: skip
-            token_ids.append([end, *used])
-        trie = SidTrie.build(codes, end_code=_END_CODE)
+        encoded = encode_text(tokenizer, texts.to_list())
+        tokens = np.concatenate([np.array(ids, dtype=np.int32) for ids in encoded])
+        lengths = np.array([len(ids) for ids in encoded], dtype=np.int32)
+        codes, token_ids = token_codes(tokens, lengths, tokenizer.eos_token_id)
+        trie = SidTrie.build(codes, end_code=END_CODE)
         return TorchEngine(
             self._own.model, trie, token_ids, self._own.pad_token_id, "trie", self._own.batch_size
         )

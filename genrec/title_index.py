@@ -65,16 +65,33 @@ def title_index(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tit
     _check_tokens(names, encoded, tokenizer, end_id)
     lengths = np.fromiter(map(len, encoded), dtype=np.int32, count=len(encoded))
     tokens = np.fromiter(chain.from_iterable(encoded), dtype=np.int32, count=int(lengths.sum()))
-    starts = np.cumsum(lengths, dtype=np.int64) - lengths
     del encoded
-    # One long title makes all rows long: nothing but the codes themselves is held in that shape.
-    codes, token_ids = np.zeros((len(names), int(lengths.max()) + 1), dtype=np.int32, order="F"), []
+    codes, token_ids = token_codes(tokens, lengths, end_id)
+    return TitleIndex(codes, token_ids, lengths)
+
+
+def token_codes(
+    tokens: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32], end_id: int
+) -> tuple[npt.NDArray[np.int32], list[list[int]]]:
+    """Texts of any lengths as codes of one length; see `TitleIndex`.
+
+    Args:
+        tokens: of all texts, one after the other, (lengths.sum(),).
+        lengths: tokens of each text, (n,).
+        end_id: token of the end mark.
+
+    Returns:
+        Codes (n, longest + 1), padded with `END_CODE`, and per level the token of each code.
+    """
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    # One long text makes all rows long: nothing but the codes themselves is held in that shape.
+    codes, token_ids = np.zeros((len(lengths), int(lengths.max()) + 1), np.int32, order="F"), []
     for level in range(codes.shape[1]):
         inside = np.flatnonzero(lengths > level)
         used, place = np.unique(tokens[starts[inside] + level], return_inverse=True)
         codes[inside, level] = place + 1
         token_ids.append([end_id, *used.tolist()])
-    return TitleIndex(codes, token_ids, lengths)
+    return codes, token_ids
 
 
 def _encode(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
