@@ -102,7 +102,7 @@ def measure(args: RateArgs, rater: Rater) -> None:
     rows = rows.sample(min(args.rows or 1, len(rows)), seed=args.seed).sort(ROW_ID)
     chances = rater.probabilities(rows)
     data = stage_folder(args.run_dir, "prepare")
-    train = training_ratings(pl.read_parquet(data / "train.parquet"), rater.log.path)
+    train = training_ratings(pl.read_parquet(data / "train.parquet", glob=False), rater.log.path)
     valid = pl.read_parquet(data / "valid.parquet", glob=False)
     valid = valid.with_columns(rater.log.read(rater.log.places(valid), RATING)).drop_nulls(RATING)
     without = baselines(train, valid)

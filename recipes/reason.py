@@ -142,7 +142,7 @@ def measure(args: ReasonArgs, recommender: Recommender, sampling: TextSampling, 
             histories, args.k, args.chains, sampling, seen, args.beam_width, args.exact, bar.update
         )
     shown = [np.array(h[-recommender.max_history :], dtype=np.int64) for h in histories]
-    train = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "train.parquet")
+    train = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "train.parquet", glob=False)
     with tqdm(unit="prompt", desc="check") as bar:
         chains = check_written(
             recommender, rows[ROW_ID].to_list(), shown, made, rows[TARGET].to_list(),
