@@ -190,11 +190,12 @@ def child_log_probs(
     Returns:
         (U, B, M), −inf where no child exists.
     """
-    return _over_children(columns.gather(-1, codes), exists, normalizer)
+    beyond = torch.zeros_like(exists, dtype=columns.dtype).masked_fill(~exists, -torch.inf)
+    return _over_children(columns.gather(-1, codes), beyond, normalizer)
 
 
-def _over_children(picked: Tensor, exists: Tensor, normalizer: Normalizer) -> Tensor:
-    picked = picked.masked_fill(~exists, -torch.inf)
+def _over_children(picked: Tensor, beyond: Tensor, normalizer: Normalizer) -> Tensor:
+    picked = picked + beyond
     return picked.log_softmax(-1) if normalizer == "trie" else picked
 
 
@@ -204,6 +205,8 @@ def _pick(columns: Tensor | Columns, rows: Tensor, n_beams: int, codes: Tensor) 
     rows = rows // (n_beams // states)  # one state for all beams, or one for each
     if not isinstance(columns, Tensor):
         return columns.pick(rows, codes)
+    if columns.numel() <= torch.iinfo(codes.dtype).max:  # narrow arithmetic is much the faster
+        rows = rows.to(codes.dtype)
     return look_up(columns.flatten(), rows.unsqueeze(1) * n_codes + codes)
 
 
@@ -233,9 +236,8 @@ def code_log_probs(
         return found.view(nodes.shape)
     out = torch.empty(len(own), device=own.device)
     for rows, length in tensors.blocks(level, above, torch.ones_like(own, dtype=torch.bool)):
-        child, exists = tensors.expand(level, above[rows], length)
-        picked = _pick(columns, rows, n_beams, tensors.codes(level, child))
-        log_probs = _over_children(picked, exists, normalizer)
+        child, codes, beyond = tensors.children(level, above[rows], length)
+        log_probs = _over_children(_pick(columns, rows, n_beams, codes), beyond, normalizer)
         out[rows] = log_probs.gather(1, own[rows].unsqueeze(1) - child[:, :1]).squeeze(1)
     return out.view(nodes.shape)
 
@@ -269,13 +271,10 @@ def step(
     scores = beams.scores.flatten()
 
     def children(rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        child, exists = tensors.expand(level, nodes[rows], length)
-        picked = _pick(columns, rows, shape[1], tensors.codes(level, child))
-        log_probs = _over_children(picked, exists, normalizer)
-        if tensors.filters(users):
-            allowed = tensors.allowed(level, child, users, rows // shape[1])
-            log_probs = log_probs.masked_fill(~allowed, -torch.inf)
-        return child, log_probs
+        child, codes, beyond = tensors.children(level, nodes[rows], length)
+        log_probs = _over_children(_pick(columns, rows, shape[1], codes), beyond, normalizer)
+        closed = tensors.closed(level, child, users, rows // shape[1])
+        return child, log_probs if closed is None else log_probs + closed
 
     blocks = tensors.blocks(level, nodes, scores != -torch.inf)
     if len(blocks) == 1 and len(blocks[0][0]) == len(nodes):
@@ -329,7 +328,7 @@ def _best_children(
                 top = found[-1].topk(keep, dim=1).indices
             found = [values.gather(1, top) for values in found]
         for whole, part in zip(best, found, strict=True):
-            whole[rows, : part.shape[1]] = part
+            whole[rows, : part.shape[1]] = part.to(whole.dtype)
     return best
 
 
@@ -337,10 +336,12 @@ def best_in_rows(scores: Tensor, nodes: Tensor, keep: int) -> Tensor:
     """Places of each row's best by (score descending, SID ascending), in no order, (R, keep).
 
     Args:
-        scores: (R, M), with M more than `keep`.
+        scores: (R, M).
         nodes: ids, (R, M).
-        keep: how many.
+        keep: how many, at most M.
     """
+    if keep == scores.shape[1] or scores.device.type != "cpu":  # `any` would wait for a GPU
+        return rank_key(scores, nodes).topk(keep, dim=1).indices
     values, top = scores.topk(keep + 1, dim=1)
     tied = (values[:, -2] == values[:, -1]) & (values[:, -1] != -torch.inf)
     if not tied.any():  # almost always, and a float's top k costs half of the exact key's
@@ -383,7 +384,9 @@ def advance(
     pruned, draws = beams.pruned, None
     if beams.draws is None:
         keep = min(width + 1, scores.shape[1])
-        top = rank_key(scores, flat).topk(keep, dim=1).indices
+        top = best_in_rows(scores, flat, keep)
+        key = rank_key(scores.gather(1, top), flat.gather(1, top))
+        top = top.gather(1, key.argsort(dim=1, descending=True))
         best = scores.gather(1, top)
     else:
         if not drawn:
@@ -402,7 +405,7 @@ def advance(
             pruned = torch.maximum(pruned, best[:, width])
         top, best = top[:, :width], best[:, :width]
     parents = top // n_child
-    nodes = flat.gather(1, top)
+    nodes = flat.gather(1, top).long()
     history = beams.level_log_probs.gather(
         1, parents.unsqueeze(-1).expand(-1, -1, beams.level_log_probs.shape[-1])
     )

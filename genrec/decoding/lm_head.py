@@ -186,11 +186,11 @@ class HeadColumns:
         return logits if self.log_sum is None else logits - self.log_sum[rows].unsqueeze(1)
 
     def _of_all(self, states: Tensor, codes: Tensor) -> Tensor:
-        return F.linear(states, self.weight.float()).gather(1, codes)
+        return F.linear(states, self.weight.float()).gather(1, codes.long())
 
     def _sampled(self, states: Tensor, codes: Tensor) -> Tensor:
         """By a kernel that computes chosen entries of a product, and gathers nothing."""
-        starts = torch.arange(0, codes.numel() + 1, codes.shape[1])
+        starts = torch.arange(0, codes.numel() + 1, codes.shape[1], dtype=codes.dtype)
         zero = torch.zeros(codes.numel())
         size = (len(codes), len(self.weight))
         chosen = torch.sparse_csr_tensor(

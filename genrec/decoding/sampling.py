@@ -223,7 +223,7 @@ class Draws:
         streams = mix(self.streams + _signed((level + 1) * _LEVEL))[beams // n_beams]
         if self.keys is None:  # every beam is a draw with noise of its own
             streams = mix(streams + (beams % n_beams + 1) * _DRAW)
-        noisy = prefixes + gumbel(hash_nodes(streams.unsqueeze(1), child))
+        noisy = prefixes + gumbel(hash_nodes(streams.unsqueeze(1), child.long()))
         if self.keys is None:
             return prefixes, noisy
         return prefixes, given_maximum(noisy, self.keys.flatten()[beams].unsqueeze(1))

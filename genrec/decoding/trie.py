@@ -375,12 +375,15 @@ class CatalogueView:
         trie = self.trie
         rows, leaf = self._pairs(rows, items)
         dead = []
-        for level in range(trie.n_levels):
+        for level in reversed(range(trie.n_levels)):
             n_nodes = len(trie.tokens[level])
             keys = rows * n_nodes + trie.node_of_leaf(level, leaf)
             unique, counts = _runs(keys)
-            dead.append(unique[counts == self.count(level, unique % n_nodes)])
-        return tuple(dead)
+            gone = counts == self.count(level, unique % n_nodes)
+            dead.append(unique[gone])
+            below = np.repeat(gone, counts)  # above, only what lies below a dead node matters
+            rows, leaf = rows[below], leaf[below]
+        return tuple(reversed(dead))
 
     def only(
         self,

@@ -24,7 +24,7 @@ from genrec.decoding.trie import CatalogueView, SidTrie
 _CELLS_AT_ONCE = 1 << 22  # of one rectangle: bounds memory; some ten arrays of this size
 # Rectangles up to this wide are not worth cutting: on a GPU, which would have to wait for the host,
 # much wider ones (reckoned from memory traffic, not measured).
-_NARROW = {"cpu": 128, "cuda": 1024}
+_NARROW = {"cpu": 256, "cuda": 1024}
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,12 @@ class TrieTensors:
         self.view = view or self.trie.everything()
         if self.view.trie is not self.trie:
             raise ValueError("the view belongs to another trie")
-        self._alive: list[Tensor] | None = None
+        self._dead: list[Tensor] | None = None  # per level and node 0, or −inf without a live item
         if not self.view.allows_all:
-            levels = range(self.trie.n_levels)
-            self._alive = [
-                torch.from_numpy(self.view.alive(level)).to(self.device) for level in levels
+            zero, dead = np.float32(0), np.float32(-np.inf)
+            self._dead = [
+                torch.from_numpy(np.where(self.view.alive(level), zero, dead)).to(self.device)
+                for level in range(self.trie.n_levels)
             ]
 
     def through(self, view: CatalogueView | None) -> TrieTensors:
@@ -75,10 +76,6 @@ class TrieTensors:
         other = copy(self)
         other._look_through(view)
         return other
-
-    def filters(self, users: LevelFilter | None) -> bool:
-        """Whether `allowed` may leave a child out."""
-        return self._alive is not None or users is not None
 
     def codes(self, level: int, nodes: Tensor) -> Tensor:
         """Codes of nodes of a level, int64."""
@@ -148,12 +145,35 @@ class TrieTensors:
         Returns:
             Child ids (..., M), ascending, and which of them exist (..., M).
         """
-        start = self._child_start[level][nodes].long()
-        stop = self._child_start[level][nodes + 1].long()
         length = self.widest[level] if length is None else length
-        child = start.unsqueeze(-1) + torch.arange(length, device=self.device)
-        exists = child < stop.unsqueeze(-1)
-        return child.clamp_(max=self.n_nodes[level] - 1), exists
+        child, beyond = self._ranges(level, nodes.flatten(), length)
+        shape = (*nodes.shape, length)
+        return child.view(shape).long(), beyond.view(shape) == 0
+
+    def children(self, level: int, nodes: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`expand` for the search, which reads each cell of a rectangle several times.
+
+        Args:
+            level: level of the children.
+            nodes: parents, (R,); any value where a beam is dead.
+            length: M, at least the most children that one of them has.
+
+        Returns:
+            Child ids, ascending, and their codes, both of the narrow types of the trie's arrays;
+            and what to add to scores: 0 where a child exists, −inf behind the last. (R, M) each.
+        """
+        child, beyond = self._ranges(level, nodes, length)
+        return child, look_up(self._tokens[level], child), beyond
+
+    def _ranges(self, level: int, nodes: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        start = look_up(self._child_start[level], nodes)
+        count = look_up(self._child_start[level], nodes + 1) - start
+        child = start.unsqueeze(1) + torch.arange(length, dtype=start.dtype, device=self.device)
+        # Each row is a stretch of one line: copied whole, where a comparison goes cell by cell.
+        line = torch.zeros(2 * length, device=self.device)
+        line[length:] = -torch.inf
+        beyond = line.unfold(0, length, 1).index_select(0, length - count)
+        return child.clamp_(max=self.n_nodes[level] - 1), beyond
 
     def follow(self, level: int, nodes: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """One level down along given codes.
@@ -209,27 +229,50 @@ class TrieTensors:
         Returns:
             The shape of `child`, bool.
         """
-        if self._alive is None:
-            allowed = torch.ones_like(child, dtype=torch.bool)
-        else:
-            allowed = look_up(self._alive[level], child)
-        if users is None:
-            return allowed
+        rows = child.view(-1, child.shape[-1])
         if user is None:
             user = torch.arange(len(child), device=self.device)
             user = user.repeat_interleave(child[0, ..., 0].numel())
-        rows = child.view(-1, child.shape[-1])
-        if len(users.dead):
-            allowed = allowed & ~self._marked(level, rows, user, users.dead).view(child.shape)
-        if users.restricted is not None:
-            free = ~users.restricted[user].view(*child.shape[:-1], 1)
-            # Opened again are candidates: `only` holds none that the view or `dead` excludes.
-            own = self._marked(level, rows, user, users.only).view(child.shape)
-            allowed = (allowed & free) | (own & ~free)
-        return allowed
+        closed = self.closed(level, rows, users, user)
+        if closed is None:
+            return torch.ones_like(child, dtype=torch.bool)
+        return (closed == 0).view(child.shape)
 
-    def _marked(self, level: int, child: Tensor, user: Tensor, keys: Tensor) -> Tensor:
-        """Which children are one of the keys' nodes of their user, (R, M).
+    def closed(
+        self, level: int, child: Tensor, users: LevelFilter | None, user: Tensor
+    ) -> Tensor | None:
+        """What to add to children's scores for the view and the users' own filters.
+
+        On a CPU adding −inf takes a tenth of filling it in where a mask says so.
+
+        Args:
+            level: level of the children.
+            child: ids as `children` gives them, (R, M).
+            users: the users' filters at this level, or None.
+            user: whose row each is, (R,).
+
+        Returns:
+            0 for a child that is left, −inf for the others, (R, M) float32; None if all are left.
+        """
+        closed = None
+        if self._dead is not None:
+            closed = look_up(self._dead[level], child)
+        if users is None:
+            return closed
+        if len(users.dead):
+            seen = self._marked(level, child, user, users.dead, others=0.0, marked=-torch.inf)
+            closed = seen if closed is None else closed.add_(seen)
+        if users.restricted is not None:
+            # Opened again are candidates: `only` holds none that the view or `dead` excludes.
+            own = self._marked(level, child, user, users.only, others=-torch.inf, marked=0.0)
+            closed = torch.zeros_like(own) if closed is None else closed
+            closed = torch.where(users.restricted[user].unsqueeze(1), own, closed)
+        return closed
+
+    def _marked(
+        self, level: int, child: Tensor, user: Tensor, keys: Tensor, others: float, marked: float
+    ) -> Tensor:
+        """`marked` where a child is one of the keys' nodes of its user, else `others`, (R, M).
 
         Rows are ranges that overlap nowhere, or are the same (one node twice, or a dead beam's), so
         a key is looked up among the rows' beginnings and its place is the distance from there. Also
@@ -240,6 +283,8 @@ class TrieTensors:
             child: ids, (R, M).
             user: whose row each is, (R,).
             keys: ``user * n_nodes + node``, sorted.
+            others: value of what isn't marked.
+            marked: value of what is.
         """
         n_rows, length = child.shape
         first = user * self.n_nodes[level] + child[:, 0]
@@ -249,11 +294,11 @@ class TrieTensors:
         inside = (place >= 0) & (place < length)
         # What lies in no row goes to a spare place at the end: no look at the device is needed.
         spare = n_rows * length
-        found = torch.zeros(spare + 1, dtype=torch.bool, device=self.device)
-        found[torch.where(inside, order[at] * length + place, spare)] = True
+        found = torch.full((spare + 1,), others, device=self.device)
+        found[torch.where(inside, order[at] * length + place, spare)] = marked
         # Of equal rows the last one was found.
         last = order[torch.searchsorted(ordered, first, right=True) - 1]
-        return found[:spare].view(n_rows, length)[last]
+        return found[:spare].view(n_rows, length).index_select(0, last)
 
     def exclusions(
         self,

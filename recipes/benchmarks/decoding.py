@@ -6,7 +6,8 @@
     python recipes/benchmarks/decoding.py --device cuda --shape 0.5b --dtype bfloat16 --prompt 300
 
 One process, a model with random weights (speed and exactness don't depend on training), random
-prompts. All engines get the same prompts in turns, `--rounds` times; a figure is the median.
+prompts. Engines and tables are built beforehand; all get the same prompts in turns, `--rounds`
+times; a figure is the median.
 
 - `torch`: genrec's engine, scores over the full vocabulary; `torch-level`: over the level's codes.
 - `floor`: the forward passes that `torch` makes, and nothing else: no trie, no scores, no search.
@@ -39,7 +40,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -56,7 +57,7 @@ from transformers import (
 
 from genrec import modeling
 from genrec.artifacts import write_json, write_parquet
-from genrec.decoding.beam import Beams, length_batches, step
+from genrec.decoding.beam import Beams, Normalizer, length_batches, step
 from genrec.decoding.forward import Forward
 from genrec.decoding.lm_head import SidHead
 from genrec.decoding.torch_engine import TorchEngine
@@ -160,36 +161,49 @@ def build_model(args: argparse.Namespace) -> tuple[Any, list[list[int]]]:
     return model, ids.tolist()
 
 
-def run_torch(setting: Setting, normalizer: Any = "full") -> Lists:
-    """Lists of genrec's engine."""
-    engine = TorchEngine(setting.model, setting.trie, setting.sid_ids, 0, normalizer, setting.batch)
-    return lists_of(setting, engine.search(setting.prompts, K, setting.width, setting.seen).items)
+class TorchEngines:
+    """genrec's engine for each normaliser, and the model's head: built once per catalogue."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.by_normalizer = {
+            normalizer: TorchEngine(
+                setting.model, setting.trie, setting.sid_ids, 0, normalizer, setting.batch
+            )
+            for normalizer in ("full", "level")
+        }
+        ids = [torch.tensor(ids).to(setting.model.device) for ids in setting.sid_ids]
+        self.head = SidHead(setting.model, ids, "full")
+
+    def run(self, setting: Setting, normalizer: Normalizer = "full") -> np.ndarray:
+        """Lists of genrec's engine, (users, K) catalogue rows."""
+        engine = self.by_normalizer[normalizer]
+        return engine.search(setting.prompts, K, setting.width, setting.seen).items
+
+    def floor(self, setting: Setting) -> None:
+        """The forward passes of `run` over the full vocabulary, with any tokens for beams."""
+        device, head = setting.model.device, self.head
+        own = torch.eye(setting.width, dtype=torch.bool, device=device)
+        with torch.inference_mode():
+            for rows in length_batches(setting.prompts, LEVELS, None, setting.batch):
+                batch = [setting.prompts[row] for row in rows]
+                forward = Forward(head, batch, 0, setting.width * (LEVELS - 1))
+                head.columns(0, forward.states)
+                for level in range(1, LEVELS):
+                    ids = head.sid_ids[level - 1][:1].expand(len(rows), setting.width)
+                    forward.append(ids, own.expand(len(rows), -1, -1).repeat(1, 1, level))
+                    head.columns(level, forward.states)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
 
-def lists_of(setting: Setting, items: np.ndarray) -> Lists:
-    """Codes of an engine's items; −1 for no item, and for what the user has already."""
-    bad = items < 0
-    for row, gone in enumerate(setting.seen[: len(items)]):
-        bad[row] |= np.isin(items[row], gone)
-    return np.where(bad[..., None], -1, setting.codes[items])
-
-
-def run_floor(setting: Setting) -> None:
-    """The forward passes of `run_torch` over the full vocabulary, with any tokens for beams."""
-    device = setting.model.device
-    head = SidHead(setting.model, [torch.tensor(ids).to(device) for ids in setting.sid_ids], "full")
-    own = torch.eye(setting.width, dtype=torch.bool, device=device)
-    with torch.inference_mode():
-        for rows in length_batches(setting.prompts, LEVELS, None, setting.batch):
-            batch = [setting.prompts[row] for row in rows]
-            forward = Forward(head, batch, 0, setting.width * (LEVELS - 1))
-            head.columns(0, forward.states)
-            for level in range(1, LEVELS):
-                ids = head.sid_ids[level - 1][:1].expand(len(rows), setting.width)
-                forward.append(ids, own.expand(len(rows), -1, -1).repeat(1, 1, level))
-                head.columns(level, forward.states)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def lists_of(setting: Setting, found: np.ndarray) -> Lists:
+    """Codes of what an engine found: tokens, or items, of which those that the user has are −1."""
+    if found.ndim == 3:
+        return codes_of(found, setting.sid_ids)
+    bad = found < 0
+    for row, gone in enumerate(setting.seen[: len(found)]):
+        bad[row] |= np.isin(found[row], gone)
+    return np.where(bad[..., None], -1, setting.codes[found])
 
 
 class PrefixTable:
@@ -219,8 +233,12 @@ class DictProcessor(LogitsProcessor):
         return scores + mask
 
 
-def run_hf(setting: Setting, table: PrefixTable, how: str) -> Lists:
-    """Beam search of transformers, left-padded, in batches; seen items are not filtered."""
+def run_hf(setting: Setting, table: PrefixTable, how: str) -> np.ndarray:
+    """Beam search of transformers, left-padded, in batches; seen items are not filtered.
+
+    Returns:
+        (users, K, LEVELS) tokens.
+    """
     found = []
     device = setting.model.device
     for start in range(0, setting.n_users, setting.batch):
@@ -245,7 +263,7 @@ def run_hf(setting: Setting, table: PrefixTable, how: str) -> Lists:
                 eos_token_id=None, **options,
             )  # fmt: skip
         found.append(out[:, longest:].cpu().numpy().reshape(len(part), K, LEVELS))
-    return codes_of(np.concatenate(found), setting.sid_ids)
+    return np.concatenate(found)
 
 
 def codes_of(tokens: np.ndarray, sid_ids: list[list[int]]) -> Lists:
@@ -297,15 +315,14 @@ class VllmEngines:
             generation_config="vllm", enable_prefix_caching=True, kv_cache_memory_bytes=CACHE_BYTES,
         )  # fmt: skip
 
-    def run(self, setting: Setting, engine: Any) -> Lists:
-        """One of genrec's two, on a cold prefix cache."""
+    def run(self, setting: Setting, engine: Any) -> np.ndarray:
+        """One of genrec's two, on a cold prefix cache: (users, K) catalogue rows."""
         engine.llm.reset_prefix_cache()
-        return lists_of(
-            setting, engine.search(setting.prompts, K, setting.width, setting.seen).items
-        )
+        found = engine.search(setting.prompts, K, setting.width, setting.seen)
+        return cast(np.ndarray, found.items)
 
-    def run_own(self, setting: Setting) -> Lists:
-        """Beam search of vLLM itself: unconstrained, for it takes no constraint."""
+    def run_own(self, setting: Setting) -> np.ndarray:
+        """Beam search of vLLM itself, unconstrained, for it takes no constraint: tokens."""
         from vllm.sampling_params import BeamSearchParams
 
         params = BeamSearchParams(
@@ -314,18 +331,17 @@ class VllmEngines:
         prompts = [{"prompt_token_ids": prompt} for prompt in setting.prompts]
         self.own.reset_prefix_cache()
         outputs = self.own.beam_search(prompts, params)
-        tokens = [[s.tokens[-LEVELS:] for s in out.sequences[:K]] for out in outputs]
-        return codes_of(np.array(tokens), setting.sid_ids)
+        return np.array([[s.tokens[-LEVELS:] for s in out.sequences[:K]] for out in outputs])
 
 
 def engines_of(
-    args: argparse.Namespace, table: PrefixTable, served: VllmEngines | None
+    args: argparse.Namespace, ours: TorchEngines, table: PrefixTable, served: VllmEngines | None
 ) -> dict[str, tuple[Callable[[Setting], Any], int]]:
     """Name -> how to run it, and users per round."""
     engines: dict[str, tuple[Callable[[Setting], Any], int]] = {
-        "torch": (run_torch, args.users),
-        "torch-level": (lambda s: run_torch(s, "level"), args.users),
-        "floor": (run_floor, args.users),
+        "torch": (ours.run, args.users),
+        "torch-level": (lambda s: ours.run(s, "level"), args.users),
+        "floor": (ours.floor, args.users),
         "hf-prefix": (lambda s: run_hf(s, table, "prefix"), args.slow_users),
         "hf-dict": (lambda s: run_hf(s, table, "dict"), args.slow_users),
     }
@@ -359,7 +375,7 @@ def measure(
             made = run(part)
             times[name].append(part.n_users / (time.perf_counter() - started))
             if made is not None:
-                lists[name] = made
+                lists[name] = lists_of(part, made)
     return {name: statistics.median(values) for name, values in times.items()}, lists
 
 
@@ -472,11 +488,11 @@ def main() -> None:
         trie, keys = SidTrie.build(codes), sid_keys(codes)
         seen = [rng.integers(0, n_items, HISTORY) for _ in prompts]
         setting = Setting(codes, trie, model, sid_ids, prompts[: args.users], seen, 0, args.batch)
-        table = PrefixTable(setting)
+        ours, table = TorchEngines(setting), PrefixTable(setting)
         served = VllmEngines(setting, scratch / str(n_items)) if args.vllm == "true" else None
         for width in args.widths:
             setting.width = width
-            engines = engines_of(args, table, served)
+            engines = engines_of(args, ours, table, served)
             speed, lists = measure(setting, engines, args.rounds)
             row: dict[str, Any] = {"items": n_items, "width": width}
             row["users_per_s"] = {name: round(value, 2) for name, value in speed.items()}
@@ -498,8 +514,8 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
     setting.width, setting.prompts = 20, prompts[: args.valid_users]
-    many = run_torch(setting)
-    rescored = rescore(setting, many[:50])
+    many = lists_of(setting, ours.run(setting))
+    rescored = rescore(setting, ours.by_normalizer["full"], many[:50])
     valid["torch, many users"], distinct["torch, many users"] = shares(many, keys)
     raw.append(raw_table(many, "torch, many users", args.catalogues[-1], 20))
     steps = {n: step_cost(random_codes(n), 32, 20, args.rounds) for n in args.step_items}
@@ -514,9 +530,8 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def rescore(setting: Setting, lists: Lists) -> float:
+def rescore(setting: Setting, engine: TorchEngine, lists: Lists) -> float:
     """Largest difference between the engine's scores and plain forward passes over whole SIDs."""
-    engine = TorchEngine(setting.model, setting.trie, setting.sid_ids, 0, "full", setting.batch)
     prompts, seen = setting.prompts[: len(lists)], setting.seen[: len(lists)]
     scores = engine.search(prompts, K, setting.width, seen).scores
     tokens = np.stack([np.array(ids)[lists[..., i]] for i, ids in enumerate(setting.sid_ids)], -1)

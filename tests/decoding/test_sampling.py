@@ -617,6 +617,7 @@ def test_level_sampling_draws_alike_and_scores_as_declared(case: Case, normalize
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=["gumbel", "distinct", "replacement"])
 def test_cuda_draws_as_the_cpu_does(case: Case, sampler: Sampler):
     on_cpu = case.engine().search(case.prompts, 5, 5, case.seen, sampler=sampler)

@@ -211,10 +211,10 @@ def test_blocks_give_what_one_padded_rectangle_gives(
     kind: str, normalizer: str, width: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Three levels, narrow and dead beams; bit for bit but for sums over a row's end."""
-    codes = hub_codes(200)
+    codes = hub_codes(500)
     trie = SidTrie.build(codes)
     for quarters in (False, True):
-        columns = [columns_of(table, normalizer) for table in logits_of(3, 200, quarters)]
+        columns = [columns_of(table, normalizer) for table in logits_of(3, 500, quarters)]
         what = filters_of(trie, codes, 3, kind)
         made = search(trie, columns, normalizer, width, width, **what)
         with monkeypatch.context() as patch:
@@ -240,10 +240,10 @@ SAMPLERS = [
 def test_blocks_draw_what_one_padded_rectangle_draws(
     kind: str, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
 ):
-    codes = hub_codes(200)
+    codes = hub_codes(500)
     trie = SidTrie.build(codes)
     what = filters_of(trie, codes, 3, kind)
-    columns = logits_of(3, 200)
+    columns = logits_of(3, 500)
     made = search(trie, columns, "trie", 12, 12, sampler=sampler, **what)
     monkeypatch.setattr(trie_tensors, "_row_lengths", one_length)
     whole = search(trie, columns, "trie", 12, 12, sampler=sampler, **what)
@@ -258,8 +258,8 @@ def test_blocks_draw_what_one_padded_rectangle_draws(
 
 
 def test_a_users_list_does_not_depend_on_the_batch():
-    trie = SidTrie.build(hub_codes(200))
-    columns = logits_of(7, 200)
+    trie = SidTrie.build(hub_codes(500))
+    columns = logits_of(7, 500)
     together = search(trie, columns, "trie", 10, 10)
     for user in (0, 6):
         alone = search(trie, [table[user : user + 1] for table in columns], "trie", 10, 10)
@@ -291,7 +291,7 @@ def test_lengths_of_rows_by_hand():
 
 
 def test_blocks_hold_every_live_beam_once_in_a_row_that_fits():
-    trie = SidTrie.build(hub_codes(200))
+    trie = SidTrie.build(hub_codes(500))
     tensors = TrieTensors(trie, None, CPU)
     rng = np.random.default_rng(0)
     for level in (1, 2):
@@ -460,11 +460,11 @@ def test_the_engine_searches_and_scores_item_tokens_exactly(
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_given_children_score_as_a_search_scores_them(normalizer: Any):
-    trie = SidTrie.build(hub_codes(200))
+    trie = SidTrie.build(hub_codes(500))
     tensors = TrieTensors(trie, None, CPU)
     rng = np.random.default_rng(2)
     items = rng.integers(0, trie.n_items, (3, 50))
-    columns = [columns_of(table, normalizer) for table in logits_of(3, 200)]
+    columns = [columns_of(table, normalizer) for table in logits_of(3, 500)]
     leaf = trie.leaf_of_item[items]
     parents, total = torch.zeros(3, 50, dtype=torch.int64), torch.zeros(3, 50)
     for level, table in enumerate(columns):
