@@ -362,14 +362,17 @@ def measure(
     Args:
         setting: what is measured.
         engines: name -> (run, users per round); slow ones get fewer.
-        rounds: all engines once per round.
+        rounds: all engines once per round, in an order drawn anew: caches are not left warm for one
+            and cold for another.
     """
     times: dict[str, list[float]] = {name: [] for name in engines}
     lists = {}
+    rng = np.random.default_rng(3)
     for run, _ in engines.values():
         run(setting.part(2))
     for _ in range(rounds):
-        for name, (run, users) in engines.items():
+        for name in rng.permutation(list(engines)).tolist():
+            run, users = engines[name]
             part = setting.part(users)
             started = time.perf_counter()
             made = run(part)
