@@ -20,8 +20,10 @@ matter. A user without history gets the list that the model gives to nobody know
 
 `opt_out` names a file of users who opted out of profiling. With a split, their lists lie apart in
 ``non-profiling.parquet``: the most popular items of the training part, the same for all, made
-without history and without the filter of seen items. Neither evaluate nor explain looks at them;
-audit keeps a record of each.
+without history and without the filter of seen items. Where the file is a table with a column
+item_id, that is the item on show where the list will stand, and the list holds those most alike it
+in content (by the embed stage's text vectors). Neither evaluate nor explain looks at them; audit
+keeps a record of each.
 
 Writes ``recommendations/recommendations-<first row>-<last row>.parquet``, … (one row per
 recommended item), ``progress.json`` while it works, and for a split ``rows.parquet`` (the rows that
@@ -53,7 +55,7 @@ from genrec.columns import ITEM_ID, ROW_ID, USER_ID
 from genrec.config import check_choice, parse, run
 from genrec.data.splits import read_split
 from genrec.decoding.sampling import GumbelTopK, LevelSampling, Sampler, check_sampler
-from genrec.embedding.vectors import VECTORS
+from genrec.embedding.vectors import VECTORS, content_file
 from genrec.engine_options import check_engine_options, engine_options
 from genrec.generation.allow_lists import allowed_rows
 from genrec.generation.jobs import (
@@ -71,9 +73,10 @@ from genrec.generation.jobs import (
 )
 from genrec.generation.non_profiling import (
     NON_PROFILING,
+    SHOWN,
     non_profiling_lists,
     opted_out,
-    popular_items,
+    shows_items,
 )
 from genrec.generation.prompt_lengths import PromptLengths, context_of
 from genrec.generation.shaping import ListRules, caps_and_weights, parse_boosts
@@ -301,6 +304,8 @@ def make_stage(args: RecommendArgs, model_stage: str) -> Stage:
             if not Path(path).is_file():
                 raise ValueError(f"--{name} {path} is not a file; name a list of {what} ids")
             files[name] = path
+    if args.opt_out is not None and shows_items(args.opt_out) and "embed" not in inputs:
+        inputs.append("embed")
     if args.users is not None:
         hashes["users"] = users_sha256(args)
     if args.output_dir is not None:
@@ -350,12 +355,20 @@ def set_opted_out_apart(
 ) -> pl.DataFrame:
     """Write lists for those who opted out of profiling, and return the rows of all others."""
     assert args.opt_out is not None
-    chosen = opted_out(rows[USER_ID], args.opt_out)
+    chosen, shown = opted_out(rows[USER_ID], args.opt_out, catalog[ITEM_ID])
     if chosen.all():
         raise ValueError(f"{args.opt_out} names every user of these rows; nobody is left to list")
+    vectors = None
+    if (shown >= 0).any():
+        if (name := content_file(args.run_dir)) is None:
+            raise ValueError(
+                f"{args.opt_out} names items on show, but the items of {args.run_dir} were "
+                f"embedded by behaviour alone: no content to go by; leave its column {ITEM_ID} away"
+            )
+        vectors = stage_folder(args.run_dir, "embed") / name
     sids = load_map(stage_folder(args.run_dir, "quantize")).sids()
-    items = popular_items(catalog, args.k, allowed)
-    table = non_profiling_lists(rows.filter(chosen), catalog, sids, items)
+    apart, shown = rows.filter(chosen), shown[chosen.to_numpy()]
+    table = non_profiling_lists(apart, shown, catalog, sids, args.k, allowed, vectors)
     write_parquet(stage.folder / NON_PROFILING, table)
     return rows.filter(~chosen)
 
@@ -482,10 +495,13 @@ def finish(
     metrics = {**measured_speed(job), **list_facts(job)}
     apart = ""
     if args.opt_out is not None:
-        lists = pl.scan_parquet(stage.folder / NON_PROFILING, glob=False)
-        count = lists.select(pl.col(ROW_ID).n_unique()).collect().item()
-        metrics["non_profiling_lists"] = count
-        apart = f"; {count:,} lists by popularity for users who opted out"
+        lists = pl.read_parquet(stage.folder / NON_PROFILING, columns=[ROW_ID, SHOWN], glob=False)
+        lists = lists.unique(ROW_ID)
+        by_content = lists[SHOWN].count()
+        metrics |= {"non_profiling_lists": len(lists), "content_lists": by_content}
+        apart = f"; {len(lists) - by_content:,} lists by popularity"
+        apart += f" and {by_content:,} by content" if by_content else ""
+        apart += " for users who opted out"
     stage.finish(metrics["items"], args.seed, metrics, notes, skip=(PROGRESS, DAMAGED, CHECKED))
     print(
         f"{job.users.n_rows:,} lists of {args.k} by the {stage.config['model_stage']} model on "

@@ -26,6 +26,7 @@ from genrec.artifacts import (
     FOLDERS,
     load_manifest,
     read_json,
+    require,
     sha256_bytes,
     sha256_file,
     sha256_json,
@@ -52,8 +53,15 @@ from genrec.columns import (
     USER_ID,
 )
 from genrec.decoding.item_tokens import item_tokens
+from genrec.embedding.vectors import content_file
 from genrec.explain.thresholds import VERDICTS
-from genrec.generation.non_profiling import NON_PROFILING, RULE, counts_sha256
+from genrec.generation.non_profiling import (
+    CONTENT,
+    NON_PROFILING,
+    POPULARITY,
+    SHOWN,
+    counts_sha256,
+)
 from genrec.modeling import load_tokenizer
 from genrec.title_ids import load_map
 
@@ -65,6 +73,7 @@ ENVIRONMENT = "environment.txt"  # in the log's folder
 # Of the log's folder, what erasing changes: the stage's manifest doesn't list it.
 UNLISTED = (STORE, ERASURES, "report.html")
 _ITEM = (RANK, ITEM_ID, SID, SCORE, LEVEL_LOG_PROBS)
+_NO_INPUT: dict[str, Any] = {"history": [], "set_aside_item_ids": []}
 
 
 def artifact_hashes(run: RecordedRun) -> dict[str, str]:
@@ -349,20 +358,23 @@ def _non_profiling_records(
     rules: list[dict[str, Any]],
     key: AuditKey,
 ) -> Iterator[Made]:
-    """Records of lists that use no history; all of them are the same list."""
+    """Records of lists that use no history: one list for all, or one for each item on show."""
     made = run.manifests["recommend"].outputs[NON_PROFILING]
-    decisive = f"{FOLDERS['prepare']}/catalog.parquet", f"{FOLDERS['audit']}/{ENVIRONMENT}"
+    catalogue = f"{FOLDERS['prepare']}/catalog.parquet"
+    decisive = catalogue, f"{FOLDERS['audit']}/{ENVIRONMENT}"
     files = {name: shared["artefacts"]["files"][name] for name in decisive}
     files[f"{FOLDERS['recommend']}/{NON_PROFILING}"] = made["sha256"]
-    first = lists.filter(pl.col(ROW_ID) == lists[ROW_ID][0])
+    alike: dict[str, str] = {}  # file of the vectors -> hash
+    if lists[SHOWN].count():
+        name = content_file(run.source)
+        assert name is not None, "recommend makes no list by content without them"
+        alike[f"{FOLDERS['embed']}/{name}"] = require(run.source, "embed").outputs[name]["sha256"]
+    rests_on = {
+        POPULARITY: (counts_sha256(run.catalog), files),
+        CONTENT: (next(iter(alike.values()), None), files | alike),
+    }
     shared = {
         **shared,
-        "artefacts": {**shared["artefacts"], "files": files},
-        "ordering": {
-            "mode": "non-profiling",
-            "rule": RULE,
-            "data_sha256": counts_sha256(run.catalog),
-        },
         "decoding": None,
         "filters": [rule for rule in rules if rule["name"] != "seen"],
         "input": {
@@ -373,23 +385,32 @@ def _non_profiling_records(
             "set_aside_items": 0,
             "prompt_tokens": 0,
         },
-        "items": [
-            {**item, LEVEL_LOG_PROBS: [], "explained": False}
-            for item in first.select(RANK, ITEM_ID, SID, SCORE).iter_rows(named=True)
-        ],
         "certified": True,  # by the rule, which leaves no choice
         "checks": _counts([]),
         "verdict": "not checked",
         "masked": {},
     }
     key_id = key.key_id
-    for user, row_id in (
-        lists.select(USER_ID, ROW_ID).unique(ROW_ID, maintain_order=True).iter_rows()
-    ):
+    for own in lists.partition_by(ROW_ID, maintain_order=True):
+        user, row_id, shown = own.select(USER_ID, ROW_ID, SHOWN).row(0)
+        rule = POPULARITY if shown is None else CONTENT
+        data, named = rests_on[rule]
         payload = {"identity": Sealed.new({USER_ID: user, ROW_ID: row_id})}
-        stated = {"identity": payload["identity"].commitment, "input": None, "chains": None}
-        user_facts = {"pseudonym": key.pseudonym(user), "key_id": key_id}
-        yield {**shared, "user": user_facts, "commitments": stated}, payload
+        if shown is not None:
+            payload["input"] = Sealed.new({**_NO_INPUT, SHOWN: shown})
+        commitments = {"identity": None, "input": None, "chains": None}
+        record = {
+            **shared,
+            "user": {"pseudonym": key.pseudonym(user), "key_id": key_id},
+            "artefacts": {**shared["artefacts"], "files": named},
+            "ordering": {"mode": "non-profiling", "rule": rule, "data_sha256": data},
+            "commitments": commitments | {part: s.commitment for part, s in payload.items()},
+            "items": [
+                {**item, LEVEL_LOG_PROBS: [], "explained": False}
+                for item in own.select(RANK, ITEM_ID, SID, SCORE).iter_rows(named=True)
+            ],
+        }
+        yield record, payload
 
 
 def opened(record: Mapping[str, Any], payload: Payload | None) -> dict[str, Any]:
@@ -407,8 +428,7 @@ def opened(record: Mapping[str, Any], payload: Payload | None) -> dict[str, Any]
         return {**record, "erased": True}
     chains = payload["chains"].content if "chains" in payload else [None] * len(record["items"])
     items = [{**i, "chain": c} for i, c in zip(record["items"], chains, strict=True)]
-    nothing: dict[str, Any] = {"history": [], "set_aside_item_ids": []}
-    given = {**record["input"], **(payload["input"].content if "input" in payload else nothing)}
+    given = {**record["input"], **(payload["input"].content if "input" in payload else _NO_INPUT)}
     return {**record, **payload["identity"].content, "input": given, "items": items,
             "erased": False}  # fmt: skip
 

@@ -10,16 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from genrec.artifacts import sha256_bytes
+from genrec.artifacts import FOLDERS, sha256_bytes, stage_folder
 from genrec.columns import ITEM_ID, LEVEL_LOG_PROBS, SCORE, TRAIN_COUNT
 from genrec.decoding.torch_engine import TorchEngine
-from genrec.generation.non_profiling import counts_sha256, popular_items
+from genrec.embedding.vectors import content_file
+from genrec.generation.non_profiling import (
+    SHOWN,
+    ContentNeighbours,
+    counts_sha256,
+    popular_items,
+)
 from genrec.modeling import encode_prompts
 from genrec.recommend import Recommender
 
@@ -39,7 +46,7 @@ class Replay:
             ordered list" and "same set": of items; "within epsilon": another set, but the
             recorded log-probabilities hold; "different": none of these.
         prompt_matches: the rebuilt prompt has the recorded hash; of a list without profiling: the
-            counts that it rests on have.
+            counts or vectors that it rests on have.
         changed_files: recorded files that are absent or have other bytes now.
         search_difference: largest |Δ log-prob| of the same items in both lists, nats; None if none.
         forced_difference: largest |Δ log-prob| of the recorded items under teacher forcing. Both
@@ -92,7 +99,7 @@ class Replay:
             line += (
                 "; the prompt differs"
                 if self.forced_difference is not None
-                else "; the counts differ"
+                else f"; the {'counts' if self.engine == 'popularity' else 'vectors'} differ"
             )
         if self.changed_files:
             line += f"; changed since: {', '.join(self.changed_files)}"
@@ -107,11 +114,25 @@ class Replayer:
         engine: name of the engine that searches.
         recommender: with that engine, one user at a time.
         scorer: scores given items, on torch.
+        source: the run.
     """
 
     engine: str
     recommender: Recommender
     scorer: TorchEngine
+    source: Path
+
+    @cached_property
+    def content(self) -> tuple[str, ContentNeighbours]:
+        """Name of the file of text vectors, and what is alike by them.
+
+        Raises:
+            ValueError: the run has none.
+        """
+        if (name := content_file(self.source)) is None:
+            raise ValueError(f"the items of {self.source} have no vectors made from texts")
+        neighbours = ContentNeighbours(stage_folder(self.source, "embed") / name)
+        return f"{FOLDERS['embed']}/{name}", neighbours
 
 
 def load_replayer(
@@ -138,7 +159,7 @@ def load_replayer(
     recommender = load(engine, engine_options)
     scorer = recommender.engine if engine == "torch" else load("torch").engine
     assert isinstance(scorer, TorchEngine)
-    return Replayer(engine, recommender, scorer)
+    return Replayer(engine, recommender, scorer, Path(run_dir))
 
 
 def replay(
@@ -160,7 +181,7 @@ def replay(
     try:
         _check_filters(record)
         if record["ordering"]["mode"] == "non-profiling":
-            return _replay_popularity(record, replayer.recommender.catalog, current)
+            return _replay_rule(record, replayer, current)
         return _replay(record, replayer, current)
     except (KeyError, TypeError) as error:
         raise ValueError(
@@ -183,24 +204,33 @@ def _changed(record: Mapping[str, Any], current: Mapping[str, str | None]) -> li
     return [name for name, sha256 in files if current.get(name) != sha256]
 
 
-def _replay_popularity(
-    record: Mapping[str, Any], catalog: pl.DataFrame, current: Mapping[str, str | None]
+def _replay_rule(
+    record: Mapping[str, Any], replayer: Replayer, current: Mapping[str, str | None]
 ) -> Replay:
     """Order the catalogue again by what the record says that its list rests on."""
-    items = popular_items(catalog, len(record["items"]))
+    catalog, k = replayer.recommender.catalog, len(record["items"])
+    shown = record["input"].get(SHOWN)
+    if shown is None:
+        rule, data = "popularity", counts_sha256(catalog)
+        items = popular_items(catalog, k)
+        scores = catalog[TRAIN_COUNT].gather(items).cast(pl.Float64).to_list()
+    else:
+        rule, (name, neighbours) = "content", replayer.content
+        data = current.get(name) or ""
+        (item,) = replayer.recommender.rows_of([shown])
+        items, cosines = neighbours.nearest(int(item), k)
+        scores = cosines.tolist()
     ids = catalog[ITEM_ID].gather(items).to_list()
-    counts = catalog[TRAIN_COUNT].gather(items).cast(pl.Float64).to_list()
     stated = [item[ITEM_ID] for item in record["items"]]
     level = LEVELS[4]
     if ids == stated:
-        same = counts == [item[SCORE] for item in record["items"]]
+        same = scores == [item[SCORE] for item in record["items"]]
         level = LEVELS[0] if same else LEVELS[1]
     elif set(ids) == set(stated):
         level = LEVELS[2]
     # The data that the rule orders stand in the place of a prompt.
-    same_data = record["ordering"]["data_sha256"] == counts_sha256(catalog)
+    same_data = record["ordering"]["data_sha256"] == data
     exact = level == LEVELS[0]
-    rule = "popularity"
     return Replay(
         int(record["record"]), level, same_data, _changed(record, current), None, None, exact,
         rule, rule,

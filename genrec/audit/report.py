@@ -18,7 +18,7 @@ from genrec.audit.payloads import open_store
 from genrec.audit.recorded import RecordedRun
 from genrec.audit.records import base_name, open_record
 from genrec.columns import ITEM_ID, ROW_ID, SCORE, TARGET, TITLE
-from genrec.generation.non_profiling import RULE
+from genrec.generation.non_profiling import CONTENT, POPULARITY, SHOWN
 from genrec.page import display_text, environment
 
 _CHECKS = {
@@ -185,9 +185,11 @@ def _facts(run: RecordedRun) -> dict[str, str]:
         else f"{exact:.1%} of all lists are proven to be the exact top of the allowed catalogue",
     }
     if apart := made.metrics.get("non_profiling_lists"):
+        by_content = made.metrics.get("content_lists", 0)
+        ways = [(apart - by_content, f"{POPULARITY}, the same list for all"), (by_content, CONTENT)]
         facts["Opted out"] = (
-            f"{apart:,} lists of users who opted out of profiling use no history: {RULE}, the "
-            "same list for all"
+            f"{apart:,} lists of users who opted out of profiling use no history: "
+            + "; ".join(f"{count:,} by {rule}" for count, rule in ways if count)
         )
     return {label: display_text(value, 300) for label, value in facts.items()}
 
@@ -286,6 +288,7 @@ def _cards(run: RecordedRun, records: Sequence[Mapping[str, Any]]) -> list[dict[
         ]
         target = targets.get(record["row_id"])  # none of who opted out, nor in a table of users
         listed = [item[ITEM_ID] for item in record["items"]]
+        shown = record["input"].get(SHOWN)
         cards.append(
             {
                 "record": record["record"],
@@ -299,6 +302,7 @@ def _cards(run: RecordedRun, records: Sequence[Mapping[str, Any]]) -> list[dict[
                 "verdict": record["verdict"],
                 "history": history,
                 "profiling": record["ordering"]["mode"] == "profiling",
+                "shown": None if shown is None else {"id": shown, "title": titles[shown]},
                 "target": None if target is None else {"id": target, "title": titles[target]},
                 "target_rank": listed.index(target) + 1 if target in listed else None,
                 "items": [_item(item, titles, history) for item in record["items"]],

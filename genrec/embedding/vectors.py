@@ -141,26 +141,29 @@ def _not_finite(name: str, bad: int, first: int) -> str:
     return f"{name}: {bad} rows hold NaN or inf, the first is row {first}"
 
 
-def content_vectors(run_dir: Path | str) -> npt.NDArray[np.float32] | None:
-    """Vectors of a run's items that hold no behaviour, for what is said of content alone.
+def content_file(run_dir: Path | str) -> str | None:
+    """Name of the embed stage's file of vectors that hold no behaviour.
 
     Args:
         run_dir: a run whose embed stage is complete.
 
     Returns:
-        The text part of fused vectors, or the run's only ones, (n_items, dim); None where the items
+        The file of the text part of fused vectors, or of the run's only ones; None where the items
         were embedded by behaviour alone.
 
     Raises:
         ValueError: the embed stage is not complete.
     """
     manifest = require(run_dir, "embed")
-    folder = stage_folder(run_dir, "embed")
     if TEXT_VECTORS in manifest.outputs:
-        return np.load(folder / TEXT_VECTORS)
-    if manifest.config.get("method") == "collaborative":
-        return None
-    return np.load(folder / VECTORS)
+        return TEXT_VECTORS
+    return None if manifest.config.get("method") == "collaborative" else VECTORS
+
+
+def content_vectors(run_dir: Path | str) -> npt.NDArray[np.float32] | None:
+    """The vectors of `content_file`, (n_items, dim), for what is said of content alone."""
+    name = content_file(run_dir)
+    return None if name is None else np.load(stage_folder(run_dir, "embed") / name)
 
 
 def read_ids(path: Path | str) -> pl.Series:

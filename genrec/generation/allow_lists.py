@@ -26,20 +26,42 @@ def read_ids(path: Path | str, column: str = ITEM_ID, what: str = "item") -> pl.
     Raises:
         ValueError: no such file, one that isn't UTF-8, or it names nothing.
     """
+    return read_table(path, column, what)[column]
+
+
+def read_table(
+    path: Path | str, column: str, what: str, optional: str | None = None
+) -> pl.DataFrame:
+    """`read_ids` with a second column beside the ids.
+
+    Args:
+        path: as of `read_ids`.
+        column: of the ids.
+        what: the ids name, for messages.
+        optional: a column that the table may have; null where it has none.
+
+    Returns:
+        The columns `column` and, if one was asked for, `optional`.
+    """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; name a list of {what} ids")
     plain = path.name.lower().removesuffix(".gz")
     if path.is_dir() or plain.endswith(tuple(ENDINGS)):
         frame = scan_file(path)
-        require_columns(frame.collect_schema().names(), path, {f"{what} column": column})
-        ids = collect(frame, path, [column])[column].drop_nulls()
+        names = frame.collect_schema().names()
+        require_columns(names, path, {f"{what} column": column})
+        wanted = [column, *([optional] if optional in names else [])]
+        table = collect(frame, path, wanted).drop_nulls(column)
     else:
         lines = text_of(path).splitlines()
-        ids = pl.Series(column, [line.strip() for line in lines if line.strip()], dtype=pl.String)
-    if ids.is_empty():
+        ids = [line.strip() for line in lines if line.strip()]
+        table = pl.DataFrame({column: ids}, schema={column: pl.String})
+    if table.is_empty():
         raise ValueError(f"{path} names no {what}; an empty list would say nothing")
-    return ids
+    if optional is not None and optional not in table.columns:
+        table = table.with_columns(pl.lit(None, dtype=pl.String).alias(optional))
+    return table
 
 
 def catalogue_rows(ids: pl.Series, catalog_ids: pl.Series, path: Path | str) -> np.ndarray:

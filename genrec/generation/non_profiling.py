@@ -1,8 +1,10 @@
-"""Lists for users who opted out of profiling: the most popular items, the same for everybody.
+"""Lists for users who opted out of profiling: nothing of such a user decides them.
 
-Nothing of such a user decides the list: no history, and not the filter of seen items either, which
-would need one. It rests on how often each catalogue item occurs in the training part, all users
-together, and on what `allow` and `deny` leave.
+Neither a history, nor the filter of seen items, which would need one. Where the table of opt-outs
+names the item on show (the page that the list will stand on), the list holds the items most alike
+it in content; otherwise the most popular ones, the same for everybody. Content is the vectors made
+from the items' texts, popularity how often each occurs in the training part, all users together.
+Both keep to what `allow` and `deny` leave.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from genrec.artifacts import sha256_json
@@ -23,11 +26,16 @@ from genrec.columns import (
     TRAIN_COUNT,
     USER_ID,
 )
-from genrec.generation.allow_lists import read_ids
+from genrec.generation.allow_lists import read_table
 from genrec.item_lists import IntArray
 
 NON_PROFILING = "non-profiling.parquet"  # in the folder of lists
-RULE = "popularity in the training part, ties in the order of the catalogue"
+POPULARITY = "popularity in the training part, ties in the order of the catalogue"
+CONTENT = (
+    "cosine of text vectors with the item on show, rounded to six decimals, ties in the order of "
+    "the catalogue"
+)
+SHOWN = "shown_item_id"
 
 
 def popular_items(catalog: pl.DataFrame, k: int, allowed: IntArray | None = None) -> IntArray:
@@ -43,53 +51,167 @@ def popular_items(catalog: pl.DataFrame, k: int, allowed: IntArray | None = None
     return rows[np.argsort(-counts.astype(np.int64), kind="stable")][:k]
 
 
+class ContentNeighbours:
+    """Items most alike a given one, by the cosine of their vectors.
+
+    Args:
+        vectors: ``.npy`` of the catalogue's text vectors, (n_items, dim).
+    """
+
+    def __init__(self, vectors: Path | str) -> None:
+        self._vectors = np.load(vectors, mmap_mode="r")
+        length = np.linalg.norm(self._vectors, axis=1)
+        self._length = np.maximum(length, 1e-12)
+        self._empty = length == 0
+
+    def known(self, item: int) -> bool:
+        """Whether the item has content: without a vector it is like nothing."""
+        return not self._empty[item]
+
+    def nearest(
+        self, item: int, k: int, allowed: IntArray | None = None
+    ) -> tuple[IntArray, npt.NDArray[np.float64]]:
+        """The k nearest other catalogue rows, best first; fewer where less is allowed.
+
+        One product of its own per item, and cosines rounded, so that a list comes out the same
+        whatever other lists are made beside it.
+
+        Args:
+            item: catalogue row of the item on show.
+            k: length of the list.
+            allowed: catalogue rows that may be recommended at all, ascending; None: all.
+
+        Returns:
+            Catalogue rows and their cosines.
+        """
+        products = self._vectors @ np.asarray(self._vectors[item])
+        cosines = products.astype(np.float64) / (self._length * self._length[item])
+        cosines = np.round(cosines, 6)
+        rows = np.arange(len(cosines)) if allowed is None else allowed
+        rows = rows[(rows != item) & ~self._empty[rows]]
+        best = rows[np.argsort(-cosines[rows], kind="stable")][:k]
+        return best, cosines[best]
+
+
 def counts_sha256(catalog: pl.DataFrame) -> str:
     """Hash of what such lists rest on: item ids and their counts, row for row."""
     return sha256_json([catalog[ITEM_ID].to_list(), catalog[TRAIN_COUNT].to_list()])
 
 
 def non_profiling_lists(
-    rows: pl.DataFrame, catalog: pl.DataFrame, sids: pl.Series, items: IntArray
+    rows: pl.DataFrame,
+    shown: IntArray,
+    catalog: pl.DataFrame,
+    sids: pl.Series,
+    k: int,
+    allowed: IntArray | None = None,
+    vectors: Path | str | None = None,
 ) -> pl.DataFrame:
-    """Table of such lists: row_id, user_id, rank, item_id, item_index, sid, score.
+    """Table of such lists: row_id, user_id, rank, item_id, item_index, sid, score, shown_item_id.
 
     Args:
         rows: row_id and user_id of those who get one.
+        shown: catalogue row of the item on show for each of them, −1: none. ``# (rows,)``
         catalog: ``catalog.parquet``.
         sids: semantic ids of the catalogue, row for row.
-        items: from `popular_items`; `score` is their number of training interactions.
+        k: length of the lists.
+        allowed: catalogue rows that may be recommended at all, ascending; None: all.
+        vectors: ``.npy`` of the catalogue's text vectors; needed where an item is on show.
+
+    Returns:
+        `score` is the cosine with the item on show; without one, or where that has no content (and
+        no shown_item_id is stated), the item's number of training interactions.
+
+    Raises:
+        ValueError: an item is on show, and there are no vectors.
     """
-    shown = pl.DataFrame(
-        {
-            RANK: np.arange(1, len(items) + 1, dtype=np.int32),
-            ITEM_ID: catalog[ITEM_ID].gather(items),
-            ITEM_INDEX: items.astype(np.int32),
-            SID: sids.gather(items),
-            SCORE: catalog[TRAIN_COUNT].gather(items).cast(pl.Float64),
-        }
+    counts = catalog[TRAIN_COUNT].to_numpy().astype(np.float64)
+    neighbours = None
+    if (shown >= 0).any():
+        if vectors is None:
+            raise ValueError("lists by content need vectors made from the items' texts")
+        neighbours = ContentNeighbours(vectors)
+        shown = np.where([item >= 0 and neighbours.known(item) for item in shown], shown, -1)
+    parts = []
+    for item in np.unique(shown).tolist():
+        if item < 0 or neighbours is None:
+            best = popular_items(catalog, k, allowed)
+            scores = counts[best]
+        else:
+            best, scores = neighbours.nearest(item, k, allowed)
+        parts.append(
+            pl.DataFrame(
+                {
+                    "_shown": np.full(len(best), item),
+                    RANK: np.arange(1, len(best) + 1, dtype=np.int32),
+                    ITEM_ID: catalog[ITEM_ID].gather(best),
+                    ITEM_INDEX: best.astype(np.int32),
+                    SID: sids.gather(best),
+                    SCORE: scores,
+                }
+            )
+        )
+    given = pl.Series(np.maximum(shown, 0))
+    rows = rows.select(
+        ROW_ID,
+        USER_ID,
+        pl.Series("_shown", shown),
+        pl.when(pl.Series(shown >= 0)).then(catalog[ITEM_ID].gather(given)).alias(SHOWN),
     )
-    return rows.select(ROW_ID, USER_ID).join(shown, how="cross", maintain_order="left_right")
+    lists = rows.join(pl.concat(parts), on="_shown", maintain_order="left_right")
+    return lists.select(ROW_ID, USER_ID, RANK, ITEM_ID, ITEM_INDEX, SID, SCORE, SHOWN)
 
 
-def opted_out(users: pl.Series, path: Path | str) -> pl.Series:
-    """Which users a file of opt-outs names; ids are compared as text.
+def shows_items(path: Path | str) -> bool:
+    """Whether a file of opt-outs names items on show.
+
+    Raises:
+        ValueError: no such file, or it names no user.
+    """
+    return bool(read_table(path, USER_ID, "user", optional=ITEM_ID)[ITEM_ID].count())
+
+
+def opted_out(
+    users: pl.Series, path: Path | str, catalog_ids: pl.Series
+) -> tuple[pl.Series, IntArray]:
+    """Which users a file of opt-outs names, and what is on show for them; ids compared as text.
 
     Args:
         users: user ids of the rows.
-        path: one user id a line, or a table with a user_id column.
+        path: one user id a line, or a table with a user_id column; its column item_id, if there is
+            one, names the item that is on show where the user's list will stand (empty: none).
+        catalog_ids: ids of the catalogue, row for row.
 
     Returns:
-        True where lists must use no history. ``# (rows,)``
+        True where lists must use no history, and the catalogue row of the item on show, −1 where
+        none is. ``# (rows,) each``
 
     Raises:
         ValueError: no such file, or it names none of these users: an opt-out that is overlooked
-            would be worse than an error.
+            would be worse than an error. Or an item that is not in the catalogue, or two for one
+            user.
     """
-    named = read_ids(path, USER_ID, "user").cast(pl.String)
-    chosen = users.cast(pl.String).is_in(named.implode())
+    named = read_table(path, USER_ID, "user", optional=ITEM_ID)
+    named = named.select(pl.col(USER_ID), pl.col(ITEM_ID)).cast(pl.String).unique()
+    twice = named.filter(pl.col(USER_ID).is_duplicated())
+    if len(twice):
+        raise ValueError(f"{path} names user {twice[USER_ID][0]!r} with more than one {ITEM_ID}")
+    found = users.cast(pl.String).alias(USER_ID).to_frame()
+    found = found.join(
+        named.with_columns(_named=True), on=USER_ID, how="left", maintain_order="left"
+    )
+    chosen = found["_named"].fill_null(False)
     if not chosen.any():
         raise ValueError(
             f"{path} names {len(named):,} users, and none of them is in this split (ids look like "
             f"{users[0]!r}); name the right file, or leave --opt_out away"
         )
-    return chosen
+    index = catalog_ids.cast(pl.String).alias(ITEM_ID).to_frame().with_row_index("_row")
+    unknown = named.join(index, on=ITEM_ID, how="anti").filter(pl.col(ITEM_ID).is_not_null())
+    if len(unknown):
+        raise ValueError(
+            f"{path}: {len(unknown):,} items on show are not in the catalogue, one is "
+            f"{unknown[ITEM_ID].sort()[0]!r} (ids look like {catalog_ids[0]!r})"
+        )
+    rows = found.join(index, on=ITEM_ID, how="left", maintain_order="left")["_row"]
+    return chosen, rows.cast(pl.Int64).fill_null(-1).to_numpy()

@@ -330,7 +330,7 @@ def test_users_who_opted_out_of_profiling(capsys, listed, tmp_path):
     assert parts == [("identity",), ("identity",)]  # nothing of theirs but who they are
     page = (run / "audit" / "report.html").read_text()
     assert page.count("this user opted out of profiling") == 2
-    assert "2 lists of users who opted out of profiling use no history" in page
+    assert "2 lists of users who opted out of profiling use no history: 2 by popularity" in page
     assert page.count("Chosen next:") == 12
     capsys.readouterr()
     call("audit", "verify", "--run_dir", str(run))
@@ -348,6 +348,54 @@ def test_users_who_opted_out_of_profiling(capsys, listed, tmp_path):
     )
     assert not found.passed and not found.prompt_matches
     assert found.changed_files == ["data/catalog.parquet"] and "; the counts differ" in str(found)
+
+
+def test_lists_by_content_for_users_who_opted_out(capsys, listed, tmp_path):
+    """The item on show decides alone; the record commits to it, and replay finds a changed one."""
+    run, out = shutil.copytree(listed, tmp_path / "run"), tmp_path / "opted-out.csv"
+    users = pl.read_parquet(run / "data" / "test.parquet")["user_id"].to_list()
+    catalog = pl.read_parquet(run / "data" / "catalog.parquet")
+    shown = catalog["item_id"][3]
+    table = pl.DataFrame({"user_id": [users[2], users[5]], "item_id": [shown, None]})
+    table.write_csv(out)
+    again = ("--run_dir", str(run), "--k", "6", "--beam_width", "12", "--overwrite", "true")
+    call("recommend", *again, "--opt_out", str(out))
+    assert "1 lists by popularity and 1 by content for users" in capsys.readouterr().out
+    lists = pl.read_parquet(run / "recommendations" / "non-profiling.parquet")
+    own = lists.filter(pl.col("user_id") == users[2])
+    vectors = np.load(run / "embeddings" / "item_embeddings.npy").astype(np.float64)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = vectors @ vectors[3]
+    cosines[3] = -2
+    assert own["item_index"].to_list() == np.argsort(-cosines, kind="stable")[:6].tolist()
+    np.testing.assert_allclose(own["score"], np.sort(cosines)[::-1][:6], atol=2e-6)
+    assert own["shown_item_id"].unique().to_list() == [shown]
+    call("audit", "--run_dir", str(run), "--report_users", "14")
+    *_, one, two = map(json.loads, (run / "audit" / "audit-00000.jsonl").open())
+    assert one["ordering"]["rule"].startswith("cosine") and one["commitments"]["input"]
+    assert two["ordering"]["rule"].startswith("popularity") and not two["commitments"]["input"]
+    assert set(one["artefacts"]["files"]) - set(two["artefacts"]["files"]) == {
+        "embeddings/item_embeddings.npy"
+    }
+    assert str(shown) not in json.dumps({**one, "items": []})  # what the user looked at is payload
+    page = (run / "audit" / "report.html").read_text()
+    assert page.count("The list goes by content alone: the items most alike the one on show") == 1
+    assert "1 by popularity in the training part" in page and "1 by cosine of text vectors" in page
+    capsys.readouterr()
+    call("audit", "verify", "--run_dir", str(run))
+    call("audit", "replay", "--run_dir", str(run), "--all")
+    said = capsys.readouterr().out
+    assert "record 12: reproduced, same bytes; by content, without a model" in said
+    assert "14 of 14 records reproduced" in said
+    np.save(run / "embeddings" / "item_embeddings.npy", vectors[::-1].astype(np.float32))
+    current = hashes_now(run, named_files(one))
+    found = replay(next(read_opened(run / "audit", [12])), load_replayer(run, one), current)
+    assert not found.passed and found.changed_files == ["embeddings/item_embeddings.npy"]
+    assert "; the vectors differ" in str(found)
+    pl.DataFrame({"user_id": [users[2]], "item_id": ["nothing"]}).write_csv(out)
+    assert "1 items on show are not in" in refused(
+        capsys, "recommend", *again, "--opt_out", str(out)
+    )
 
 
 def test_opt_outs_that_can_not_be_followed_are_errors(capsys, listed, tmp_path):
