@@ -37,19 +37,24 @@ class InputMaker:
 
     Args:
         run: the finished stages.
+
+    Attributes:
+        semantic_ids: of the catalogue.
+        trie: of their tokens, as the model's tokenizer knows them.
     """
 
     def __init__(self, run: RecordedRun) -> None:
         parts = ServedParts.of_run(run.source, run.model_stage)
-        semantic_ids = load_map(parts.semantic_ids)
+        semantic_ids = self.semantic_ids = load_map(parts.semantic_ids)
         tokenizer, _ = load_tokenizer(parts.model, semantic_ids)
+        self.trie = item_tokens(tokenizer, semantic_ids, parts.semantic_ids).trie
         self._recommender = Recommender(
             run.catalog,
             semantic_ids,
             PromptRenderer(parts.prompts),
             parts.template,
             tokenizer,
-            _NoEngine(item_tokens(tokenizer, semantic_ids, parts.semantic_ids).trie),
+            _NoEngine(self.trie),
             parts.max_history,
             parts.model_stage,
         )

@@ -52,7 +52,6 @@ from genrec.columns import (
     SID,
     USER_ID,
 )
-from genrec.decoding.item_tokens import item_tokens
 from genrec.embedding.vectors import content_file
 from genrec.explain.thresholds import VERDICTS
 from genrec.generation.non_profiling import (
@@ -62,8 +61,6 @@ from genrec.generation.non_profiling import (
     SHOWN,
     counts_sha256,
 )
-from genrec.modeling import load_tokenizer
-from genrec.title_ids import load_map
 
 _DECISIVE = {
     "prepare": ("catalog.parquet",),
@@ -140,11 +137,8 @@ def _base_model(run: RecordedRun) -> dict[str, Any]:
     return {"name": base_name(run), "sha256": sha256}
 
 
-def _artefacts(run: RecordedRun) -> dict[str, Any]:
-    made, quantize = run.manifests["recommend"], stage_folder(run.source, "quantize")
-    semantic_ids = load_map(quantize)
-    folder = stage_folder(run.source, run.model_stage) / "model"
-    tokenizer, _ = load_tokenizer(folder, semantic_ids)
+def _artefacts(run: RecordedRun, maker: InputMaker) -> dict[str, Any]:
+    made = run.manifests["recommend"]
     model = {n: o["sha256"] for n, o in run.manifests[run.model_stage].outputs.items()}
     packages = environment()
     return {
@@ -160,16 +154,21 @@ def _artefacts(run: RecordedRun) -> dict[str, Any]:
         "adapter_sha256": _combined({n: h for n, h in model.items() if n.startswith("adapter/")}),
         "tokenizer_sha256": model.get("model/tokenizer.json"),
         "catalogue_sha256": run.manifests["prepare"].outputs["catalog.parquet"]["sha256"],
-        "sid_map_sha256": semantic_ids.sha256,
-        "trie_sha256": item_tokens(tokenizer, semantic_ids, quantize).trie.sha256,
+        "sid_map_sha256": maker.semantic_ids.sha256,
+        "trie_sha256": maker.trie.sha256,
         "dataset_sha256": run.manifests["build_dataset"].content_hash,
         "prompts_sha256": run.prompts().sha256(),
         "files": artifact_hashes(run),
     }
 
 
-def run_facts(run: RecordedRun) -> dict[str, Any]:
-    """The parts that all records of a run share: run, artefacts and decoding."""
+def run_facts(run: RecordedRun, maker: InputMaker) -> dict[str, Any]:
+    """The parts that all records of a run share: run, artefacts and decoding.
+
+    Args:
+        run: the finished stages.
+        maker: has read what the prompts are made of.
+    """
     made = run.manifests["recommend"]
     config = made.config
     engine = str(config["engine"])
@@ -180,7 +179,7 @@ def run_facts(run: RecordedRun) -> dict[str, Any]:
             "name": run.run_dir.resolve().name,
             "fingerprints": {s: m.fingerprint for s, m in run.manifests.items()},
         },
-        "artefacts": _artefacts(run),
+        "artefacts": _artefacts(run, maker),
         "ordering": {
             "mode": "profiling",
             "rule": "log-probability under the model",
@@ -256,7 +255,8 @@ def build_records(run: RecordedRun, key: AuditKey, time: str) -> Iterator[Made]:
         ValueError: a list was made from another prompt than its history gives now, or see
             `RecordedRun.shards`.
     """
-    facts, maker, rules = run_facts(run), InputMaker(run), filters(run)
+    maker, rules = InputMaker(run), filters(run)
+    facts = run_facts(run, maker)
     for shard in run.shards():
         path = f"{FOLDERS['recommend']}/{shard.name}"
         sha256 = run.manifests["recommend"].outputs[shard.name]["sha256"]
