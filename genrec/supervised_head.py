@@ -4,6 +4,10 @@ Prompts are most of a row and teach nothing at the head; a SID token competes, i
 the codes of its own level, or with those alone that continue some item's SID, instead of the whole
 vocabulary. For small models on small machines the head is most of the work, so this decides the
 speed of supervised fine-tuning; and what the trie rules out anyway needs no capacity to be learned.
+
+Teachers (Hinton, Vinyals and Dean 2015; Furlanello et al. 2018, "Born-Again Neural Networks", for
+those of the student's own kind) are run over the same rows: a label's log-probability becomes the
+expected one under a target that is in part their distribution.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -42,11 +47,72 @@ _FEW = 8  # a level's columns are gathered where a label competes with so much f
 Scores = tuple[Tensor, Tensor, Tensor]  # log-probability, entropy, top-1 (0 or 1), (N,) each
 
 
+@dataclass(frozen=True)
+class Teachers:
+    """Trained models whose distributions a student learns beside the labels.
+
+    Attributes:
+        models: of the student's vocabulary, in eval mode, on its device.
+        weight: of their mean distribution in the target, in (0, 1]; the label has the rest.
+    """
+
+    models: Sequence[PreTrainedModel]
+    weight: float
+
+    @torch.no_grad()
+    def states(self, *args: Any, **inputs: Any) -> list[tuple[Tensor, Any]]:
+        """Last hidden states and output embedding of each."""
+        return [
+            (
+                model.base_model(*args, use_cache=False, **inputs).last_hidden_state,
+                model.get_output_embeddings(),
+            )
+            for model in self.models
+        ]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Hidden states with the head behind them: the student's, or a teacher's.
+
+    Attributes:
+        states: (N, d).
+        weight: (columns, d).
+        bias: (columns,) or None.
+    """
+
+    states: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def rows(self, at: Tensor | slice) -> Side:
+        """Some of the states."""
+        return replace(self, states=self.states[at])
+
+    def columns(self, at: Tensor | slice) -> Side:
+        """Some of the head's columns."""
+        return replace(
+            self, weight=self.weight[at], bias=None if self.bias is None else self.bias[at]
+        )
+
+    def logits(self) -> Tensor:
+        """Of all columns, (N, columns) float32."""
+        return F.linear(self.states, self.weight, self.bias).float()
+
+    def logits_of(self, ids: Tensor) -> Tensor:
+        """Of the columns (N, M), (N, M) float32."""
+        # An embedding lookup, since its gradient is summed far faster than that of an index.
+        columns = F.embedding(ids, self.weight)  # (N, M, d)
+        logits = torch.bmm(columns, self.states.unsqueeze(-1)).squeeze(-1).float()
+        return logits if self.bias is None else logits + self.bias[ids]
+
+
 def use_supervised_head(
     model: PreTrainedModel,
     sid_token_ids: Sequence[Sequence[int]],
     loss_over: LossOver,
     trie: SidTrie,
+    teachers: Teachers | None = None,
 ) -> bool:
     """Let TRL's trainer score a row by this module.
 
@@ -61,25 +127,32 @@ def use_supervised_head(
             codes of its level; "trie", the codes that continue an item's SID there. Text tokens
             always compete with the whole vocabulary.
         trie: of the SID map.
+        teachers: what the student learns beside the labels, or None.
 
     Returns:
         Whether this module scores from now on.
 
     Raises:
-        ValueError: "level" or "trie" with a model whose logits aren't those of a linear head, or
-            whose routers have a loss of their own.
+        ValueError: "level", "trie" or teachers with a model whose logits aren't those of a linear
+            head, or whose routers have a loss of their own; or such a teacher.
     """
     plain = _is_linear(model)
+    if teachers is not None and not (plain and all(map(_is_linear, teachers.models))):
+        raise ValueError(
+            "teachers need models, themselves and the student, whose logits are a linear head's "
+            "and whose routers have no loss of their own"
+        )
     if loss_over != "vocabulary" and not plain:
         raise ValueError(
             f"loss_over={loss_over}: {type(model).__name__} does more to its logits than a linear "
             "head (scaled, capped, sharded, or a router's loss); use loss_over=vocabulary"
         )
     device = cast(Tensor, model.get_input_embeddings().weight).device
-    if loss_over == "vocabulary" and (not plain or device.type != "cpu"):
+    if loss_over == "vocabulary" and teachers is None and (not plain or device.type != "cpu"):
         return False
     levels = () if loss_over == "vocabulary" else sid_token_ids
-    head = SupervisedHead(levels, device, trie if loss_over == "trie" else None)
+    of_teachers = 0.0 if teachers is None else teachers.weight
+    head = SupervisedHead(levels, device, trie if loss_over == "trie" else None, of_teachers)
     before = model.forward
 
     # Generation validates its arguments against the signature.
@@ -90,9 +163,13 @@ def use_supervised_head(
         labels = kwargs.pop("labels")
         for unused in ("use_cache", "num_items_in_batch", "output_router_logits"):
             kwargs.pop(unused, None)
-        tokens = kwargs["input_ids"]
-        states = self.base_model(*args, use_cache=False, **_causal(kwargs)).last_hidden_state
-        return head(states[:, :-1], labels[:, 1:], self.get_output_embeddings(), tokens[:, 1:])
+        tokens, kwargs = kwargs["input_ids"], _causal(kwargs)
+        states = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        taught = teachers.states(*args, **kwargs) if teachers and self.training else []
+        return head(
+            states[:, :-1], labels[:, 1:], self.get_output_embeddings(), tokens[:, 1:],
+            [(of_teacher[:, :-1], theirs) for of_teacher, theirs in taught],
+        )  # fmt: skip
 
     cast(Any, model).forward = types.MethodType(forward, model)
     return True
@@ -106,6 +183,7 @@ class SupervisedHead:
             with the whole vocabulary.
         device: of the model.
         trie: with it, a level's tokens compete only where some item's SID continues with them.
+        of_teachers: weight of teachers in the target, where a call has some.
     """
 
     def __init__(
@@ -113,7 +191,9 @@ class SupervisedHead:
         sid_token_ids: Sequence[Sequence[int]],
         device: torch.device,
         trie: SidTrie | None = None,
+        of_teachers: float = 0.0,
     ) -> None:
+        self._of_teachers = of_teachers
         self._levels = [torch.tensor(ids, device=device) for ids in sid_token_ids]
         self._spans = [rows_of(ids) for ids in sid_token_ids]
         self._trie = None if trie is None else TrieTensors(trie, None, device)
@@ -126,7 +206,12 @@ class SupervisedHead:
             self._code_of[ids] = torch.arange(len(ids), device=device)
 
     def __call__(
-        self, states: Tensor, labels: Tensor, head: Any, tokens: Tensor | None = None
+        self,
+        states: Tensor,
+        labels: Tensor,
+        head: Any,
+        tokens: Tensor | None = None,
+        taught: Sequence[tuple[Tensor, Any]] = (),
     ) -> FusedCausalLMOutput:
         """Score labels.
 
@@ -136,22 +221,21 @@ class SupervisedHead:
             head: the output embedding, with ``weight`` (V, d) and ``bias`` (V,) or None.
             tokens: the rows' tokens at the labels' places, learned or not, (B, T); the trie follows
                 them down to a label. None: the labels.
+            taught: hidden states (B, T, d) and output embedding of each teacher.
 
         Returns:
-            TRL's output, with log-probability, entropy and whether the label is the most probable
-            one, (B, T) each and zero where nothing is learned.
+            TRL's output, with log-probability (with teachers the expected one under the target),
+            entropy and whether the label is the most probable one, (B, T) each and zero where
+            nothing is learned.
 
         Raises:
             ValueError: with a trie, a label continues no item's SID behind the tokens before it.
         """
         mask = labels != _IGNORED
-        kept, wanted = states[mask], labels[mask]
-        weight, bias = head.weight, getattr(head, "bias", None)
-        if hasattr(weight, "full_tensor"):  # FSDP2 shards it
-            weight = weight.full_tensor()
-            bias = None if bias is None else bias.full_tensor()
+        wanted = labels[mask]
+        sides = [_side(of_one[mask], own) for of_one, own in [(states, head), *taught]]
         if not self._levels:
-            found = _scores(kept, weight, bias, wanted)
+            found = _scores(sides, wanted, self._of_teachers)
         else:
             level, code = self._level_and_code(wanted)
             order = torch.argsort(level, stable=True)
@@ -159,20 +243,12 @@ class SupervisedHead:
             places = mask.nonzero()  # (N, 2)
             parts = []
             for at, rows in enumerate(order.split(sizes)):
+                some = [side.rows(rows) for side in sides]
                 if at == 0:
-                    parts.append(_scores(kept[rows], weight, bias, wanted[rows]))
+                    parts.append(_scores(some, wanted[rows], self._of_teachers))
                     continue
-                parts.append(
-                    self._scores_of_level(
-                        at - 1,
-                        kept[rows],
-                        weight,
-                        bias,
-                        code[rows],
-                        labels if tokens is None else tokens,
-                        places[rows],
-                    )  # fmt: skip
-                )
+                seen = labels if tokens is None else tokens
+                parts.append(self._scores_of_level(at - 1, some, code[rows], seen, places[rows]))
             back = torch.argsort(order)
             one, two, three = (torch.cat(each)[back] for each in zip(*parts, strict=True))
             found = (one, two, three)
@@ -188,31 +264,22 @@ class SupervisedHead:
         return self._level_of[known], self._code_of[known]
 
     def _scores_of_level(
-        self,
-        level: int,
-        states: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        codes: Tensor,
-        tokens: Tensor,
-        places: Tensor,
+        self, level: int, sides: list[Side], codes: Tensor, tokens: Tensor, places: Tensor
     ) -> Scores:
         """`_scores` of labels of one level.
 
         Args:
             level: the level.
-            states: (N, d).
-            weight: of the head, (V, d).
-            bias: (V,) or None.
+            sides: the student and its teachers, N states each.
             codes: of the labels, (N,).
             tokens: (B, T).
             places: row and column of each label in `tokens`, (N, 2).
         """
         ids, span = self._levels[level], self._spans[level]
-        rows = ids if span is None else span  # a slice is a view: nothing is copied
-        own = None if bias is None else bias[rows]
+        # A slice is a view: nothing is copied.
+        of_level = [side.columns(ids if span is None else span) for side in sides]
         if self._trie is None or not len(codes):
-            return _scores(states, weight[rows], own, codes)
+            return _scores(of_level, codes, self._of_teachers)
         parts, order = [], []
         above, own_nodes = self._nodes(tokens, places, codes, level)
         for at, child, exists, place in self._trie.siblings(level, above, own_nodes):
@@ -222,16 +289,14 @@ class SupervisedHead:
                 open_codes = torch.zeros(
                     len(at), len(ids) + 1, dtype=torch.bool, device=ids.device
                 ).scatter_(1, child.masked_fill(~exists, len(ids)), True)
-                parts.append(_scores(states[at], weight[rows], own, codes[at], open_codes[:, :-1]))
+                some = [side.rows(at) for side in of_level]
+                parts.append(_scores(some, codes[at], self._of_teachers, open_codes[:, :-1]))
                 continue
-            # Few children of a wide level: only their columns. An embedding lookup, since its
-            # gradient is summed far faster than that of an index.
-            columns = F.embedding(ids[child], weight)  # (n, M, d)
-            logits = torch.bmm(columns, states[at].unsqueeze(-1)).squeeze(-1).float()
-            if bias is not None:
-                logits = logits + bias[ids[child]]
-            logits = logits.masked_fill(~exists, _CLOSED)
-            parts.append(_scores_of_logits(logits, place.squeeze(1)))
+            # Few children of a wide level: only their columns.
+            logits = [
+                side.rows(at).logits_of(ids[child]).masked_fill(~exists, _CLOSED) for side in sides
+            ]
+            parts.append(_scores_of_logits(logits, place.squeeze(1), self._of_teachers))
         back = torch.cat(order).argsort()
         one, two, three = (torch.cat(each)[back] for each in zip(*parts, strict=True))
         return one, two, three
@@ -268,60 +333,66 @@ class SupervisedHead:
         return above, node
 
 
+def _side(states: Tensor, head: Any) -> Side:
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if hasattr(weight, "full_tensor"):  # FSDP2 shards it
+        weight = weight.full_tensor()
+        bias = None if bias is None else bias.full_tensor()
+    return Side(states, weight, bias)
+
+
 def _scores(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    open_codes: Tensor | None = None,
+    sides: Sequence[Side], labels: Tensor, of_teachers: float, open_codes: Tensor | None = None
 ) -> Scores:
     """Log-probability, entropy and top-1 (0 or 1) of each label, (N,) each, float32.
 
     Args:
-        states: (N, d).
-        weight: (columns, d).
-        bias: (columns,) or None.
+        sides: the student and its teachers, N states each.
         labels: column of each label, (N,).
+        of_teachers: their weight in the target.
         open_codes: the columns that compete for each label, (N, columns); None: all do.
     """
-    at_once = max(1, _LOGITS_AT_ONCE // max(1, len(weight)))
-    if len(states) <= at_once:
-        return _scores_at_once(states, weight, bias, labels, open_codes)
+    at_once = max(1, _LOGITS_AT_ONCE // max(1, len(sides[0].weight)))
+    if len(labels) <= at_once:
+        return _scores_at_once(sides, labels, of_teachers, open_codes)
+    blocks = [slice(at, at + at_once) for at in range(0, len(labels), at_once)]
     parts = [
         # What the backward pass needs is computed again: only one block of logits is ever held.
         checkpoint(
             _scores_at_once,
-            states[at : at + at_once],
-            weight,
-            bias,
-            labels[at : at + at_once],
-            None if open_codes is None else open_codes[at : at + at_once],
+            [side.rows(block) for side in sides],
+            labels[block],
+            of_teachers,
+            None if open_codes is None else open_codes[block],
             use_reentrant=False,
         )
-        for at in range(0, len(states), at_once)
+        for block in blocks
     ]
     one, two, three = (torch.cat(each) for each in zip(*parts, strict=True))
     return one, two, three
 
 
 def _scores_at_once(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    open_codes: Tensor | None,
+    sides: Sequence[Side], labels: Tensor, of_teachers: float, open_codes: Tensor | None
 ) -> Scores:
-    logits = F.linear(states, weight, bias).float()
+    logits = [side.logits() for side in sides]
     if open_codes is not None:
-        logits = logits.masked_fill(~open_codes, _CLOSED)
-    return _scores_of_logits(logits, labels)
+        logits = [each.masked_fill(~open_codes, _CLOSED) for each in logits]
+    return _scores_of_logits(logits, labels, of_teachers)
 
 
-def _scores_of_logits(logits: Tensor, labels: Tensor) -> Scores:
-    log_probs = -F.cross_entropy(logits, labels, reduction="none")
+def _scores_of_logits(logits: Sequence[Tensor], labels: Tensor, of_teachers: float) -> Scores:
+    """As `_scores`, of the logits (N, M) of the student and its teachers."""
+    own, *taught = logits
+    log_probs = -F.cross_entropy(own, labels, reduction="none")
+    if taught:
+        with torch.no_grad():
+            target = torch.stack([each.softmax(-1) for each in taught]).mean(0)
+        expected = -F.cross_entropy(own, target, reduction="none")
+        log_probs = (1 - of_teachers) * log_probs + of_teachers * expected
     with torch.no_grad():
-        best = logits.argmax(-1)
-        chances = logits.log_softmax(-1)
+        best = own.argmax(-1)
+        chances = own.log_softmax(-1)
         entropy = -torch.linalg.vecdot(chances.exp(), chances)
     return log_probs, entropy, (best == labels).float()
 

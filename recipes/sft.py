@@ -72,6 +72,7 @@ from genrec.tasks.instruction_rows import InstructionRows
 from genrec.tasks.mixing import Plan, named_numbers, named_rows, plan
 from genrec.tasks.refresh import apart, compare, refresh_plan, replay_counts
 from genrec.tasks.rendering import ItemTexts
+from genrec.teachers import TeacherRun, load_teachers
 from genrec.title_ids import TitleIds, load_map
 from genrec.training_data import EpochRows, estimated_lengths, sample_texts
 from genrec.warm_start import EarlierModel, check_replay_share, check_stage, unseen_codes
@@ -128,6 +129,10 @@ class SftArgs:
     # Over what the model's scores are normalised, wherever it ranks: full (the whole vocabulary),
     # level or trie. auto: full, unless another one is better on validation by more than chance.
     normalizer: str = "auto"
+    # Runs whose trained models, over the same SID map and vocabulary, say what the target is beside
+    # the label: their mean distribution has `teacher_weight` of it. Each is run over every row.
+    teachers: list[str] = field(default_factory=list)
+    teacher_weight: float = 0.5
     # Daily refresh: the run whose trained model is trained on, with its tokenizer.
     warm_start: str | None = None
     warm_start_stage: str | None = None  # sft or grpo; default: grpo where it is complete
@@ -159,6 +164,8 @@ class SftArgs:
             raise ValueError(
                 "warm_start begins with that run's model; leave model_name_or_path out"
             )
+        if not 0 < self.teacher_weight <= 1:
+            raise ValueError(f"teacher_weight={self.teacher_weight} must be above 0, at most 1")
         check_stage(self.warm_start_stage)
         check_replay_share(self.replay_share)
         if self.prompt_format == "chat" and not self.model_name_or_path:
@@ -380,8 +387,11 @@ def main() -> None:
     inputs = ["prepare", "embed", "quantize", "build_dataset"]
     with PartialState().main_process_first():
         earlier = earlier_model(args)
-        hashes = earlier.hashes if earlier else None
-        stage = Stage(args.run_dir, "sft", config, inputs, ignore=["warm_start"], hashes=hashes)
+        taught_by = [TeacherRun.of_run(run_dir, args.run_dir) for run_dir in args.teachers]
+        hashes = earlier.hashes if earlier else {}
+        hashes |= {f"teachers/{i}": run.content_hash for i, run in enumerate(taught_by)}
+        ignore = ["warm_start", "teachers", *([] if taught_by else ["teacher_weight"])]
+        stage = Stage(args.run_dir, "sft", config, inputs, ignore=ignore, hashes=hashes)
         check_map(args.loss_over, stage_folder(args.run_dir, "quantize"))
         first = PartialState().is_main_process
         if stage.is_done(args.overwrite and first, alone=first):
@@ -451,7 +461,13 @@ def main() -> None:
     assert trainer.model is not None
     adapters.expose_head_bias(trainer.model)
     adapters.keep_token_rows_in_fp32(trainer.model)
-    use_supervised_head(model, token_ids, cast(LossOver, args.loss_over), trie)  # below any adapter
+    teachers = None
+    if taught_by:
+        teachers = load_teachers(
+            taught_by, args.teacher_weight, tokenizer, args.dtype, training.device
+        )
+    # Below any adapter.
+    use_supervised_head(model, token_ids, cast(LossOver, args.loss_over), trie, teachers)
     engine = partial(
         TorchEngine, trie=trie, sid_token_ids=token_ids, pad_token_id=tokenizer.pad_token_id
     )

@@ -13,8 +13,8 @@ ORDER = [
     "modeling", "adapters", "averaging", "training_data", "decoding", "supervised_head",
     "sft_trainer", "reasoning", "grounding", "rewards", "chain_rewards", "advantages",
     "rollout_groups", "group_losses", "rollouts", "reasoning_rollouts", "bundle", "warm_start",
-    "list_shaping", "engine_options", "recommend", "recommend_in_words", "rating", "generation",
-    "planning", "server", "evaluation", "explain", "audit", "config", "cli",
+    "teachers", "list_shaping", "engine_options", "recommend", "recommend_in_words", "rating",
+    "generation", "planning", "server", "evaluation", "explain", "audit", "config", "cli",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -15,7 +16,12 @@ from genrec import adapters, modeling, supervised_head
 from genrec.decoding import trie_tensors
 from genrec.decoding.torch_engine import TorchEngine
 from genrec.decoding.trie import SidTrie
-from genrec.supervised_head import SupervisedHead, add_hidden_dropout, use_supervised_head
+from genrec.supervised_head import (
+    SupervisedHead,
+    Teachers,
+    add_hidden_dropout,
+    use_supervised_head,
+)
 
 IGNORED = -100
 TRIE = SidTrie.build(np.zeros((1, 3), dtype=np.int32))  # where none is asked for
@@ -84,6 +90,39 @@ def test_gradients_and_blocks(over: str, monkeypatch):
     assert whole[0][0, 0].abs().sum() == 0  # nothing is learned there
     moved = whole[1].abs().sum(1) > 0
     assert moved.all()  # text labels are among them, and they compete with everything
+
+
+@pytest.mark.parametrize("at_once", [1 << 26, 40])
+@pytest.mark.parametrize("over", ["vocabulary", "level"])
+def test_the_target_is_in_part_the_teachers_mean_distribution(over: str, at_once: int, monkeypatch):
+    monkeypatch.setattr(supervised_head, "_LOGITS_AT_ONCE", at_once)  # one block, or several
+    states, labels, head, levels = example(bias=True)
+    taught = [
+        (
+            torch.randn(2, 4, 3).double(),
+            Head(torch.randn(20, 3).double(), torch.randn(20).double()),
+        ),
+        (torch.randn(2, 4, 5).double(), Head(torch.randn(20, 5).double())),
+    ]  # of other widths
+    chosen = levels if over == "level" else ()
+    scored = SupervisedHead(chosen, torch.device("cpu"), of_teachers=0.3)
+    found = scored(states, labels, head, None, taught)
+    plain = SupervisedHead(chosen, torch.device("cpu"))(states, labels, head)
+    assert torch.equal(found.entropy, plain.entropy) and torch.equal(found.is_top1, plain.is_top1)
+    for row, at in (labels != IGNORED).nonzero().tolist():
+        wanted = int(labels[row, at])
+        rivals = next((lv for lv in levels if wanted in lv), None) if over == "level" else None
+        rivals = list(range(20)) if rivals is None else rivals
+        log_p = F.linear(states, head.weight, head.bias)[row, at, rivals].log_softmax(-1)
+        target = torch.zeros(len(rivals)).double()
+        target[rivals.index(wanted)] = 0.7
+        for of_teacher, theirs in taught:
+            logits = F.linear(of_teacher, theirs.weight, theirs.bias)[row, at, rivals]
+            target += 0.15 * logits.softmax(-1)
+        expected = (target * log_p).sum().item()
+        assert math.isclose(found.log_probs[row, at].item(), expected, abs_tol=1e-5)
+    found.log_probs.sum().backward()
+    assert states.grad is not None and states.grad.abs().sum() > 0
 
 
 def test_level_losses_leave_other_columns_alone():
@@ -176,6 +215,51 @@ def test_over_the_trie_a_label_scores_as_the_search_scores_it(
     assert len(single) and (single.abs() < 1e-6).all()
 
 
+@pytest.mark.parametrize("few", [8, 0, 10_000])
+@pytest.mark.parametrize("over", ["vocabulary", "level", "trie"])
+def test_a_teacher_like_the_student_leaves_the_entropy(tiny, tmp_path, monkeypatch, over, few):
+    """Taught by itself, a student's expected log-probability is minus its entropy."""
+    monkeypatch.setattr(supervised_head, "_FEW", few)
+    trie = SidTrie.build(tiny.sids(20).codes)
+    outputs = []
+    for weight in (0.0, 1.0, 0.25):
+        trainer, model, token_ids = trainer_of(tiny, tmp_path)
+        teachers = Teachers([deepcopy(model).eval()], weight) if weight else None
+        assert use_supervised_head(model, token_ids, over, trie, teachers)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(12)])
+        outputs.append(model.train()(**batch, fused_lm_head=True))
+        again = model.eval()(**batch, fused_lm_head=True)
+        assert torch.allclose(again.log_probs, outputs[0].log_probs, atol=1e-5)  # no teacher then
+    plain, wholly, partly = outputs
+    assert torch.allclose(wholly.log_probs, -plain.entropy, atol=1e-4)
+    mixed = 0.75 * plain.log_probs - 0.25 * plain.entropy
+    assert torch.allclose(partly.log_probs, mixed, atol=1e-4)
+
+
+def test_a_student_comes_near_its_teacher(tiny, tmp_path):
+    trainer, model, token_ids = trainer_of(tiny, tmp_path)
+    teacher = tiny.sid_lm(tiny.sids(20), seed=5)[0]
+    trie = SidTrie.build(tiny.sids(20).codes)
+    use_supervised_head(model, token_ids, "trie", trie, Teachers([teacher], 1.0))
+    weights = [parameter.clone() for parameter in teacher.parameters()]
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(12)])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        output = model.train()(**batch, fused_lm_head=True)
+        loss = -output.log_probs.sum() / output.label_mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    twin = deepcopy(teacher)
+    use_supervised_head(twin, token_ids, "trie", trie)
+    least = twin(**batch, fused_lm_head=True)  # the teacher's entropy: no loss is below it
+    floor = (least.entropy.sum() / least.label_mask.sum()).item()
+    assert floor < losses[-1] and losses[-1] - floor < 0.1 * (losses[0] - floor)
+    assert all(torch.equal(a, b) for a, b in zip(weights, teacher.parameters(), strict=True))
+
+
 def test_rows_of_another_sid_map_are_refused_by_the_trie(tiny, tmp_path):
     trainer, model, token_ids = trainer_of(tiny, tmp_path)
     codes = tiny.sids(20).codes[:3]
@@ -215,6 +299,20 @@ def test_models_with_capped_logits_are_refused(tiny, monkeypatch):
     with pytest.raises(ValueError, match="loss_over=level: .* more to its logits"):
         use_supervised_head(model, token_ids, "level", TRIE)
     assert not use_supervised_head(model, token_ids, "vocabulary", TRIE)
+
+
+def test_teachers_that_have_no_linear_head_are_refused(tiny, monkeypatch):
+    model, _, token_ids = tiny.sid_lm(tiny.sids(20))
+    teacher = deepcopy(model)
+    whole = teacher.forward
+    monkeypatch.setattr(teacher, "forward", lambda **inputs: _doubled(whole(**inputs)))
+    with pytest.raises(ValueError, match="whose logits are a linear head's"):
+        use_supervised_head(model, token_ids, "vocabulary", TRIE, Teachers([teacher], 0.5))
+
+
+def _doubled(output):
+    output.logits = 2 * output.logits
+    return output
 
 
 def test_models_whose_routers_have_a_loss_are_left_to_trl(tiny):

@@ -21,6 +21,8 @@ def sft():
         ({"loss_over": "catalogue"}, "loss_over"),
         ({"hidden_dropout": 1.0}, "hidden_dropout=1.0 must be at least 0 and below 1"),
         ({"ema_decay": -0.1}, "ema_decay=-0.1 must be"),
+        ({"teachers": ["t"], "teacher_weight": 0.0}, "teacher_weight=0.0 must be above 0"),
+        ({"teachers": ["t"], "teacher_weight": 1.1}, "teacher_weight=1.1 must be"),
         ({"loss_over": "trie", "normalizer": "full"}, "normalizer=full with loss_over=trie.*trie"),
         ({"loss_over": "level", "normalizer": "full"}, "use level or trie"),
         ({"loss_over": "trie", "normalizer": "level"}, "normalizer=level with loss_over=trie"),
