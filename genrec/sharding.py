@@ -29,14 +29,21 @@ def sharding_of(training: Any) -> str | None:
     return "FSDP" if launched or getattr(training, "fsdp", None) else None
 
 
-def check_sft(training: Any, use_lora: bool, eval_rows: int, loss_over: str) -> None:
+def check_sft(
+    training: Any, use_lora: bool, eval_rows: int, loss_over: str, taught: bool = False
+) -> None:
     """Refuse settings of sft that need whole weights where there are none, before anything is read.
 
     Raises:
         ValueError: adapters or validation on split weights; a loss whose head ZeRO-3 would not
-            gather.
+            gather; teachers, who would be split as well.
     """
     kind = sharding_of(training)
+    if kind and taught:
+        raise ValueError(
+            f"teachers under {kind}: their weights are read whole; launch with ddp.yaml or "
+            "deepspeed-zero2.yaml"
+        )
     if kind == "ZeRO-3" and loss_over != "vocabulary":
         raise ValueError(
             f"loss_over={loss_over} under ZeRO-3: the head is split there and only TRL's own loss "

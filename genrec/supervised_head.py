@@ -234,6 +234,9 @@ class SupervisedHead:
         mask = labels != _IGNORED
         wanted = labels[mask]
         sides = [_side(of_one[mask], own) for of_one, own in [(states, head), *taught]]
+        # Models of one tokenizer pad their embeddings to different lengths.
+        fewest = min(len(side.weight) for side in sides)
+        sides = [s if len(s.weight) == fewest else s.columns(slice(fewest)) for s in sides]
         if not self._levels:
             found = _scores(sides, wanted, self._of_teachers)
         else:

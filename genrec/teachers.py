@@ -13,8 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from genrec.artifacts import ABOUT, read_json, require, stage_folder
 from genrec.bundle.parts import ServedParts
 from genrec.modeling import load_base
-from genrec.supervised_head import Teachers
+from genrec.supervised_head import LossOver, Teachers
 from genrec.title_ids import load_map
+
+# What a model learned to tell apart, wide to narrow: losses of sft, and normalisers of grpo.
+_SCOPES = {"vocabulary": 0, "full": 0, "level": 1, "trie": 2}
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,17 @@ class TeacherRun:
     content_hash: str
 
     @classmethod
-    def of_run(cls, teacher: Path | str, run_dir: Path | str) -> TeacherRun:
+    def of_run(cls, teacher: Path | str, run_dir: Path | str, loss_over: LossOver) -> TeacherRun:
         """Look at the model of a run, before anything long begins.
 
         Args:
             teacher: the run that teaches; its grpo model where that is complete, else sft's.
             run_dir: the run that is to be trained.
+            loss_over: what the student's SID tokens compete with.
 
         Raises:
-            ValueError: it is this run, unfinished, or its SID map is another one.
+            ValueError: it is this run, unfinished, its SID map is another one, or it learned
+                nothing of some tokens that the student's compete with.
         """
         if Path(teacher).resolve() == Path(run_dir).resolve():
             raise ValueError(f"teacher {teacher} is this run itself; name other runs")
@@ -53,14 +58,28 @@ class TeacherRun:
                 f"was trained on ({of_teacher[:12]}): its codes mean other things. Quantize both "
                 "with the same vectors, settings and seed"
             )
+        learned = [str(require(teacher, "sft").config.get("loss_over", "vocabulary"))]
         manifest = require(teacher, parts.model_stage)
+        if parts.model_stage == "grpo":
+            learned.append(str(manifest.config.get("normalizer", "full")))
+        narrow = max(learned, key=lambda name: _SCOPES.get(name, 0))
+        if _SCOPES.get(narrow, 0) > _SCOPES[loss_over]:
+            raise ValueError(
+                f"the teacher {teacher} was trained over {narrow} and learned nothing of what lies "
+                f"outside, so it can't teach over {loss_over}; use loss_over={narrow}"
+            )
         return cls(Path(teacher), parts.model, manifest.content_hash)
+
+    def told(self) -> dict[str, str]:
+        """What a student's ``genrec.json`` says of it."""
+        return {"run": self.run_dir.resolve().name, "content_hash": self.content_hash}
 
 
 def load_teachers(
     runs: Sequence[TeacherRun],
     weight: float,
     tokenizer: PreTrainedTokenizerBase,
+    longest: int,
     dtype: str,
     device: torch.device | str,
 ) -> Teachers:
@@ -70,11 +89,12 @@ def load_teachers(
         runs: that teach.
         weight: of their mean distribution in the target.
         tokenizer: of the student, with its SID tokens.
+        longest: tokens of the longest training row.
         dtype: of the teachers' weights.
         device: of the student.
 
     Raises:
-        ValueError: a teacher numbers its tokens in another way.
+        ValueError: a teacher numbers its tokens in another way, or its context is too short.
     """
     models = []
     for run in runs:
@@ -85,5 +105,10 @@ def load_teachers(
                 "from the same base, or from scratch with one vocab_size, catalogue and dataset"
             )
         model: Any = load_base(str(run.model), dtype)  # transformers wraps `to`
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"the longest row has {longest} tokens, the teacher {run.run_dir} holds {limit}"
+            )
         models.append(model.to(device).eval().requires_grad_(False))
     return Teachers(models, weight)

@@ -382,12 +382,16 @@ def main() -> None:
     """Run the stage."""
     args, training = parse(SftArgs, SFTConfig)
     check_workers(training.dataloader_num_workers)
-    sharding.check_sft(training, args.use_lora, args.eval_rows, args.loss_over)
+    sharding.check_sft(training, args.use_lora, args.eval_rows, args.loss_over, bool(args.teachers))
     config = {**asdict(args), "training": training_fingerprint(training)}
     inputs = ["prepare", "embed", "quantize", "build_dataset"]
     with PartialState().main_process_first():
         earlier = earlier_model(args)
-        taught_by = [TeacherRun.of_run(run_dir, args.run_dir) for run_dir in args.teachers]
+        taught_by = [
+            TeacherRun.of_run(run_dir, args.run_dir, cast(LossOver, args.loss_over))
+            for run_dir in args.teachers
+        ]
+        taught_by.sort(key=lambda run: run.content_hash)  # their mean knows no order
         hashes = earlier.hashes if earlier else {}
         hashes |= {f"teachers/{i}": run.content_hash for i, run in enumerate(taught_by)}
         ignore = ["warm_start", "teachers", *([] if taught_by else ["teacher_weight"])]
@@ -426,7 +430,7 @@ def main() -> None:
     written = item_tokens(tokenizer, semantic_ids)
     trie, token_ids = written.trie, written.token_ids
     train_rows = EpochRows(rows, mixture, lengths, tokenizer, written.last)
-    longest = train_rows.longest()
+    longest = longest_row = train_rows.longest()
     # What is served later may be longer than any training row.
     served = modeling.encode_prompts(tokenizer, valid_prompts.to_list())
     longest = max(longest, *(len(ids) + trie.n_levels for ids in served), 0)
@@ -464,7 +468,7 @@ def main() -> None:
     teachers = None
     if taught_by:
         teachers = load_teachers(
-            taught_by, args.teacher_weight, tokenizer, args.dtype, training.device
+            taught_by, args.teacher_weight, tokenizer, longest_row, args.dtype, training.device
         )
     # Below any adapter.
     use_supervised_head(model, token_ids, cast(LossOver, args.loss_over), trie, teachers)
@@ -515,6 +519,7 @@ def main() -> None:
             **origin(args, earlier),
             "normalizer": choice.normalizer,
             "normalizer_choice": asdict(choice),
+            **({"teachers": [run.told() for run in taught_by]} if taught_by else {}),
             **quantized,
         }
         modeling.save_model(final, tokenizer, semantic_ids, stage.folder / "model", about, weights)

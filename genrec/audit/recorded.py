@@ -22,7 +22,7 @@ from genrec.artifacts import (
 from genrec.chains import Chain, read_chains
 from genrec.columns import HISTORY, ITEM_ID, ROW_ID, SEEN, TARGET, TARGET_POSITION
 from genrec.data.splits import read_split
-from genrec.generation.non_profiling import NON_PROFILING
+from genrec.generation.non_profiling import NON_PROFILING, SHOWN
 from genrec.generation.shards import PREFIX, read_info
 from genrec.generation.users import UserColumns, UserTable, source_sha256
 from genrec.prompts import PromptRenderer
@@ -159,7 +159,10 @@ class RecordedRun:
         """
         if NON_PROFILING not in self.manifests["recommend"].outputs:
             return None
-        return self._read(NON_PROFILING)
+        lists = self._read(NON_PROFILING)
+        if SHOWN not in lists.columns:  # made before there were lists by content
+            lists = lists.with_columns(pl.lit(None, dtype=lists[ITEM_ID].dtype).alias(SHOWN))
+        return lists
 
     def _read(self, name: str) -> pl.DataFrame:
         """A file of lists, which must be the one that recommend wrote."""

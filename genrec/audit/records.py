@@ -4,7 +4,8 @@ Every list that recommend made has a record, also that of a user who opted out o
 that is not in explain's sample has no chains, and its record says so. A record names users by
 pseudonym and files by hash. What replay needs and the record must not hold (user id, history,
 prompt, chains that cite the history) is its payload, which can be erased. The recommended items
-stay in the record: treat it as pseudonymous data.
+stay in the record, and those of a list by content tell what was on show: treat it as pseudonymous
+data.
 
 Longer than other modules: a record is written and opened again by what stands here side by side.
 """
@@ -373,6 +374,13 @@ def _non_profiling_records(
         POPULARITY: (counts_sha256(run.catalog), files),
         CONTENT: (next(iter(alike.values()), None), files | alike),
     }
+    of_rule = {
+        rule: {
+            "artefacts": {**shared["artefacts"], "files": named},
+            "ordering": {"mode": "non-profiling", "rule": rule, "data_sha256": data},
+        }
+        for rule, (data, named) in rests_on.items()
+    }
     shared = {
         **shared,
         "decoding": None,
@@ -391,24 +399,24 @@ def _non_profiling_records(
         "masked": {},
     }
     key_id = key.key_id
-    for own in lists.partition_by(ROW_ID, maintain_order=True):
-        user, row_id, shown = own.select(USER_ID, ROW_ID, SHOWN).row(0)
-        rule = POPULARITY if shown is None else CONTENT
-        data, named = rests_on[rule]
+    firsts = lists.unique(ROW_ID, keep="first", maintain_order=True)
+    items: dict[Any, list[dict[str, Any]]] = {}  # by the item on show: such lists are the same
+    for shown, row_id in firsts.unique(SHOWN).select(SHOWN, ROW_ID).iter_rows():
+        own = lists.filter(pl.col(ROW_ID) == row_id).select(RANK, ITEM_ID, SID, SCORE)
+        items[shown] = [
+            {**item, LEVEL_LOG_PROBS: [], "explained": False} for item in own.iter_rows(named=True)
+        ]
+    for user, row_id, shown in firsts.select(USER_ID, ROW_ID, SHOWN).iter_rows():
         payload = {"identity": Sealed.new({USER_ID: user, ROW_ID: row_id})}
         if shown is not None:
             payload["input"] = Sealed.new({**_NO_INPUT, SHOWN: shown})
         commitments = {"identity": None, "input": None, "chains": None}
         record = {
             **shared,
+            **of_rule[POPULARITY if shown is None else CONTENT],
             "user": {"pseudonym": key.pseudonym(user), "key_id": key_id},
-            "artefacts": {**shared["artefacts"], "files": named},
-            "ordering": {"mode": "non-profiling", "rule": rule, "data_sha256": data},
             "commitments": commitments | {part: s.commitment for part, s in payload.items()},
-            "items": [
-                {**item, LEVEL_LOG_PROBS: [], "explained": False}
-                for item in own.select(RANK, ITEM_ID, SID, SCORE).iter_rows(named=True)
-            ],
+            "items": items[shown],
         }
         yield record, payload
 

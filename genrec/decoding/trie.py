@@ -428,7 +428,7 @@ class CatalogueView:
 
 def _position_type(n_items: int) -> type[np.int32] | type[np.int64]:
     """Type of leaf and node positions."""
-    return np.int32 if n_items < np.iinfo(np.int32).max else np.int64
+    return np.int32 if n_items < 1 << 30 else np.int64  # sums of two positions must fit
 
 
 def _sid_order(codes: np.ndarray) -> np.ndarray:

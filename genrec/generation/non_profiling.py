@@ -2,13 +2,15 @@
 
 Neither a history, nor the filter of seen items, which would need one. Where the table of opt-outs
 names the item on show (the page that the list will stand on), the list holds the items most alike
-it in content; otherwise the most popular ones, the same for everybody. Content is the vectors made
-from the items' texts, popularity how often each occurs in the training part, all users together.
-Both keep to what `allow` and `deny` leave.
+it in content; otherwise the most popular ones, the same for everybody. Content is the embed stage's
+vectors without behaviour (of vectors that were given to it, whoever made them must know that they
+hold none), popularity how often each item occurs in the training part, all users together. Both
+keep to what `allow` and `deny` leave.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +34,11 @@ from genrec.item_lists import IntArray
 NON_PROFILING = "non-profiling.parquet"  # in the folder of lists
 POPULARITY = "popularity in the training part, ties in the order of the catalogue"
 CONTENT = (
-    "cosine of text vectors with the item on show, rounded to six decimals, ties in the order of "
-    "the catalogue"
+    "cosine of content vectors with the item on show, rounded to six decimals, ties in the order "
+    "of the catalogue"
 )
 SHOWN = "shown_item_id"
+_ROWS_AT_ONCE = 1 << 16  # of vectors that are held in float64
 
 
 def popular_items(catalog: pl.DataFrame, k: int, allowed: IntArray | None = None) -> IntArray:
@@ -55,26 +58,28 @@ class ContentNeighbours:
     """Items most alike a given one, by the cosine of their vectors.
 
     Args:
-        vectors: ``.npy`` of the catalogue's text vectors, (n_items, dim).
+        vectors: ``.npy`` of the catalogue's content vectors, (n_items, dim).
     """
 
     def __init__(self, vectors: Path | str) -> None:
         self._vectors = np.load(vectors, mmap_mode="r")
-        length = np.linalg.norm(self._vectors, axis=1)
-        self._length = np.maximum(length, 1e-12)
-        self._empty = length == 0
+        self._length = np.concatenate([np.linalg.norm(part, axis=1) for part in self._parts()])
+
+    def _parts(self) -> Iterator[npt.NDArray[np.float64]]:
+        for at in range(0, len(self._vectors), _ROWS_AT_ONCE):
+            yield self._vectors[at : at + _ROWS_AT_ONCE].astype(np.float64)
 
     def known(self, item: int) -> bool:
         """Whether the item has content: without a vector it is like nothing."""
-        return not self._empty[item]
+        return bool(self._length[item] > 0)
 
     def nearest(
         self, item: int, k: int, allowed: IntArray | None = None
     ) -> tuple[IntArray, npt.NDArray[np.float64]]:
         """The k nearest other catalogue rows, best first; fewer where less is allowed.
 
-        One product of its own per item, and cosines rounded, so that a list comes out the same
-        whatever other lists are made beside it.
+        In float64, and rounded to what float32 vectors tell: a list comes out the same beside
+        other lists and on another machine.
 
         Args:
             item: catalogue row of the item on show.
@@ -84,11 +89,15 @@ class ContentNeighbours:
         Returns:
             Catalogue rows and their cosines.
         """
-        products = self._vectors @ np.asarray(self._vectors[item])
-        cosines = products.astype(np.float64) / (self._length * self._length[item])
-        cosines = np.round(cosines, 6)
+        own = self._vectors[item].astype(np.float64)
+        products = np.concatenate([part @ own for part in self._parts()])
+        lengths = np.maximum(self._length * self._length[item], 1e-300)
+        cosines = np.round(products / lengths, 6) + 0.0  # no −0.0
         rows = np.arange(len(cosines)) if allowed is None else allowed
-        rows = rows[(rows != item) & ~self._empty[rows]]
+        rows = rows[(rows != item) & (self._length[rows] > 0)]
+        if k < len(rows):  # ties with the last one stay, and are sorted out below
+            least = np.partition(cosines[rows], len(rows) - k)[len(rows) - k]
+            rows = rows[cosines[rows] >= least]
         best = rows[np.argsort(-cosines[rows], kind="stable")][:k]
         return best, cosines[best]
 
@@ -116,41 +125,43 @@ def non_profiling_lists(
         sids: semantic ids of the catalogue, row for row.
         k: length of the lists.
         allowed: catalogue rows that may be recommended at all, ascending; None: all.
-        vectors: ``.npy`` of the catalogue's text vectors; needed where an item is on show.
+        vectors: ``.npy`` of the catalogue's content vectors; needed where an item is on show.
 
     Returns:
-        `score` is the cosine with the item on show; without one, or where that has no content (and
-        no shown_item_id is stated), the item's number of training interactions.
+        `score` is the cosine with the item on show. Without one, and where no other allowed item
+        has content, or that one has none (no shown_item_id is stated then), it is the item's number
+        of training interactions.
 
     Raises:
         ValueError: an item is on show, and there are no vectors.
     """
     counts = catalog[TRAIN_COUNT].to_numpy().astype(np.float64)
-    neighbours = None
+    popular = popular_items(catalog, k, allowed)
+    made = {-1: (popular, counts[popular])}
+    shown = shown.copy()
     if (shown >= 0).any():
         if vectors is None:
             raise ValueError("lists by content need vectors made from the items' texts")
         neighbours = ContentNeighbours(vectors)
-        shown = np.where([item >= 0 and neighbours.known(item) for item in shown], shown, -1)
-    parts = []
-    for item in np.unique(shown).tolist():
-        if item < 0 or neighbours is None:
-            best = popular_items(catalog, k, allowed)
-            scores = counts[best]
-        else:
-            best, scores = neighbours.nearest(item, k, allowed)
-        parts.append(
-            pl.DataFrame(
-                {
-                    "_shown": np.full(len(best), item),
-                    RANK: np.arange(1, len(best) + 1, dtype=np.int32),
-                    ITEM_ID: catalog[ITEM_ID].gather(best),
-                    ITEM_INDEX: best.astype(np.int32),
-                    SID: sids.gather(best),
-                    SCORE: scores,
-                }
-            )
+        for item in np.unique(shown[shown >= 0]).tolist():
+            best, cosines = neighbours.nearest(item, k, allowed)
+            if neighbours.known(item) and len(best):
+                made[item] = best, cosines
+            else:
+                shown[shown == item] = -1
+    parts = [
+        pl.DataFrame(
+            {
+                "_shown": np.full(len(best), item),
+                RANK: np.arange(1, len(best) + 1, dtype=np.int32),
+                ITEM_ID: catalog[ITEM_ID].gather(best),
+                ITEM_INDEX: best.astype(np.int32),
+                SID: sids.gather(best),
+                SCORE: scores,
+            }
         )
+        for item, (best, scores) in made.items()
+    ]
     given = pl.Series(np.maximum(shown, 0))
     rows = rows.select(
         ROW_ID,
@@ -168,7 +179,21 @@ def shows_items(path: Path | str) -> bool:
     Raises:
         ValueError: no such file, or it names no user.
     """
-    return bool(read_table(path, USER_ID, "user", optional=ITEM_ID)[ITEM_ID].count())
+    return bool(_named(path)[ITEM_ID].count())
+
+
+def _named(path: Path | str) -> pl.DataFrame:
+    """Users and items on show as text, each pair once; null where a user has no item."""
+    table = read_table(path, USER_ID, "user", optional=ITEM_ID)
+    items = table[ITEM_ID]
+    if items.dtype.is_float() and bool((items.fill_nan(None).drop_nulls() % 1 == 0).all()):
+        items = items.fill_nan(None).cast(pl.Int64)  # whole numbers beside missing ones
+    if items.dtype.is_nested():
+        raise ValueError(f"{path}: {ITEM_ID} holds {items.dtype}; one item can be on show")
+    items = items.cast(pl.String).str.strip_chars().replace("", None)
+    named = table.select(pl.col(USER_ID).cast(pl.String), items.alias(ITEM_ID))
+    named = named.unique(maintain_order=True)
+    return named.filter(pl.col(ITEM_ID).is_not_null() | (pl.len().over(USER_ID) == 1))
 
 
 def opted_out(
@@ -191,8 +216,7 @@ def opted_out(
             would be worse than an error. Or an item that is not in the catalogue, or two for one
             user.
     """
-    named = read_table(path, USER_ID, "user", optional=ITEM_ID)
-    named = named.select(pl.col(USER_ID), pl.col(ITEM_ID)).cast(pl.String).unique()
+    named = _named(path)
     twice = named.filter(pl.col(USER_ID).is_duplicated())
     if len(twice):
         raise ValueError(f"{path} names user {twice[USER_ID][0]!r} with more than one {ITEM_ID}")

@@ -70,6 +70,13 @@ def test_items_most_alike_the_one_on_show(vectors):
     assert some.group_by("row_id", maintain_order=True).agg("item_id")["item_id"].to_list() == [
         ["d"], ["d"], ["a", "d", "c"], ["a", "d", "c"]
     ]  # fmt: skip
+    nothing_left = non_profiling_lists(
+        rows, np.array([0, -1, 3, 0]), CATALOG, SIDS, 2, np.array([0, 2]), vectors
+    )  # of a, only a and c are left, which is like nothing: everybody has a list all the same
+    assert nothing_left["row_id"].unique(maintain_order=True).to_list() == ["r1", "r2", "r3", "r4"]
+    of_first = nothing_left.filter(pl.col("row_id") == "r1")
+    assert of_first["item_id"].to_list() == ["a", "c"]
+    assert of_first["shown_item_id"].to_list() == [None, None]
     with pytest.raises(ValueError, match="need vectors made from the items' texts"):
         non_profiling_lists(rows, np.array([0, -1, -1, -1]), CATALOG, SIDS, 2)
 
@@ -81,6 +88,8 @@ def test_equal_items_stand_in_the_order_of_the_catalogue(tmp_path):
     rows, cosines = ContentNeighbours(tmp_path / "v.npy").nearest(11, 49)
     assert rows[:3].tolist() == [7, 23, 40] and cosines[:3].tolist() == [1.0, 1.0, 1.0]
     assert sorted(rows.tolist()) == [r for r in range(50) if r != 11]
+    few = ContentNeighbours(tmp_path / "v.npy").nearest(11, 2)[0]
+    assert few.tolist() == [7, 23]  # of three equal ones
     unit = table / np.linalg.norm(table, axis=1, keepdims=True)
     np.testing.assert_allclose(cosines, (unit @ unit[11])[rows], atol=1e-6)
 
@@ -114,10 +123,20 @@ def test_what_is_on_show(tmp_path):
     chosen, shown = opted_out(pl.Series(["u3", "u0", "u2", "u1", "u1"]), path, ids)
     assert chosen.to_list() == [True, False, True, True, True]
     assert shown.tolist() == [0, -1, -1, 3, 3] and shows_items(path)
-    numbers = pl.DataFrame({"user_id": [1], "item_id": [20]})
-    numbers.write_parquet(tmp_path / "out.parquet")
-    found = opted_out(pl.Series([1]), tmp_path / "out.parquet", pl.Series([10, 20]))
-    assert found[1].tolist() == [1]
+    path.write_text('user_id,item_id\n"u1",""\nu2,  d \nu3,\nu3,a\nu0,\nu0,\n')
+    chosen, shown = opted_out(pl.Series(["u0", "u1", "u2", "u3"]), path, ids)
+    assert chosen.all() and shown.tolist() == [-1, -1, 3, 0]
+    other, numbers = tmp_path / "out.parquet", pl.Series([10, 20])
+    for items in ([20, None], [20.0, None], [20.0, float("nan")]):
+        pl.DataFrame({"user_id": [1, 2], "item_id": items}).write_parquet(other)
+        found = opted_out(pl.Series([1, 2]), other, numbers)
+        assert found[0].all() and found[1].tolist() == [1, -1]
+    pl.DataFrame({"user_id": [1], "item_id": [[20]]}).write_parquet(other)
+    with pytest.raises(ValueError, match=r"item_id holds List\(Int64\); one item can be on show"):
+        opted_out(pl.Series([1]), other, numbers)
+    pl.DataFrame({"user_id": [1], "item_id": [20.5]}).write_parquet(other)
+    with pytest.raises(ValueError, match="one is '20.5'"):
+        opted_out(pl.Series([1]), other, numbers)
     path.write_text("user_id,item_id\nu1,d\nu1,a\n")
     with pytest.raises(ValueError, match="names user 'u1' with more than one item_id"):
         opted_out(pl.Series(["u1"]), path, ids)

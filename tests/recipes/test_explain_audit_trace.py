@@ -377,10 +377,12 @@ def test_lists_by_content_for_users_who_opted_out(capsys, listed, tmp_path):
     assert set(one["artefacts"]["files"]) - set(two["artefacts"]["files"]) == {
         "embeddings/item_embeddings.npy"
     }
-    assert str(shown) not in json.dumps({**one, "items": []})  # what the user looked at is payload
+    assert "shown_item_id" not in json.dumps(one)  # what the user looked at is payload
+    (opened,) = read_opened(run / "audit", [12])
+    assert opened["input"]["shown_item_id"] == shown and opened["input"]["history"] == []
     page = (run / "audit" / "report.html").read_text()
     assert page.count("The list goes by content alone: the items most alike the one on show") == 1
-    assert "1 by popularity in the training part" in page and "1 by cosine of text vectors" in page
+    assert "1 by popularity in the training part" in page and "1 by cosine of content vectors" in page
     capsys.readouterr()
     call("audit", "verify", "--run_dir", str(run))
     call("audit", "replay", "--run_dir", str(run), "--all")

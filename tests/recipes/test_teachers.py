@@ -71,16 +71,21 @@ def test_a_taught_model_is_another_one(teacher: Path, student: Path, tmp_path: P
     with pytest.raises(ValueError, match="made with other input"):
         run("sft", student, "--seed", 0, "--teachers", alone, "--teacher_weight", 0.9, *TRAIN)
     assert "teacher_weight" not in require(alone, "sft").config
+    told = {"run": teacher.name, "content_hash": require(teacher, "sft").content_hash}
+    assert read_json(student / "sft" / "model" / "genrec.json")["teachers"] == [told]
 
 
 def test_teachers_that_can_not_teach(untrained: Path, teacher: Path, student: Path, tmp_path: Path):
     for run_dir, message in (
         (student, "is this run itself"),
-        (untrained, "sft"),  # not trained
-        (tmp_path / "nothing", "nothing"),
+        (untrained, "stage 'sft' has not finished"),
+        (tmp_path / "nothing", "stage 'sft' has not finished"),
     ):
         with pytest.raises(ValueError, match=message):
             run("sft", student, "--teachers", run_dir, *TRAIN)
+    for wider in ("vocabulary", "level"):
+        with pytest.raises(ValueError, match=f"was trained over trie.*can't teach over {wider}"):
+            run("sft", student, "--teachers", teacher, *TRAIN, "--loss_over", wider)
     with pytest.raises(ValueError, match="has another vocabulary than the student"):
         run("sft", student, "--teachers", teacher, *TRAIN, "--vocab_size", 420)
     coarse = "--n_levels 2 --codebook_size 12 --report_map pca --overwrite true".split()
