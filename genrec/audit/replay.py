@@ -124,7 +124,7 @@ class Replayer:
 
     @cached_property
     def content(self) -> tuple[str, ContentNeighbours]:
-        """Name of the file of text vectors, and what is alike by them.
+        """Name of the file of content vectors, and what is alike by them.
 
         Raises:
             ValueError: the run has none.

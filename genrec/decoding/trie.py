@@ -8,6 +8,8 @@ compares SIDs. Nothing is stored per child.
 A `CatalogueView` is the part of a trie that may be produced: one prefix sum over the leaves, from
 which every node's number of allowed items follows. What single users must not or may only get is
 expressed in keys ``user * n_nodes + node``, again per level.
+
+Longer than other modules: views and keys are reckoned in the trie's own ranges, which stand here.
 """
 
 from __future__ import annotations

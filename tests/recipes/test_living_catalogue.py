@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from recipe_calls import run
 
 from genrec.artifacts import load_manifest, read_shards, require
 from genrec.data.synthetic import synthetic_shop
@@ -17,20 +16,10 @@ from genrec.evaluation.run_checks import check_manifests, check_semantic_ids
 from genrec.recommend import Recommender
 from genrec.semantic_ids import SemanticIds
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 TABLES = (
     "--format table --interactions log.parquet --items items.parquet --time_column timestamp "
     "--unknown_items drop --brand_column brand --category_column categories"
 ).split()
-
-
-def run(name: str, run_dir: Path, *flags: str) -> None:
-    """A recipe in this process, so that torch is imported once."""
-    path = str(RECIPES / f"{name}.py")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [path, "--run_dir", str(run_dir), *flags])
-        patch.setenv("GENREC_DEBUG", "1")  # errors come out as they are
-        runpy.run_path(path, run_name="__main__")
 
 
 def prepare(folder: Path, items: list[str]) -> Path:

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from recipe_calls import run
 
 from genrec.artifacts import load_manifest, read_json, require
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 TRAIN = (
     "--use_cpu true --bf16 false --report_to none --disable_tqdm true --size tiny --vocab_size 400 "
     "--gradient_checkpointing false --eval_rows 30 --per_device_train_batch_size 16 "
     "--learning_rate 3e-3 --save_strategy no --logging_steps 1 --loss_over trie --max_steps 4"
 ).split()
-
-
-def run(name: str, run_dir: Path, *flags: object) -> None:
-    """A recipe in this process, so that torch is imported once."""
-    path = str(RECIPES / f"{name}.py")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [path, "--run_dir", str(run_dir), *map(str, flags)])
-        patch.setenv("GENREC_DEBUG", "1")  # errors come out as they are
-        runpy.run_path(path, run_name="__main__")
 
 
 @pytest.fixture(scope="module")

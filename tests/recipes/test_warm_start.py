@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from recipe_calls import run
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -23,7 +22,6 @@ from genrec.recommend import Recommender
 from genrec.semantic_ids import SemanticIds
 from genrec.warm_start import EarlierModel, unseen_codes
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 TABLES = (
     "--format table --interactions log.parquet --items items.parquet --time_column timestamp "
     "--unknown_items drop --protocol time-cutoff"
@@ -33,15 +31,6 @@ TRAIN = (
     "--gradient_checkpointing false --seed 0 --eval_rows 30 --per_device_train_batch_size 16 "
     "--learning_rate 3e-3 --save_strategy no --logging_steps 1"
 ).split()
-
-
-def run(name: str, run_dir: Path, *flags: object) -> None:
-    """A recipe in this process, so that torch is imported once."""
-    path = str(RECIPES / f"{name}.py")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [path, "--run_dir", str(run_dir), *map(str, flags)])
-        patch.setenv("GENREC_DEBUG", "1")  # errors come out as they are
-        runpy.run_path(path, run_name="__main__")
 
 
 def prepare(folder: Path, until: str | None, valid: str, test: str) -> Path:
