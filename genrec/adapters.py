@@ -171,7 +171,15 @@ def load_four_bit(name_or_path: str, dtype: str, device: str) -> PreTrainedModel
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
-    return load_base(name_or_path, dtype, quantization_config=quantization, device_map={"": device})
+    model = load_base(
+        name_or_path, dtype, quantization_config=quantization, device_map={"": device}
+    )
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 the first pass in eval mode, such as a validation, would repack
+        # the weights: rounded once more, without gradients from then on, and not for all shapes.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 @torch.no_grad()

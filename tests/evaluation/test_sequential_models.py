@@ -187,7 +187,7 @@ def test_bert4rec_sees_both_sides_but_no_padding():
     other[0, 3] = 7
     with torch.no_grad():
         states = model(ids)
-        torch.testing.assert_close(model(padded)[:, :4], states, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(padded)[:, :4], states, atol=1e-4, rtol=0)
         assert (model(other)[:, 0] - states[:, 0]).abs().max() > 1e-3
 
 
