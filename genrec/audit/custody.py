@@ -77,9 +77,9 @@ class SealedLine:
 def seal(made: Iterable[Made], log_id: str, shard_size: int = SHARD_SIZE) -> Iterator[SealedLine]:
     """Number records from 0, deal them out to shards in order, check them and chain each shard.
 
-    A value that is the very object which the record before had there is brought into canonical form
-    once: what all records of a run share costs nothing. So no value may change once its record was
-    handed over.
+    A value that is the very object which the record before had there is checked and brought into
+    canonical form once: what all records of a run share costs nothing. So no value may change once
+    its record was handed over.
 
     Args:
         made: the records.
@@ -106,8 +106,9 @@ def seal(made: Iterable[Made], log_id: str, shard_size: int = SHARD_SIZE) -> Ite
             "shard": shard,
             "previous_sha256": previous if number % shard_size else genesis(log_id, shard),
         }
-        if record.keys() != fields:
-            fields, names = record.keys(), sorted(record)
+        same_members = record.keys() == fields
+        if not same_members:
+            fields, names = frozenset(record), sorted(record)
             place = bisect(names, "sha256")
         changed = [n for n in names if n not in encoded or encoded[n][0] is not record[n]]
         for name, data in zip(changed, canonical_each([record[n] for n in changed]), strict=True):
@@ -115,7 +116,7 @@ def seal(made: Iterable[Made], log_id: str, shard_size: int = SHARD_SIZE) -> Ite
         members = [encoded[name][1] for name in names]
         before, behind = b",".join(members[:place]), b",".join(members[place:])
         record["sha256"] = previous = hashlib.sha256(b"{%b,%b}" % (before, behind)).hexdigest()
-        check(record)
+        check(record, changed if same_members else None)
         data = b'{%b,"sha256":"%b",%b}\n' % (before, previous.encode(), behind)
         yield SealedLine(number, shard, previous, data, payload)
 
@@ -214,13 +215,17 @@ def _no_collection() -> Iterator[None]:
     """Without Python's search for circles of objects, a sixth of the time of writing a log.
 
     Records have no circles, but each search looks at the hundreds of thousands of objects of a
-    shard of lists. (Once a shard, `write_log` searches after all.)
+    shard of lists. Once a shard `write_log` searches after all, and what was there before the log
+    (torch and transformers alone are half a second's worth) is frozen meanwhile, out of its sight.
     """
-    was_enabled = gc.isenabled()
+    was_enabled, frozen_before = gc.isenabled(), gc.get_freeze_count()
     gc.disable()
+    gc.freeze()
     try:
         yield
     finally:
+        if not frozen_before:  # else somebody wants them frozen
+            gc.unfreeze()
         if was_enabled:
             gc.enable()
 

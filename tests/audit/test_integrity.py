@@ -121,10 +121,25 @@ def test_records_are_let_go_once_they_are_written(made, tmp_path):
     assert check_log(tmp_path / "a", KEY.public, tmp_path / "heads.jsonl").records == 60
 
 
-def test_a_record_that_does_not_fit_leaves_no_log(made, tmp_path):
-    wrong = [*made[:5], ({**made[5][0], "verdict": "fine"}, made[5][1])]
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"verdict": "fine"}, r"at \$\.verdict: "),
+        ({"verdict": None}, r"at \$\.verdict: "),
+        ({"verdict": ...}, '"verdict" is a required property'),
+        ({"mood": "fine"}, "'mood' was unexpected"),
+        ({"input": {"split": "\ud800"}}, "fit the schema: "),
+        ({"schema": 2}, "schema version 2"),
+    ],
+)
+def test_a_record_that_does_not_fit_leaves_no_log(change, says, made, tmp_path):
+    """Of a record that follows others only what differs from the one before is checked."""
+    shared = {name: made[0][0][name] for name in ("schema", "artefacts", "decoding", "time")}
+    made = [({**record, **shared}, payload) for record, payload in made]
+    unfit = {name: v for name, v in {**made[5][0], **change}.items() if v is not ...}
+    wrong = [*made[:5], (unfit, made[5][1])]
     folder, anchor_file = tmp_path / "audit", tmp_path / "heads.jsonl"
-    with pytest.raises(ValueError, match=r"record 5: .* at \$\.verdict: .*; no log was written"):
+    with pytest.raises(ValueError, match=f"record 5: .*({says}).*; no log was written"):
         write_log(folder, wrong, KEY, anchor_file, ("a" * 12, 1), "now", SIZE)
     assert not (folder / HEAD).exists() and not anchor_file.exists()
     assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.glob("*.leaves"))
