@@ -49,10 +49,10 @@ quickstart: $(QUICKSTART_VENV)/.installed ## Run the whole line on a synthetic s
 	$(QUICKSTART_VENV)/bin/genrec pipeline --configs quickstart --run_dir runs/quickstart$(if $(filter vllm,$(ENGINE)),-vllm) --engine $(ENGINE)
 
 test: $(VENV)/.installed ## Run the tests that need neither vLLM nor a GPU nor minutes.
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not vllm" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not vllm" $(ARGS)
 
 test-slow: $(VENV)/.installed ## Run the slow tests too (GENREC_DATA=<datasets> adds those on real data).
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not gpu and not vllm" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not vllm" $(ARGS)
 
 test-vllm: $(VENV_VLLM)/.installed ## Run the vLLM tests on CPU; a skip counts as a failure.
 	OMP_NUM_THREADS=1 GENREC_FORBID_SKIPS=1 $(VENV_VLLM)/bin/python -m pytest -m vllm $(ARGS)

@@ -222,9 +222,13 @@ def main() -> None:
     run_dir = Path(args.run_dir)
     if not any((stage_folder(run_dir, stage) / MANIFEST).exists() for stage in FOLDERS):
         raise ValueError(f"{run_dir} holds no finished stage; --run_dir must be a run's folder")
-    logging.getLogger("genrec").setLevel(logging.WARNING)
-    checks = examine(args)
-    checks = worst_first(checks)
+    ours = logging.getLogger("genrec")
+    before = ours.level
+    ours.setLevel(logging.WARNING)
+    try:
+        checks = worst_first(examine(args))
+    finally:  # a program that called us goes on
+        ours.setLevel(before)
     details = {check.name: check.details for check in checks}
     plain = [{k: v for k, v in asdict(check).items() if k != "details"} for check in checks]
     found = {

@@ -35,6 +35,18 @@ def genrec_data() -> Path:
     return Path(folder)
 
 
+# Few tests, but minutes: they start processes that import torch.
+_LONGEST = (
+    "test_readme", "test_two_processes", "test_resume", "test_build_dataset", "test_wheel",
+    "test_recommend_recipe", "test_serve", "test_line",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: at the end no worker must be left alone with one of them."""
+    items.sort(key=lambda item: item.path.stem not in _LONGEST)
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Under GENREC_FORBID_SKIPS a skipped or missing test counts as a failure."""
     if not os.environ.get("GENREC_FORBID_SKIPS"):

@@ -196,6 +196,11 @@ def test_a_four_bit_base_keeps_its_rows_and_trains_sid_rows_in_fp32(quantized):
     assert len(layers) == 14  # seven a layer, of two layers; no head
     for layer in layers:
         assert layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested
+    # Evaluation leaves them as they are, on a CPU that could repack them for itself, too.
+    before = [layer.weight.clone() for layer in layers]
+    peft.eval()(torch.tensor([[1, 2, 3]]))
+    assert all(torch.equal(m.weight, b) for m, b in zip(layers, before, strict=True))
+    assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in layers)
     trained = adapter_parameters(peft)
     deltas = [p for n, p in trained.items() if "trainable_tokens_delta" in n]
     assert len(deltas) == (1 if tied else 2)

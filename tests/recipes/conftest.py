@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import runpy
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+
+from genrec.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = (
@@ -47,17 +52,34 @@ def command(name: str, run_dir: Path, *args: str) -> list[str]:
     return [sys.executable, str(ROOT / "recipes" / f"{name}.py"), "--run_dir", str(run_dir), *args]
 
 
+def as_if_alone(main: Callable[[], None]) -> subprocess.CompletedProcess[str]:
+    """What a program says and how it exits, without a process of its own, which would import long.
+
+    Its log goes to its errors, as it would there.
+    """
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    root, log = logging.getLogger(), logging.StreamHandler(err)
+    log.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.delenv("GENREC_DEBUG", raising=False)
+        before = root.level
+        root.setLevel(logging.INFO)
+        root.addHandler(log)
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            root.removeHandler(log)
+            root.setLevel(before)
+    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
+
+
 def run_recipe(
     name: str, run_dir: Path, *args: str, fails: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Run a recipe to its end; `fails` says that it must refuse with one line and status 2."""
-    done = subprocess.run(
-        command(name, run_dir, *args),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=600,
-    )
+    done = as_if_alone(lambda: run_here(name, run_dir, *args))
     if fails:
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr, done.stderr
@@ -69,8 +91,20 @@ def run_recipe(
 
 @pytest.fixture(scope="session")
 def recipe() -> Recipe:
-    """Runs a recipe as a user does: ``recipe(name, run_dir, *flags, fails=False)``."""
+    """Runs a recipe as its command line does: ``recipe(name, run_dir, *flags, fails=False)``."""
     return run_recipe
+
+
+@pytest.fixture(scope="session")
+def genrec() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the ``genrec`` command on words, in this process."""
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["genrec", *words])
+            return as_if_alone(main)
+
+    return call
 
 
 def run_here(name: str, run_dir: Path | None, *flags: str) -> None:

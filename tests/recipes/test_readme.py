@@ -97,48 +97,42 @@ def run_dir(own_csv, tmp_path_factory) -> Path:
     values = {"--configs": str(configs), "--run_dir": str(run), "--data_dir": str(files)}
     for flag, value in values.items():
         command[command.index(flag) + 1] = value
-    done = call(command)
+    start = [sys.executable, "-c", "from genrec.cli import main; main()"]
+    done = subprocess.run([*start, *command[1:]], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "Report page:" in done.stdout and "item-kNN" in done.stdout
     assert re.search(r"recommended to", done.stdout)
     return run
 
 
-def call(command: list[str]) -> subprocess.CompletedProcess:
-    """Run a `genrec …` command line with this interpreter."""
-    assert command[0] == "genrec"
-    start = [sys.executable, "-c", "from genrec.cli import main; main()"]
-    return subprocess.run([*start, *command[1:]], capture_output=True, text=True)
-
-
-def test_pipeline_skips_what_is_done(run_dir, own_csv):
+def test_pipeline_skips_what_is_done(genrec, run_dir, own_csv):
     before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("manifest.json")}
     assert len(before) == 9  # all stages but grpo, which own-csv leaves out
     files, configs = own_csv
     again = ["genrec", "pipeline", "--configs", str(configs), "--run_dir", str(run_dir)]
-    done = call([*again, "--data_dir", str(files)])
+    done = genrec(*again[1:], "--data_dir", str(files))
     assert done.returncode == 0, done.stderr[-2000:]
     assert before == {p: p.stat().st_mtime_ns for p in run_dir.rglob("manifest.json")}
 
 
 @pytest.mark.parametrize("verb", ["trace", "audit verify", "audit replay"])
-def test_commands_on_a_run(run_dir, verb):
+def test_commands_on_a_run(genrec, run_dir, verb):
     words = ["genrec", *verb.split()]
     (command,) = [c for c in COMMANDS if c[: len(words)] == words]
     command = [str(run_dir) if word == "runs/quickstart" else word for word in command]
-    done = call(command)
+    done = genrec(*command[1:])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.strip()
 
 
-def test_doctor(run_dir):
-    done = call(["genrec", "doctor", "--run_dir", str(run_dir), "--rows", "10"])
+def test_doctor(genrec, run_dir):
+    done = genrec("doctor", "--run_dir", str(run_dir), "--rows", "10")
     # 1: it says that something is bad, as it may of a model of six steps.
     assert done.returncode in (0, 1), done.stderr[-2000:]
     assert (run_dir / "doctor.json").is_file()
 
 
-def test_evaluation_commands(run_dir, tmp_path):
+def test_evaluation_commands(genrec, run_dir, tmp_path):
     """Somebody's lists, all baselines, and a comparison, in the README's words."""
     lists = read_shards(run_dir / "recommendations", "recommendations")
     lists.select("row_id", "item_id", "rank").write_csv(tmp_path / "lists.csv")
@@ -153,7 +147,7 @@ def test_evaluation_commands(run_dir, tmp_path):
     words = ("--recommendations", "baselines", "compare")
     named = [next(c for c in COMMANDS if w in c) for w in words]
     for command in named:
-        done = call([values.get(word, word) for word in command])
+        done = genrec(*(values.get(word, word) for word in command[1:]))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         if "baselines" in command:
             assert "SASRec" in done.stdout and "BERT4Rec" in done.stdout
@@ -163,7 +157,7 @@ def test_evaluation_commands(run_dir, tmp_path):
     assert (tmp_path / "both" / "comparison.html").is_file()
 
 
-def test_lora_on_a_pretrained_model(run_dir, own_csv, tiny, tmp_path):
+def test_lora_on_a_pretrained_model(genrec, run_dir, own_csv, tiny, tmp_path):
     """The README's way to LoRA, with a tiny local model in place of the hub's, on CPU."""
     run, base = tmp_path / "lora", tmp_path / "base"
     tiny.lm(512, tied=True, context=256).save_pretrained(base)
@@ -182,12 +176,12 @@ def test_lora_on_a_pretrained_model(run_dir, own_csv, tiny, tmp_path):
     for command in (until, launch, recommend):
         command[:] = [values.get(word, word) for word in command]
     for done in (
-        call(until),
+        genrec(*until[1:]),
         subprocess.run(
             [sys.executable, "-m", "accelerate.commands.launch", *launch[2:], *cpu],
             cwd=ROOT, capture_output=True, text=True,
         ),
-        call(recommend),
+        genrec(*recommend[1:]),
     ):  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert (run / "sft" / "adapter" / "adapter_config.json").is_file()
@@ -219,7 +213,7 @@ def test_decoding_snippet(run_dir):
     assert (items[1] < 20).all()
 
 
-def test_lists_for_users_plan_and_export(run_dir, tmp_path):
+def test_lists_for_users_plan_and_export(genrec, run_dir, tmp_path):
     """Batch generation on a table, its estimate, and a bundle, in the README's words."""
     ids = pl.read_parquet(run_dir / "data" / "catalog.parquet")[ITEM_ID].to_list()
     users = pl.DataFrame({"user_id": ["a", "b"], "history": [ids[:3], []]})
@@ -231,7 +225,7 @@ def test_lists_for_users_plan_and_export(run_dir, tmp_path):
     }  # fmt: skip
     said = {}
     for command in (c for c in COMMANDS if c[1] in ("plan", "export") or "--users" in c):
-        done = call([values.get(word, word) for word in command])
+        done = genrec(*(values.get(word, word) for word in command[1:]))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         said[" ".join(command[1:3])] = done.stdout
     assert list(said) == [
@@ -254,7 +248,7 @@ def test_quantizer_snippet():
     assert len({tuple(row) for row in values["codes"].tolist()}) == 2000
 
 
-def test_a_later_catalogue(run_dir, own_csv, tmp_path):
+def test_a_later_catalogue(genrec, run_dir, own_csv, tmp_path):
     """The README's three commands, on the same files without one product and with a new one."""
     files, configs = own_csv
     later = tmp_path / "files"
@@ -272,7 +266,7 @@ def test_a_later_catalogue(run_dir, own_csv, tmp_path):
     assert [c[1] for c in commands] == ["prepare", "embed", "quantize", "recommend"]
     places = {"runs/next": str(run), "runs/mine": str(run_dir)}
     for command in commands:
-        done = call([places.get(word, word) for word in command])
+        done = genrec(*(places.get(word, word) for word in command[1:]))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     columns = ["item_id", "sid"]
     old, now = (
