@@ -21,6 +21,7 @@ KEYS = {
     "rl_quality": {"split", "rows", "seeds", "arms"},
     "serving": {"direct_p50_ms", "clients", "failed", "wrong"},
     "sft": {"items_per_s_ours", "items_per_s_trl_tuned", "ratio"},
+    "sft_steps": {"rows", "seeds", "epochs", "arms"},
 }  # fmt: skip
 
 
