@@ -163,8 +163,8 @@ def quick(args: argparse.Namespace) -> None:
         "build_dataset": {"tasks": ["sequential"]},
         "sft": {
             "size": "tiny", "per_device_train_batch_size": 24, "eval_rows": 100,
-            "learning_rate": 2e-3, "ema_decay": 0.9, "use_cpu": True, "bf16": False, "report_to": "none",
-            "gradient_checkpointing": False,
+            "learning_rate": 2e-3, "ema_decay": 0.9, "use_cpu": True, "bf16": False,
+            "report_to": "none", "gradient_checkpointing": False,
         },
     }  # fmt: skip
     for stage, values in small.items():
