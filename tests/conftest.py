@@ -35,7 +35,7 @@ def genrec_data() -> Path:
     return Path(folder)
 
 
-# Few tests, but minutes: they start processes that import torch.
+# Most of a minute each or more, largely in processes that import torch.
 _LONGEST = (
     "test_readme", "test_two_processes", "test_resume", "test_build_dataset", "test_wheel",
     "test_recommend_recipe", "test_serve", "test_line",

@@ -198,7 +198,8 @@ def test_a_four_bit_base_keeps_its_rows_and_trains_sid_rows_in_fp32(quantized):
         assert layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested
     # Evaluation leaves them as they are, on a CPU that could repack them for itself, too.
     before = [layer.weight.clone() for layer in layers]
-    peft.eval()(torch.tensor([[1, 2, 3]]))
+    with torch.no_grad():
+        peft.eval()(torch.tensor([[1, 2, 3]]))
     assert all(torch.equal(m.weight, b) for m, b in zip(layers, before, strict=True))
     assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in layers)
     trained = adapter_parameters(peft)

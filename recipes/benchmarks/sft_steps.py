@@ -6,7 +6,7 @@
 
 `recipe` is the line of `--configs` as it is; every other arm changes what its name says and nothing
 else. All have as many epochs (`--epochs`; default: the recipe's), and each its own best checkpoint
-by the validation rows that it looks at. Scored on `--rows` validation rows, which hold those;
+by the validation rows that it looks at. Scored on `--rows` validation rows, another sample;
 intervals are over rows and seeds, differences from `recipe` are paired by row. With fewer epochs
 than the recipe has, what keeps a model from learning rows by heart seems to bring less than it
 does.
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -95,19 +96,21 @@ def trained(args: argparse.Namespace, arm: str, seed: int) -> Path:
     return run
 
 
-def ranks_of(args: argparse.Namespace, arm: str, seed: int) -> tuple[np.ndarray, dict[str, float]]:
+def ranks_of(args: argparse.Namespace, arm: str, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
     """Rank of each row's target in the arm's lists (0: not in the list), and what training took."""
     ranks = args.work_dir / "ranks" / f"{arm}-{seed}.parquet"
     facts = ranks.with_suffix(".json")
-    if not ranks.exists():
+    if ranks.exists():
+        if (then := read_json(facts)["settings"]) != ARMS[arm]:
+            raise SystemExit(f"{ranks} is of {then}, not of {ARMS[arm]}; delete it")
+    else:
         run = trained(args, arm, seed)
         genrec("recommend", *config(args, "recommend"), "--run_dir", str(run), "--split", "valid",
             "--max_rows", str(args.rows))  # fmt: skip
         manifest = load_manifest(run, "sft")
         assert manifest is not None
-        write_json(
-            facts, {"seconds": manifest.seconds, "parameters": manifest.metrics["parameters"]}
-        )
+        said = {"seconds": manifest.seconds, "parameters": manifest.metrics["parameters"]}
+        write_json(facts, {**said, "settings": ARMS[arm]})
         write_parquet(ranks, target_ranks(run, "valid"))
         shutil.rmtree(run)
     return pl.read_parquet(ranks)[RANK].to_numpy(), read_json(facts)
@@ -136,7 +139,7 @@ def check_settings(args: argparse.Namespace) -> None:
     """Refuse a work folder whose finished parts were made with other settings than these."""
     configs = {p.name: yaml.safe_load(p.read_text()) for p in sorted(args.configs.glob("*.yaml"))}
     now = {
-        "configs": {f"{stage}.yaml": configs.get(f"{stage}.yaml") for stage in STAGES},
+        "configs": {name: configs.get(f"{name}.yaml") for name in (*STAGES, "recommend")},
         "data": require(args.run_dir, "prepare").content_hash, "rows": args.rows,
         "epochs": args.epochs, "sft": args.sft,
     }  # fmt: skip
@@ -182,7 +185,7 @@ def main() -> None:
         raise SystemExit("--arms must name recipe, which the others are compared with")
     check_settings(args)
     found: dict[str, list[np.ndarray]] = {arm: [] for arm in args.arms}
-    facts: dict[str, dict[str, float]] = {}
+    facts: dict[str, dict[str, Any]] = {}
     for seed in range(args.seeds):  # every arm once before any twice
         for arm in args.arms:
             ranks, facts[arm] = ranks_of(args, arm, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import runpy
@@ -118,6 +119,7 @@ def test_records_are_let_go_once_they_are_written(made, tmp_path):
             yield {**content, "user": user}, payload
 
     write_log(tmp_path / "a", drawn(), KEY, tmp_path / "heads.jsonl", ("a" * 12, 1), "now", 25)
+    assert gc.isenabled() and gc.get_freeze_count() == 0  # as it was before
     assert check_log(tmp_path / "a", KEY.public, tmp_path / "heads.jsonl").records == 60
 
 

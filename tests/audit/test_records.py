@@ -105,6 +105,14 @@ def test_two_validators_agree(audited_run, data):
     assert (problem(record) is None) == valid
 
 
+def test_the_schema_says_nothing_of_members_together():
+    """A record that follows others is checked member by member."""
+    schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    alone = {"type", "properties", "additionalProperties", "required"}
+    assert schema.keys() == alone | {"$schema", "$id", "title", "description", "$defs"}
+    assert schema["required"] == list(schema["properties"])
+
+
 def test_the_schema_is_one():
     schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)

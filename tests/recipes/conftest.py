@@ -60,6 +60,7 @@ def as_if_alone(main: Callable[[], None]) -> subprocess.CompletedProcess[str]:
     out, err, code = io.StringIO(), io.StringIO(), 0
     root, log = logging.getLogger(), logging.StreamHandler(err)
     log.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    around = dict(os.environ)  # libraries write into it, and later processes would inherit that
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.delenv("GENREC_DEBUG", raising=False)
         before = root.level
@@ -72,6 +73,11 @@ def as_if_alone(main: Callable[[], None]) -> subprocess.CompletedProcess[str]:
         finally:
             root.removeHandler(log)
             root.setLevel(before)
+    for name in os.environ.keys() | around.keys():
+        if name not in around:
+            del os.environ[name]
+        else:
+            os.environ[name] = around[name]
     return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
 
 

@@ -1,4 +1,4 @@
-"""The embed stage, run as a user runs it."""
+"""The embed stage, by command lines as users write them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole line, from a shop to its evaluation, run as users run it."""
+"""The whole line, from a shop to its evaluation, by command lines as users write them."""
 
 from __future__ import annotations
 

@@ -48,6 +48,9 @@ SMALL = {
 }  # fmt: skip
 
 
+assert {command[0] for command in COMMANDS} <= {"genrec", "accelerate", "make", "python"}
+
+
 def targets() -> list[str]:
     named = re.findall(r"`?\bmake ([a-z-]+)", README)
     return sorted(set(named))
@@ -101,6 +104,7 @@ def run_dir(own_csv, tmp_path_factory) -> Path:
     done = subprocess.run([*start, *command[1:]], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "Report page:" in done.stdout and "item-kNN" in done.stdout
+    assert "INFO genrec.artifacts: audit: done" in done.stderr
     assert re.search(r"recommended to", done.stdout)
     return run
 
