@@ -218,13 +218,14 @@ def _no_collection() -> Iterator[None]:
     shard of lists. Once a shard `write_log` searches after all, and what was there before the log
     (torch and transformers alone are half a second's worth) is frozen meanwhile, out of its sight.
     """
-    was_enabled, frozen_before = gc.isenabled(), gc.get_freeze_count()
+    was_enabled, others = gc.isenabled(), gc.get_freeze_count()
     gc.disable()
-    gc.freeze()
+    if not others:  # what somebody else froze can't be told apart again
+        gc.freeze()
     try:
         yield
     finally:
-        if not frozen_before:  # else somebody wants them frozen
+        if not others:
             gc.unfreeze()
         if was_enabled:
             gc.enable()
