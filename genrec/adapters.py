@@ -178,7 +178,7 @@ def load_four_bit(name_or_path: str, dtype: str, device: str) -> PreTrainedModel
         # On CPUs with AVX512-BF16 the first pass in eval mode, such as a validation, would repack
         # the weights: rounded once more, without gradients from then on, and not for all shapes.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            cast(Any, module).support_avx512bf16_for_cpu = False
     return model
 
 
