@@ -73,11 +73,9 @@ def as_if_alone(main: Callable[[], None]) -> subprocess.CompletedProcess[str]:
         finally:
             root.removeHandler(log)
             root.setLevel(before)
-    for name in os.environ.keys() | around.keys():
-        if name not in around:
-            del os.environ[name]
-        else:
-            os.environ[name] = around[name]
+            for name in os.environ.keys() - around.keys():
+                del os.environ[name]
+            os.environ.update(around)
     return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
 
 
