@@ -65,6 +65,9 @@ class AuditArgs:
     anchor_file: str | None = None  # default: heads.jsonl beside the key
     shard_size: int = 10_000  # records per file
     report_users: int = 20  # lists shown in report.html, explained ones first; the log holds all
+    # A spaCy pipeline, installed or a folder: Presidio masks names and places in chains, too.
+    presidio_model: str | None = None
+    presidio_language: str = "en"  # of the texts
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""
@@ -230,13 +233,20 @@ def write() -> None:
     key = the_key(args, key_path)
     config = {**asdict(args), "key_id": key.key_id, "schema": SCHEMA}
     ignore = ["key_file", "anchor_file", "report_users", "source_run"]
+    find = None
+    if args.presidio_model is None:
+        ignore += ["presidio_model", "presidio_language"]
+    else:
+        from genrec.audit.presidio import presidio_finder
+
+        find = presidio_finder(args.presidio_model, args.presidio_language)
     stage = Stage(args.run_dir, "audit", config, inputs, ignore=ignore, hashes=hashes)
     state = next_state(stage.folder, anchor_path, key.public)
     if stage.is_done(args.overwrite):
         return
     time, recorded = now(), RecordedRun.load(args.run_dir, args.source_run)
     write_text(stage.folder / ENVIRONMENT, environment())
-    lists = tqdm(build_records(recorded, key, time), unit="record", total=recorded.n_rows)
+    lists = tqdm(build_records(recorded, key, time, find), unit="record", total=recorded.n_rows)
     head = write_log(stage.folder, lists, key, anchor_path, state, time, args.shard_size)
     render(recorded, args.report_users)
     root, records = head["merkle_root"], head["records"]

@@ -1,7 +1,8 @@
 """Find and mask personal data in free text: e-mail, IBAN, card, IP address and phone number.
 
-Patterns and check digits, no language model: names and addresses are not found. Whatever is an
-item id stays as it is, since a masked id could no longer be looked up.
+Patterns and check digits, no language model: names and places are found only by another finder
+beside them (see `genrec.audit.presidio`). Whatever is an item id stays as it is, since a masked id
+could no longer be looked up.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ _PHONE = "|".join(
         r"\d{3}[.-]\d{3}[.-]\d{4}",
     )
 )
+
+
+# Text -> start, end and kind of what it finds.
+Finder = Callable[[str], Iterable[tuple[int, int, str]]]
 
 
 def luhn(digits: str) -> bool:
@@ -61,14 +66,18 @@ KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
     "ip": (re.compile(rf"(?<![\w.:])(?:{_IP})(?![\w:]|\.\d)"), _is_ip),
     "phone": (re.compile(rf"(?<![\w.+])(?:{_PHONE})(?!\w|[.-]\d)"), lambda text: True),
 }
+_MASKED = re.compile(rf"\[(?:{'|'.join(KINDS)})\]")
 
 
-def mask(text: str, item_ids: Iterable[object] = ()) -> tuple[str, dict[str, int]]:
+def mask(
+    text: str, item_ids: Iterable[object] = (), find: Finder | None = None
+) -> tuple[str, dict[str, int]]:
     """Replace personal data by ``[kind]``.
 
     Args:
         text: any text.
         item_ids: identifiers that must survive wherever they stand as a whole word.
+        find: finds more in what the patterns left.
 
     Returns:
         The text and how many of each kind were masked (kinds without a find are left out).
@@ -90,6 +99,14 @@ def mask(text: str, item_ids: Iterable[object] = ()) -> tuple[str, dict[str, int
             return f"[{kind}]"
 
         text = pattern.sub(replace, text)
+    if find is not None:
+        kept = [*_places(text, item_ids), *(m.span() for m in _MASKED.finditer(text))]
+        reached = len(text)  # from the end on, so that places stay right
+        for start, end, kind in sorted(find(text), reverse=True):
+            if end > reached or any(a < end and start < b for a, b in kept):
+                continue
+            text, reached = f"{text[:start]}[{kind}]{text[end:]}", start
+            counts[kind] = counts.get(kind, 0) + 1
     return text, counts
 
 

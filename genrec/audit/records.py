@@ -38,7 +38,7 @@ from genrec.audit.erasure import ERASURES
 from genrec.audit.inputs import InputMaker
 from genrec.audit.keys import AuditKey
 from genrec.audit.payloads import STORE, Payload, Sealed, Store, open_store
-from genrec.audit.pii import mask
+from genrec.audit.pii import Finder, mask
 from genrec.audit.recorded import EARLIER, ListShard, RecordedRun
 from genrec.audit.schema import SCHEMA
 from genrec.chains import Chain
@@ -244,13 +244,16 @@ def _shaping(config: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in stated.items())
 
 
-def build_records(run: RecordedRun, key: AuditKey, time: str) -> Iterator[Made]:
+def build_records(
+    run: RecordedRun, key: AuditKey, time: str, find: Finder | None = None
+) -> Iterator[Made]:
     """Records of all lists with their payloads, one by one, for `custody.write_log`.
 
     Args:
         run: the finished stages.
         key: makes the pseudonyms.
         time: UTC time of recording, ISO 8601.
+        find: finds personal data in the chains' texts beside the patterns.
 
     Raises:
         ValueError: a list was made from another prompt than its history gives now, or see
@@ -263,7 +266,7 @@ def build_records(run: RecordedRun, key: AuditKey, time: str) -> Iterator[Made]:
         sha256 = run.manifests["recommend"].outputs[shard.name]["sha256"]
         files = {**facts["artefacts"]["files"], path: sha256}
         shared = {**facts, "time": time, "artefacts": {**facts["artefacts"], "files": files}}
-        yield from _records(run, shard, shared, maker, rules, key)
+        yield from _records(run, shard, shared, maker, rules, key, find)
     if (lists := run.non_profiling()) is not None:
         yield from _non_profiling_records(run, lists, {**facts, "time": time}, rules, key)
 
@@ -275,6 +278,7 @@ def _records(
     maker: InputMaker,
     rules: list[dict[str, Any]],
     key: AuditKey,
+    find: Finder | None,
 ) -> Iterator[Made]:
     """Records of a file's lists; `shared` is what they have in common."""
     rows, (inputs, before) = shard.rows, maker.make(shard.rows)
@@ -320,7 +324,7 @@ def _records(
         if explained := run.chains.get(row_id):
             chains = _chains(own, explained)
             known = [*(item[ITEM_ID] for item in own), *(e[ITEM_ID] for e in given["history"])]
-            masked, checks = mask_chains(chains, known), _counts(chains)
+            masked, checks = mask_chains(chains, known, find), _counts(chains)
             verdict = _verdict(checks)
             payload["chains"] = Sealed.new(chains)
         commitments = {part: sealed.commitment for part, sealed in payload.items()}
@@ -475,7 +479,9 @@ def read_opened(
                 yield open_record(store, record)
 
 
-def mask_chains(chains: list[dict[str, Any] | None], item_ids: Sequence[object]) -> dict[str, int]:
+def mask_chains(
+    chains: list[dict[str, Any] | None], item_ids: Sequence[object], find: Finder | None = None
+) -> dict[str, int]:
     """Mask personal data in the steps' texts, in place; returns how many of each kind.
 
     Claimed attributes stay: they are the catalogue's, and checks compare them with it.
@@ -483,7 +489,7 @@ def mask_chains(chains: list[dict[str, Any] | None], item_ids: Sequence[object])
     counts: Counter[str] = Counter()
     for chain in chains:
         for step in chain["steps"] if chain else ():
-            step["text"], found = mask(step["text"], item_ids)
+            step["text"], found = mask(step["text"], item_ids, find)
             counts.update(found)
     return dict(counts)
 
