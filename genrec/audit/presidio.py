@@ -46,7 +46,8 @@ def presidio_finder(model: str, language: str = "en") -> Finder:
         engine.load()
     except OSError as error:
         raise ValueError(f"presidio_model={model} can't be loaded: {error}") from error
-    if not {"ner", "entity_ruler"} & set((engine.nlp or {})[language].pipe_names):
+    assert engine.nlp is not None, "it was loaded"
+    if not {"ner", "entity_ruler"} & set(engine.nlp[language].pipe_names):
         raise ValueError(f"presidio_model={model} finds no entities: it has neither ner nor rules")
     recognizer = SpacyRecognizer(supported_language=language, supported_entities=list(ENTITIES))
     registry = RecognizerRegistry([recognizer], supported_languages=[language])
