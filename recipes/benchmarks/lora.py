@@ -21,8 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 from datasets import Dataset
+from stages import genrec
 from trl import SFTConfig, SFTTrainer
 
 from genrec import modeling
@@ -48,14 +47,6 @@ WAYS = {
     "lora titles": ["--sid_init", "titles", *LORA],
 }
 INPUTS = ("prepare", "embed", "quantize", "build_dataset")
-
-
-def genrec(stage: str, *arguments: str) -> None:
-    """Run a stage as a user would."""
-    command = [sys.executable, "-c", "from genrec.cli import main; main()", stage, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"genrec {stage} {' '.join(arguments)}:\n{done.stderr[-3000:]}")
 
 
 def pretrain(run_dir: Path, folder: Path, size: str, epochs: float) -> float:

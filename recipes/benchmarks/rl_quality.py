@@ -22,14 +22,13 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import yaml
+from stages import config, genrec
 
 from genrec.artifacts import load_manifest, stage_folder, write_json, write_parquet
 from genrec.columns import RANK
@@ -60,20 +59,6 @@ ARMS: dict[str, list[str]] = {
 QUICK = ["sft", "rl"]
 
 
-def genrec(stage: str, *arguments: str) -> None:
-    """Run a stage as a user would."""
-    command = [sys.executable, "-c", "from genrec.cli import main; main()", stage, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"genrec {stage} {' '.join(arguments)}:\n{done.stderr[-3000:]}")
-
-
-def config(args: argparse.Namespace, stage: str) -> list[str]:
-    """The stage's YAML, where there is one."""
-    path = args.configs / f"{stage}.yaml"
-    return ["--config", str(path)] if path.exists() else []
-
-
 def linked(source: Path, run: Path, stages: tuple[str, ...]) -> None:
     """Finished stages of another run, without copying their files (a stage never changes them)."""
     for stage in stages:
@@ -89,8 +74,11 @@ def supervised(args: argparse.Namespace, seed: int, run: Path, *more: str, rows:
     """Stages up to sft."""
     linked(args.run_dir, run, ("prepare", "embed", "quantize"))
     at = ["--run_dir", str(run)]
-    genrec("build_dataset", *config(args, "build_dataset"), *at, *rows)
-    genrec("sft", *config(args, "sft"), *at, "--seed", str(seed), "--disable_tqdm", "true", *more)
+    genrec("build_dataset", *config(args.configs, "build_dataset"), *at, *rows)
+    genrec(
+        "sft", *config(args.configs, "sft"), *at, "--seed", str(seed), "--disable_tqdm", "true",
+        *more,
+    )  # fmt: skip
 
 
 def seconds(run: Path, stage: str) -> float:
@@ -125,7 +113,7 @@ def make(args: argparse.Namespace, arm: str, seed: int) -> Path:
         base = make(args, "sft-reduced" if arm == "rl-reduced" else "sft", seed)
         linked(base, run, ("prepare", "embed", "quantize", "build_dataset", "sft"))
         at = ["--run_dir", str(run), "--seed", str(seed), "--disable_tqdm", "true"]
-        genrec("grpo", *config(args, "grpo"), *at, *args.grpo, *ARMS[arm])
+        genrec("grpo", *config(args.configs, "grpo"), *at, *args.grpo, *ARMS[arm])
     return run
 
 
@@ -136,8 +124,8 @@ def ranks_of(args: argparse.Namespace, arm: str, seed: int) -> np.ndarray:
         run = make(args, arm, seed)
         rows = [] if args.split == "test" else ["--max_rows", str(args.rows)]
         genrec(
-            "recommend", *config(args, "recommend"), "--run_dir", str(run), "--split", args.split,
-            "--overwrite", "true", *rows,
+            "recommend", *config(args.configs, "recommend"), "--run_dir", str(run),
+            "--split", args.split, "--overwrite", "true", *rows,
         )  # fmt: skip
         write_parquet(path, target_ranks(run, args.split))
         shutil.rmtree(stage_folder(run, "recommend"))

@@ -21,8 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import yaml
+from stages import config, genrec, keep_settings
 
 from genrec.artifacts import (
     load_manifest,
@@ -64,20 +63,6 @@ ARMS: dict[str, dict[str, str]] = {
 QUICK = ["recipe", "no-average"]
 
 
-def genrec(stage: str, *arguments: str) -> None:
-    """Run a stage as a user would."""
-    command = [sys.executable, "-c", "from genrec.cli import main; main()", stage, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"genrec {stage} {' '.join(arguments)}:\n{done.stderr[-3000:]}")
-
-
-def config(args: argparse.Namespace, stage: str) -> list[str]:
-    """The stage's YAML, where there is one."""
-    path = args.configs / f"{stage}.yaml"
-    return ["--config", str(path)] if path.exists() else []
-
-
 def trained(args: argparse.Namespace, arm: str, seed: int) -> Path:
     """The arm's run, trained."""
     run = args.work_dir / f"{arm}-{seed}"
@@ -92,7 +77,7 @@ def trained(args: argparse.Namespace, arm: str, seed: int) -> Path:
         if stage == "sft":
             epochs = [] if args.epochs is None else ["--num_train_epochs", str(args.epochs)]
             own = ["--seed", str(seed), "--disable_tqdm", "true", *epochs, *args.sft, *own]
-        genrec(stage, *config(args, stage), "--run_dir", str(run), *own)
+        genrec(stage, *config(args.configs, stage), "--run_dir", str(run), *own)
     return run
 
 
@@ -105,8 +90,10 @@ def ranks_of(args: argparse.Namespace, arm: str, seed: int) -> tuple[np.ndarray,
             raise SystemExit(f"{ranks} is of {then}, not of {ARMS[arm]}; delete it")
     else:
         run = trained(args, arm, seed)
-        genrec("recommend", *config(args, "recommend"), "--run_dir", str(run), "--split", "valid",
-            "--max_rows", str(args.rows))  # fmt: skip
+        genrec(
+            "recommend", *config(args.configs, "recommend"), "--run_dir", str(run),
+            "--split", "valid", "--max_rows", str(args.rows),
+        )  # fmt: skip
         manifest = load_manifest(run, "sft")
         assert manifest is not None
         said = {"seconds": manifest.seconds, "parameters": manifest.metrics["parameters"]}
@@ -143,13 +130,7 @@ def check_settings(args: argparse.Namespace) -> None:
         "data": require(args.run_dir, "prepare").content_hash, "rows": args.rows,
         "epochs": args.epochs, "sft": args.sft,
     }  # fmt: skip
-    path = args.work_dir / "settings.json"
-    then = read_json(path) if path.exists() else now
-    if other := [name for name in now if now[name] != then.get(name)]:
-        raise SystemExit(
-            f"{args.work_dir} holds results of other {', '.join(other)}; name another --work_dir"
-        )
-    write_json(path, now)
+    keep_settings(args.work_dir, now)
 
 
 def quick(args: argparse.Namespace) -> None:

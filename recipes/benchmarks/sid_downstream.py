@@ -20,16 +20,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+from stages import genrec, keep_settings
 
 from genrec.artifacts import (
-    read_json,
     require,
     sha256_file,
     stage_folder,
@@ -69,14 +67,6 @@ INDEXES: dict[str, tuple[str, list[str]]] = {
     ),
 }
 QUICK = ("random", "residual-kmeans")
-
-
-def genrec(stage: str, *arguments: str) -> None:
-    """Run a stage as a user would."""
-    command = [sys.executable, "-c", "from genrec.cli import main; main()", stage, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"genrec {stage} {' '.join(arguments)}:\n{done.stderr[-3000:]}")
 
 
 def prepared(args: argparse.Namespace, vectors: str, folder: Path) -> Path:
@@ -162,13 +152,7 @@ def check_settings(args: argparse.Namespace) -> None:
         "epochs": args.epochs, "rows": args.rows, "data": source[0],
         "vectors": source[1].content_hash, "letter_index": letter,
     }  # fmt: skip
-    path = args.work_dir / "settings.json"
-    then = read_json(path) if path.exists() else now
-    if other := [name for name in now if now[name] != then.get(name)]:
-        raise SystemExit(
-            f"{args.work_dir} holds results of other {', '.join(other)}; name another --work_dir"
-        )
-    write_json(path, now)
+    keep_settings(args.work_dir, now)
 
 
 def main() -> None:
