@@ -108,7 +108,7 @@ class ItemKNN:
             raise ValueError("item-kNN has no rows to fit on; prepare a split with training rows")
         self.n_items, self.settings = n_items, settings
         self.order = popularity_order(item_counts(rows, n_items), seed)
-        self._tie = places(self.order)
+        self.tie = places(self.order)  # the smaller one wins
         self.similarity = self._fit(rows)  # csr (n_items, n_items): row = history item
 
     def _fit(self, rows: pl.DataFrame) -> sp.csr_matrix:
@@ -155,7 +155,7 @@ class ItemKNN:
         row, column, value = block.row[keep], block.col[keep], block.data[keep]
         value = value / (norm[row + start] * norm[column] + self.settings.shrinkage)
         scores = sp.csr_matrix((value, (row, column)), shape=block.shape)
-        row, _, column, value = best_entries(scores, self._tie, self.settings.neighbours)
+        row, _, column, value = best_entries(scores, self.tie, self.settings.neighbours)
         return sp.csr_matrix((value, (row, column)), shape=block.shape)
 
     def recommend(

@@ -270,7 +270,9 @@ def _grid(data: SplitData, grid: dict[str, list[float]]) -> dict[str, list[float
     return grid if data.filter_seen else {**grid, "self_weight": SELF_WEIGHTS}
 
 
-def _knn(data: SplitData, seed: int, file: Path, lag_power: float | None) -> Made:
+def _fitted_knn(
+    data: SplitData, seed: int, file: Path, lag_power: float | None
+) -> tuple[ItemKNN, dict[str, Any]]:
     grid = _grid(data, ITEM_KNN_GRID if lag_power is None else SEQUENTIAL_KNN_GRID)
 
     def tune() -> tuple[KNNSettings, Trials]:
@@ -280,9 +282,24 @@ def _knn(data: SplitData, seed: int, file: Path, lag_power: float | None) -> Mad
 
     chosen, trials = _chosen(file, tune)
     best = KNNSettings(**chosen)
-    model = ItemKNN(data.fit_rows, data.n_items, best, seed)
-    lists = model.recommend(data.history, data.seen(data.rows), data.k)
-    return lists, _tuned(chosen, best.describe(), grid, trials)
+    told = _tuned(chosen, best.describe(), grid, trials)
+    return ItemKNN(data.fit_rows, data.n_items, best, seed), told
+
+
+def _knn(data: SplitData, seed: int, file: Path, lag_power: float | None) -> Made:
+    model, told = _fitted_knn(data, seed, file, lag_power)
+    return model.recommend(data.history, data.seen(data.rows), data.k), told
+
+
+def tuned_memory(data: SplitData, cache: Path, seed: int = 0) -> tuple[ItemKNN, dict[str, Any]]:
+    """Sequential-kNN itself, tuned as the baseline is, and what `baseline` tells of its settings.
+
+    Args:
+        data: the split and the rule.
+        cache: cache folder; settings that the baseline was tuned to are found there.
+        seed: of tie orders.
+    """
+    return _fitted_knn(data, seed, _tuning_file("sequential-kNN", data, cache, seed), 0.5)
 
 
 def _item_knn(data: SplitData, seed: int, file: Path) -> Made:
@@ -408,8 +425,7 @@ def baseline(
     if name in TRAINED:
         found = _train(name, data, trained_folder(data, cache), training_seeds, device)
     else:
-        tuned = f"{name}-tuned-{sha256_json(_tuning_key(name, data, seed))[:12]}.json"
-        lists, settings = FITTED[name](data, seed, folder.parent / tuned)
+        lists, settings = FITTED[name](data, seed, _tuning_file(name, data, cache, seed))
         found = BaselineLists([lists], settings)
     found.settings["seconds"] = round(time.perf_counter() - started, 1)
     # Of a million users gigabytes with 64 bits.
@@ -455,6 +471,11 @@ def _folder(
         key |= {"training_seeds": list(training_seeds), **asdict(SequentialSettings.of(name))}
         key["training_version"] = TRAINING_VERSION
     return cache / data.content_hash[:16] / f"{name}-{sha256_json(key)[:12]}"
+
+
+def _tuning_file(name: str, data: SplitData, cache: Path, seed: int) -> Path:
+    tuned = f"{name}-tuned-{sha256_json(_tuning_key(name, data, seed))[:12]}.json"
+    return cache / data.content_hash[:16] / tuned
 
 
 def _tuning_key(name: str, data: SplitData, seed: int) -> dict[str, Any]:

@@ -33,3 +33,29 @@ def test_two_runs_become_one_system(in_process, tiny_run, tmp_path):
     assert "they can't be mixed" in in_process("ensemble", None, *other, fails=True)
     same = ["--runs", str(runs[0]), str(runs[0]), "--output", str(tmp_path / "x.parquet")]
     assert "each once" in in_process("ensemble", None, *same, fails=True)
+
+
+def test_a_memory_beside_one_run(in_process, tiny_run, tmp_path):
+    output, cache = tmp_path / "remembered.parquet", tmp_path / "cache"
+    flags = ["--runs", str(tiny_run), "--k", "5", "--cache_dir", str(cache)]
+    said = in_process("ensemble", None, *flags, "--memory_weight", "0.9", "--output", str(output))
+    assert "by 1 model and a memory of weight 0.9" in said
+    assert "item memory: decay=" in said and "validation NDCG@10" in said
+    mixed = pl.read_parquet(output)
+    own = pl.read_parquet(tiny_run / "recommendations" / "recommendations-*.parquet")
+    assert set(mixed["row_id"]) == set(own["row_id"]) and mixed["rank"].max() == 5
+    known = own.select("row_id", "item_id", model="score")
+    both = mixed.join(known, on=["row_id", "item_id"], how="left")
+    # What the model doesn't list comes from the memory, and what it lists lost or gained.
+    assert both["model"].null_count() > 0
+    assert (mixed["score"] <= 1e-6).all()
+    seen = pl.read_parquet(tiny_run / "data" / "test.parquet").select("row_id", "seen_item_index")
+    ids = pl.read_parquet(tiny_run / "data" / "catalog.parquet")["item_id"]
+    seen = seen.explode("seen_item_index").drop_nulls()
+    had = seen.select("row_id", ids.gather(seen["seen_item_index"]).alias("item_id"))
+    assert mixed.join(had, on=["row_id", "item_id"], how="semi").is_empty()
+    more = ["--output", str(tmp_path / "x.parquet")]
+    assert "at least two run folders" in in_process("ensemble", None, *flags, *more, fails=True)
+    for name, value in (("weight", "1"), ("power", "0")):
+        wrong = ["--memory_weight", "0.5", f"--memory_{name}", value, *more]
+        assert f"memory_{name}=" in in_process("ensemble", None, *flags, *wrong, fails=True)

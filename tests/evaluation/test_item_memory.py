@@ -1,0 +1,78 @@
+"""The item memory's lists against the baseline that it is, and by hand."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from genrec.columns import HISTORY, ROW_ID, SUPERVISE_FROM, TARGET, USER_ID
+from genrec.evaluation import item_memory
+from genrec.evaluation.item_memory import memory_lists
+from genrec.evaluation.knn import ItemKNN, KNNSettings
+from genrec.item_lists import ItemLists, no_items
+
+N_ITEMS = 30
+ITEM_IDS = pl.Series([f"item {i}" for i in range(N_ITEMS)])
+
+
+def rows_of(sequences) -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            ROW_ID: [f"row-{i:03}" for i in range(len(sequences))],
+            USER_ID: list(range(len(sequences))),
+            HISTORY: [row[:-1] for row in sequences],
+            TARGET: [row[-1] for row in sequences],
+            SUPERVISE_FROM: [0] * len(sequences),
+        },
+        schema_overrides={HISTORY: pl.List(pl.Int32), TARGET: pl.Int32},
+    )
+
+
+@pytest.fixture
+def shop():
+    rng = np.random.default_rng(0)
+    train = rows_of([rng.integers(0, N_ITEMS - 3, n).tolist() for n in rng.integers(2, 9, 60)])
+    rows = rows_of([rng.integers(0, N_ITEMS - 3, n).tolist() for n in rng.integers(2, 9, 25)])
+    settings = KNNSettings(lag_power=0.5, shrinkage=2.0, neighbours=12, self_weight=0.05)
+    return ItemKNN(train, N_ITEMS, settings), rows
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_its_order_is_the_baseline_s(shop, filtered: bool, monkeypatch):
+    memory, rows = shop
+    monkeypatch.setattr(item_memory, "BATCH_ROWS", 7)
+    history = ItemLists.from_column(rows[HISTORY])
+    seen = history if filtered else no_items(len(rows))
+    found = memory_lists(memory, rows, seen, ITEM_IDS, 2.0)
+    lists = memory.recommend(history, seen, 10)
+    for row in range(len(rows)):
+        mine = found.filter(pl.col(ROW_ID) == f"row-{row:03}").sort("score", descending=True)
+        assert mine["score"].exp().sum() == pytest.approx(1)
+        assert mine["user_id"].unique().to_list() == [row]
+        told = [f"item {i}" for i in lists[row]][: len(mine)]
+        # Equal scores stand in any order here.
+        assert set(mine["item_id"][: len(told)]) == set(told) or mine["score"].is_duplicated().any()
+
+
+def test_probabilities_go_by_the_power(shop):
+    memory, rows = shop
+    seen = no_items(len(rows))
+    flat, steep = (memory_lists(memory, rows, seen, ITEM_IDS, p) for p in (1.0, 3.0))
+    both = flat.join(steep, on=[ROW_ID, "item_id"], validate="1:1").sort(ROW_ID, "score")
+    for _, row in both.group_by(ROW_ID):
+        apart = row["score"] - row["score"].max()
+        np.testing.assert_allclose(row["score_right"] - row["score_right"].max(), 3 * apart)
+    # Where a plain power of the scores would be 0.
+    extreme = memory_lists(memory, rows, seen, ITEM_IDS, 4000.0)
+    assert extreme["score"].is_finite().all() and (extreme["score"] <= 1e-9).all()
+    with pytest.raises(ValueError, match="memory_power=0"):
+        memory_lists(memory, rows, seen, ITEM_IDS, 0)
+
+
+def test_rows_that_it_knows_nothing_of_have_no_line(shop):
+    memory, _ = shop
+    rows = rows_of([[N_ITEMS - 1, 0], [1], [3, 4, 5]])  # an item that nobody had; no history
+    found = memory_lists(memory, rows, no_items(3), ITEM_IDS, 2.0)
+    assert found.filter(pl.col(ROW_ID) == "row-001").is_empty()
+    assert not found.filter(pl.col(ROW_ID) == "row-002").is_empty()
+    nothing = memory_lists(memory, rows.head(0), no_items(0), ITEM_IDS, 2.0)
+    assert nothing.is_empty() and nothing.columns == [ROW_ID, USER_ID, "item_id", "score"]
