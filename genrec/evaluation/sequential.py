@@ -268,10 +268,17 @@ def _cloze_loss(
     return F.cross_entropy(model.logits(hidden[masked]), ids[masked])
 
 
-@torch.no_grad()
 def recommend_sequential(
     model: SequentialTransformer, history: ItemLists, seen: ItemLists, k: int
 ) -> IntArray:
+    """The items of `list_sequential` alone."""
+    return list_sequential(model, history, seen, k)[0]
+
+
+@torch.no_grad()
+def list_sequential(
+    model: SequentialTransformer, history: ItemLists, seen: ItemLists, k: int
+) -> tuple[IntArray, npt.NDArray[np.float32]]:
     """The `k` items of highest score for each history.
 
     Args:
@@ -281,12 +288,14 @@ def recommend_sequential(
         k: list length.
 
     Returns:
-        Item indices, padded with `EMPTY` where the catalogue is used up. ``# (n_rows, k)``
+        Item indices, padded with `EMPTY` where the catalogue is used up, and their
+        log-probabilities over the whole catalogue, −inf behind the last. ``# (n_rows, k)`` each
     """
     model.eval()
     device = model.bias.device
     keep = np.minimum(history.lengths, model.room)
     lists = np.full((len(history), k), EMPTY, dtype=np.int64)
+    log_probs = np.full((len(history), k), -np.inf, dtype=np.float32)
     order = np.argsort(keep, kind="stable")  # by length: little padding
     for start in range(0, len(order), _SCORED_ROWS):
         rows = order[start : start + _SCORED_ROWS]
@@ -306,13 +315,15 @@ def recommend_sequential(
         states = model(torch.from_numpy(ids).to(device))  # (rows, length, dim)
         hidden = states[torch.arange(len(rows), device=device), torch.from_numpy(last).to(device)]
         scores = model.logits(hidden)
+        total = scores.logsumexp(1, keepdim=True)
         banned = seen.take(rows)
         cells = (torch.from_numpy(banned.rows), torch.from_numpy(banned.values))
         scores[tuple(cell.to(device) for cell in cells)] = -torch.inf
         best = scores.topk(min(k, model.n_items), dim=1)
         found = best.indices.masked_fill(best.values == -torch.inf, EMPTY).cpu().numpy()
         lists[rows, : found.shape[1]] = found
-    return lists
+        log_probs[rows, : found.shape[1]] = (best.values - total).cpu().numpy()
+    return lists, log_probs
 
 
 @dataclass(frozen=True)

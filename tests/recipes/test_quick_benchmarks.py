@@ -17,6 +17,7 @@ KEYS = {
     "decoding": {"users_per_s", "torch_vs_hf_prefix", "torch_vs_dict", "floor_fraction", "valid",
         "distinct"},
     "generation": {"output_mb"},
+    "memory": {"split", "rows", "memory", "tables"},
     "rl": {"steps_per_s_ours", "steps_per_s_hf", "ratio"},
     "rl_quality": {"split", "rows", "seeds", "arms"},
     "serving": {"direct_p50_ms", "clients", "failed", "wrong"},
