@@ -9,8 +9,8 @@ each weight and power, and scores the rows that the runs have lists for. Choose 
 validation rows; then look at test rows with what was chosen. Where the cache holds a trained SASRec
 (`genrec baselines --baselines SASRec`), its lists of the same length are mixed with the same
 memory: a gain that every model has is no merit of this one. Differences are paired by row, with 95%
-bootstrap intervals over rows and seeds; "model" and "SASRec" are alone, and a table "… minus SASRec"
-has both with the same memory. The last line is one JSON object.
+bootstrap intervals over rows and seeds; "model" and "SASRec" are alone, and "… minus SASRec" has
+both with the same memory, seed by seed. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 found[name][label] = [ranks(one, targets) for one in mixed]
         found["model"]["memory"] = [ranks(ranked(remembered), targets)] * len(lists)
     tables = {name: compare_ranks(table, name, K) for name, table in found.items()}
-    for label, seeds in found.get(SASREC, {}).items():
+    for label, theirs in found.get(SASREC, {}).items():
         own = label.replace(SASREC, "model")
-        both = {label: seeds, own: found["model"][own]}
+        both = {label: theirs, own: found["model"][own]}
         tables[f"{own} minus {SASREC}"] = compare_ranks(both, label, K)
     return {
         "split": config["split"],
