@@ -8,6 +8,8 @@ lets it forget rare items gains most where the memory is best.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import polars as pl
 
@@ -17,7 +19,14 @@ from genrec.evaluation.knn import ItemKNN
 from genrec.evaluation.profiles import best_entries, decayed_profiles
 from genrec.item_lists import ItemLists, contains
 
+POWER = 2.0  # of scores, by default
 MOST = 100  # items of a row that the memory gives a probability
+
+
+def check_power(power: float) -> None:
+    """Raise ValueError where no probabilities come of a power."""
+    if not 0 < power < math.inf:
+        raise ValueError(f"memory_power={power} must be above 0, and finite")
 
 
 def memory_lists(
@@ -37,10 +46,9 @@ def memory_lists(
         and no line for a row of which the memory knows nothing.
 
     Raises:
-        ValueError: the power is not above 0.
+        ValueError: the power is not above 0, or infinite.
     """
-    if not power > 0:
-        raise ValueError(f"memory_power={power} must be above 0")
+    check_power(power)
     n_items, settings = memory.n_items, memory.settings
     history = ItemLists.from_column(rows[HISTORY])
     parts = []

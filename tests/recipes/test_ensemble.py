@@ -54,8 +54,45 @@ def test_a_memory_beside_one_run(in_process, tiny_run, tmp_path):
     seen = seen.explode("seen_item_index").drop_nulls()
     had = seen.select("row_id", ids.gather(seen["seen_item_index"]).alias("item_id"))
     assert mixed.join(had, on=["row_id", "item_id"], how="semi").is_empty()
+    both = ["--memory_weight", "0.3", "--output", str(tmp_path / "both.parquet")]
+    repeated = tmp_path / "again"
+    for name in ("data", "recommendations"):
+        shutil.copytree(tiny_run / name, repeated / name)
+    two = ["--runs", str(tiny_run), str(repeated), *flags[2:], *both]
+    assert "by 2 models and a memory of weight 0.3" in in_process("ensemble", None, *two)
     more = ["--output", str(tmp_path / "x.parquet")]
     assert "at least two run folders" in in_process("ensemble", None, *flags, *more, fails=True)
-    for name, value in (("weight", "1"), ("power", "0")):
+    lonely = [*flags, "--memory_power", "3", "--runs", str(tiny_run), str(repeated), *more]
+    assert "set memory_weight" in in_process("ensemble", None, *lonely, fails=True)
+    for name, value in (("weight", "1"), ("power", "0"), ("power", "inf")):
         wrong = ["--memory_weight", "0.5", f"--memory_{name}", value, *more]
         assert f"memory_{name}=" in in_process("ensemble", None, *flags, *wrong, fails=True)
+
+
+def test_lists_that_a_memory_would_break(in_process, tiny_run, tmp_path):
+    run = tmp_path / "run"
+    for name in ("data", "recommendations"):
+        shutil.copytree(tiny_run / name, run / name)
+    manifest = run / "recommendations" / "manifest.json"
+    plain = json.loads(manifest.read_text())
+    output = ["--output", str(tmp_path / "x.parquet"), "--k", "5"]
+    flags = ["--runs", str(run), *output, "--memory_weight", "0.2"]
+    two = ["--runs", str(tiny_run), str(run), *output]
+
+    def told(change: dict) -> None:
+        manifest.write_text(json.dumps({**plain, **change}))
+
+    for rule in ("allow", "deny", "opt_out", "max_cosine", "sampler"):
+        told({"config": {**plain["config"], rule: "a"}})
+        assert f"made with {rule}, which a memory" in in_process(
+            "ensemble", None, *flags, fails=True
+        )
+    told({"config": {**plain["config"], "normalizer": "full"}})
+    assert "are no distribution over items" in in_process("ensemble", None, *flags, fails=True)
+    assert "normalizer=" in in_process("ensemble", None, *two, fails=True)
+    told({"inputs": {**plain["inputs"], "deny": "0" * 64}})
+    assert "made with deny=" in in_process("ensemble", None, *two, fails=True)
+    told({"inputs": {}})
+    assert "holds no lists of a split" in in_process("ensemble", None, *flags, fails=True)
+    shutil.rmtree(run / "recommendations")
+    assert "recommend" in in_process("ensemble", None, *flags, fails=True)
