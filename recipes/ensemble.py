@@ -18,6 +18,7 @@ that exists is overwritten. `evaluate` needs an `--output_dir` of its own, too.
 
 import logging
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import polars as pl
@@ -28,7 +29,8 @@ from genrec.config import parse, run
 from genrec.data.splits import read_split
 from genrec.evaluation.ensembles import Memory, check_runs, mixture
 from genrec.evaluation.item_memory import POWER, check_power, memory_lists
-from genrec.evaluation.suite import cache_folder, load_split_data, tuned_memory
+from genrec.evaluation.knn import ItemKNN
+from genrec.evaluation.suite import SplitData, cache_folder, load_split_data, tuned_memory
 
 logger = logging.getLogger("genrec.ensemble")
 
@@ -75,17 +77,23 @@ def check_lengths(lengths: list[int], k: int) -> None:
 
 
 def item_memory(args: EnsembleArgs, split: str, filter_seen: bool) -> Memory:
-    """The memory of the first run's data; all runs have the same."""
+    """The memory of the first run's data, which all runs share; tuned when it is first asked."""
     run_dir = args.runs[0]
-    rows = read_split(run_dir, split, "ensemble", systems=["item memory"])
-    data = load_split_data(run_dir, rows, split, args.k, filter_seen)
-    memory, told = tuned_memory(data, cache_folder(run_dir, args.cache_dir))
-    print(f"item memory: {told['description']} (validation NDCG@10 {told['valid_ndcg@10']:.4f})")
-    catalog = pl.read_parquet(stage_folder(run_dir, "prepare") / "catalog.parquet", glob=False)
+
+    @cache
+    def fitted() -> tuple[SplitData, ItemKNN, pl.Series]:
+        rows = read_split(run_dir, split, "ensemble", systems=["item memory"])
+        data = load_split_data(run_dir, rows, split, args.k, filter_seen)
+        memory, told = tuned_memory(data, cache_folder(run_dir, args.cache_dir))
+        quality = f"validation NDCG@10 {told['valid_ndcg@10']:.4f}"
+        print(f"item memory: {told['description']} ({quality})")
+        catalog = pl.read_parquet(stage_folder(run_dir, "prepare") / "catalog.parquet", glob=False)
+        return data, memory, catalog[ITEM_ID]
 
     def remembered(row_ids: pl.Series) -> pl.DataFrame:
-        some = rows.filter(pl.col(ROW_ID).is_in(row_ids.implode()))
-        return memory_lists(memory, some, data.seen(some), catalog[ITEM_ID], args.memory_power)
+        data, memory, item_ids = fitted()
+        rows = data.rows.filter(pl.col(ROW_ID).is_in(row_ids.implode()))
+        return memory_lists(memory, rows, data.seen(rows), item_ids, args.memory_power)
 
     return remembered
 

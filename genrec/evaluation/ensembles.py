@@ -17,8 +17,6 @@ from genrec.artifacts import load_manifest
 from genrec.columns import ITEM_ID, RANK, ROW_ID, SCORE, USER_ID
 
 _ROUNDING = 1e-3  # a log-probability of 0 may come out a little above
-
-
 _ROWS = 16_384  # rows mixed at once: bounds memory
 # Settings of recommend whose promise a memory, which doesn't know them, would break.
 _RULES = (
