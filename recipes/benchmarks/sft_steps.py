@@ -56,7 +56,7 @@ ARMS: dict[str, dict[str, str]] = {
     "more-tasks": {"build_dataset": TASKS},
     "size-tiny": {"sft": "--size tiny"},
     "size-base": {"sft": "--size base"},
-    "no-hidden-dropout": {"sft": "--hidden_dropout 0"},
+    "hidden-dropout-.3": {"sft": "--hidden_dropout 0.3"},
     "weight-decay-.05": {"sft": "--weight_decay 0.05"},
     "no-average": {"sft": "--ema_decay 0"},
 }
