@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -442,8 +442,18 @@ def trained_seeds(name: str, data: SplitData, cache: Path) -> list[int] | None:
 
     Its lists then cost seconds, whatever the split, the rows and their length.
     """
-    path = trained_folder(data, cache) / f"{name}{_rule(data)}.json"
+    path = trained_record(name, data, cache)
     return list(read_json(path)["training_seeds"]) if path.exists() else None
+
+
+def trained_record(name: str, data: SplitData, cache: Path) -> Path:
+    """The file that says with which seeds and settings SASRec or BERT4Rec is trained."""
+    return trained_folder(data, cache) / f"{name}{_rule(data)}.json"
+
+
+def trained_state(identity: Mapping[str, Any], name: str, seed: int, data: SplitData) -> str:
+    """Name of the file of a trained state; `identity` is that of its settings."""
+    return f"{name}-{sha256_json(identity)[:12]}-{seed}{_rule(data)}.pt"
 
 
 def trained_folder(data: SplitData, cache: Path) -> Path:
@@ -523,7 +533,7 @@ def _train(
     seen = data.seen(data.valid)
 
     def train(settings: SequentialSettings, seed: int) -> Trained:
-        file = folder / f"{name}-{sha256_json(settings.identity())[:12]}-{seed}{_rule(data)}.pt"
+        file = folder / trained_state(settings.identity(), name, seed, data)
         return train_sequential(
             data.train, data.valid, seen, data.n_items, settings, seed, file, device
         )

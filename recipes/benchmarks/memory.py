@@ -27,7 +27,7 @@ import numpy as np
 import polars as pl
 from stages import genrec
 
-from genrec.artifacts import read_json, read_shards, sha256_json, stage_folder
+from genrec.artifacts import read_json, read_shards, stage_folder
 from genrec.columns import HISTORY, ITEM_ID, RANK, RELEVANT, ROW_ID, SCORE, TARGET, USER_ID
 from genrec.data.splits import read_split
 from genrec.evaluation.ensembles import check_runs, mixture
@@ -37,7 +37,8 @@ from genrec.evaluation.suite import (
     SplitData,
     cache_folder,
     load_split_data,
-    trained_folder,
+    trained_record,
+    trained_state,
     tuned_memory,
 )
 from genrec.item_lists import ItemLists
@@ -51,14 +52,13 @@ def sasrec_lists(data: SplitData, cache: Path, item_ids: pl.Series, k: int) -> l
     """Lists with log-probabilities of each SASRec that the cache holds, in the order of seeds."""
     from genrec.evaluation.sequential import SequentialSettings, list_sequential, train_sequential
 
-    folder = trained_folder(data, cache)
-    rule = "" if data.filter_seen else "-seen-allowed"
-    if not (folder / f"{SASREC}{rule}.json").exists():
+    record = trained_record(SASREC, data, cache)
+    if not record.exists():
         return []
-    known = read_json(folder / f"{SASREC}{rule}.json")
+    known = read_json(record)
     settings, made = SequentialSettings(**known["settings"]), []
     for seed in known["training_seeds"]:
-        state = folder / f"{SASREC}-{sha256_json(settings.identity())[:12]}-{seed}{rule}.pt"
+        state = record.parent / trained_state(settings.identity(), SASREC, seed, data)
         if not state.exists():
             raise SystemExit(f"{state} is gone; run genrec baselines --overwrite true, or move on "
                              "without SASRec by another --cache_dir")  # fmt: skip
