@@ -54,7 +54,7 @@ from genrec.tasks.reasoning import RATIONALE_ORIGIN, TRAINED_ON_TARGET
 from genrec.tasks.rendering import ItemTexts, render_rows
 from genrec.tasks.rl_rows import rl_rows, without_reserved
 from genrec.tasks.rows import InteractionLog, Sources, interaction_rows, item_rows, read_chunks
-from genrec.tasks.sequential import explode, sequential_rows
+from genrec.tasks.sequential import explode, newest_alone, sequential_rows
 from genrec.tasks.texts import item_intentions, item_queries, review_aspects, written_renderer
 from genrec.tasks.writers import LocalWriter, OpenAIWriter, Writer, llm_item_texts, llm_preferences
 from genrec.title_ids import BRACKETS, ItemMap, TitleIds, load_map
@@ -64,7 +64,7 @@ logger = logging.getLogger("genrec.build_dataset")
 ALL = "all"
 WRITERS = ("rules", "openai", "local")
 CARD_VOCABULARY = 2000  # of the tokenizer that measures lengths where none is given
-MODES = ("whole_history", "per_item")
+WHOLE_HISTORY, PER_ITEM, LAST_ITEM = MODES = ("whole_history", "per_item", "last_item")
 
 
 @dataclass
@@ -77,7 +77,8 @@ class DatasetArgs:
     tasks: list[str] = field(default_factory=lambda: [SEQUENTIAL, "title_to_sid", "sid_to_title"])
     # whole_history: a row per user, every item of the history is supervised in one causal pass.
     # per_item: a row per supervised item.
-    sequential_mode: str = "whole_history"
+    # last_item: rows as of whole_history, of which only the newest item is supervised.
+    sequential_mode: str = WHOLE_HISTORY
     # About so many rows of a family at most, drawn by row: "title_to_sid=1000", "*=100000".
     max_rows: list[str] = field(default_factory=list)
     keep_rows: str | None = None  # a Parquet file with the row_id of the training rows to keep
@@ -253,8 +254,8 @@ def training_rows(
             )
         logger.info("keep_rows: %d training rows are left", n_rows)
     taken = shares(args, names, n_interactions)
-    per_item = args.sequential_mode == "per_item"
-    units = n_interactions if per_item else n_rows
+    in_mode = {WHOLE_HISTORY: lambda rows: rows, PER_ITEM: explode, LAST_ITEM: newest_alone}
+    units = n_interactions if args.sequential_mode == PER_ITEM else n_rows
     share = shares(args, [SEQUENTIAL], units).get(SEQUENTIAL, 1.0)
     limits = named_numbers("max_rows", args.max_rows)
     for name in names:
@@ -271,7 +272,7 @@ def training_rows(
         bar.update(len(chunk))
         if reserved is not None:
             chunk = without_reserved(chunk, reserved)
-        rows = sequential_rows(explode(chunk) if per_item else chunk)
+        rows = sequential_rows(in_mode[args.sequential_mode](chunk))
         yield rows if share == 1 else rows.filter(keep_about(rows[ROW_ID], args.seed, share))
         yield from interaction_rows(chunk, names, sources, taken)
     bar.close()

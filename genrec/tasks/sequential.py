@@ -73,6 +73,11 @@ def explode(rows: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def newest_alone(rows: pl.DataFrame) -> pl.DataFrame:
+    """The same rows, of which each supervises its target alone and shows all items before it."""
+    return rows.with_columns(pl.col(HISTORY).list.len().cast(pl.Int32).alias(SUPERVISE_FROM))
+
+
 def sequential_rows(split: pl.DataFrame) -> pl.DataFrame:
     """Instruction rows of split rows, not yet rendered.
 

@@ -53,6 +53,7 @@ ARMS: dict[str, dict[str, str]] = {
     "rows-from-titles": {"sft": "--sid_init titles"},
     "loss-over-level": {"sft": "--loss_over level"},
     "loss-over-vocabulary": {"sft": "--loss_over vocabulary"},
+    "last-item": {"build_dataset": "--sequential_mode last_item"},
     "more-tasks": {"build_dataset": TASKS},
     "size-tiny": {"sft": "--size tiny"},
     "size-base": {"sft": "--size base"},

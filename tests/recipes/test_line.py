@@ -189,6 +189,21 @@ def test_per_item_rows_supervise_the_same_interactions(recipe, copied_run, tiny_
         assert same[0].equals(same[1])
 
 
+def test_last_item_rows_supervise_the_newest_item_of_each_row(recipe, copied_run, tiny_run: Path):
+    run = copied_run("data", "embeddings", "semantic_ids")
+    recipe("build_dataset", run, "--sequential_mode", "last_item", "--tasks", "sequential")
+    last = pl.read_parquet(run / "dataset" / "train.parquet")
+    whole = pl.read_parquet(tiny_run / "dataset" / "train.parquet").filter(
+        pl.col("task") == "sequential"
+    )
+    assert last["row_id"].equals(whole["row_id"])
+    assert (last["completion"].str.count_matches("<") == 3).all()  # one item of three levels
+    assert (whole["completion"].str.count_matches("<") > 3).any()
+    for short, long in zip(last.iter_rows(named=True), whole.iter_rows(named=True), strict=True):
+        assert short["prompt"].endswith(long["completion"][: -len(short["completion"])])
+        assert long["completion"].endswith(short["completion"])
+
+
 def test_lora_on_a_local_model(recipe, copied_run, tiny, tiny_flags, tmp_path: Path):
     base = tmp_path / "base"
     tokenizer = tiny.tokenizer()
