@@ -168,6 +168,24 @@ def boosted(lists: Candidates, log_weights: FloatArray) -> Candidates:
     return replace(lists, keys=lists.keys + added)._ordered()
 
 
+def ordered_by(lists: Candidates, keys: FloatArray) -> Candidates:
+    """Order candidates by other keys than their scores.
+
+    Args:
+        lists: candidates.
+        keys: one of each, in the places of `lists`; finite, but −inf at padding. ``# (n, m)``
+
+    Raises:
+        ValueError: another shape, or the key of a candidate is not finite.
+    """
+    if keys.shape != lists.items.shape:
+        raise ValueError(f"keys has shape {keys.shape}; it must be {lists.items.shape}")
+    real = lists.items != EMPTY
+    if not np.isfinite(keys[real]).all():
+        raise ValueError("keys must be finite numbers for every candidate")
+    return replace(lists, keys=np.where(real, keys, -np.inf))._ordered()
+
+
 def without_variants(lists: Candidates, groups: IntArray) -> Candidates:
     """Keep the best candidate of each group of variants (see `title_groups`).
 

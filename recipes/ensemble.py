@@ -24,13 +24,13 @@ from pathlib import Path
 import polars as pl
 
 from genrec.artifacts import read_shards, stage_folder, write_parquet
-from genrec.columns import ITEM_ID, ROW_ID
+from genrec.columns import ITEM_ID, ROW_ID, SEEN
 from genrec.config import parse, run
 from genrec.data.splits import read_split
 from genrec.evaluation.ensembles import Memory, check_runs, mixture
-from genrec.evaluation.item_memory import POWER, check_power, memory_lists
-from genrec.evaluation.knn import ItemKNN
-from genrec.evaluation.suite import SplitData, cache_folder, load_split_data, tuned_memory
+from genrec.evaluation.item_memory import ItemMemory, memory_lists, memory_of_run
+from genrec.generation.memory import POWER, check_power, check_weight
+from genrec.item_lists import ItemLists, no_items
 
 logger = logging.getLogger("genrec.ensemble")
 
@@ -48,8 +48,7 @@ class EnsembleArgs:
 
     def __post_init__(self) -> None:
         """Reject settings that can't work before anything is read."""
-        if not 0 <= self.memory_weight < 1:
-            raise ValueError(f"memory_weight={self.memory_weight} must be at least 0 and below 1")
+        check_weight(self.memory_weight)
         check_power(self.memory_power)
         fewest = 1 if self.memory_weight else 2
         if len(self.runs) < fewest or len({Path(r).resolve() for r in self.runs}) < len(self.runs):
@@ -81,19 +80,18 @@ def item_memory(args: EnsembleArgs, split: str, filter_seen: bool) -> Memory:
     run_dir = args.runs[0]
 
     @cache
-    def fitted() -> tuple[SplitData, ItemKNN, pl.Series]:
+    def fitted() -> tuple[ItemMemory, pl.DataFrame, pl.Series]:
+        memory, told = memory_of_run(run_dir, filter_seen, args.cache_dir, args.memory_power)
+        print(f"item memory: {told}")
         rows = read_split(run_dir, split, "ensemble", systems=["item memory"])
-        data = load_split_data(run_dir, rows, split, args.k, filter_seen)
-        memory, told = tuned_memory(data, cache_folder(run_dir, args.cache_dir))
-        quality = f"validation NDCG@10 {told['valid_ndcg@10']:.4f}"
-        print(f"item memory: {told['description']} ({quality})")
         catalog = pl.read_parquet(stage_folder(run_dir, "prepare") / "catalog.parquet", glob=False)
-        return data, memory, catalog[ITEM_ID]
+        return memory, rows, catalog[ITEM_ID]
 
     def remembered(row_ids: pl.Series) -> pl.DataFrame:
-        data, memory, item_ids = fitted()
-        rows = data.rows.filter(pl.col(ROW_ID).is_in(row_ids.implode()))
-        return memory_lists(memory, rows, data.seen(rows), item_ids, args.memory_power)
+        memory, rows, item_ids = fitted()
+        some = rows.filter(pl.col(ROW_ID).is_in(row_ids.implode()))
+        seen = ItemLists.from_column(some[SEEN]) if filter_seen else no_items(len(some))
+        return memory_lists(memory, some, seen, item_ids)
 
     return remembered
 

@@ -4,6 +4,7 @@
     genrec recommend --run_dir runs/next --model_run runs/mine  # a later catalogue, an old model
     genrec recommend --run_dir runs/mine --users users.parquet --output_dir lists/today
     genrec recommend … --one_per_title true --max_per_category 3      # with --users
+    genrec recommend … --memory_weight 0.2            # likewise: an item memory beside the model
     genrec recommend … --opt_out opted-out.csv        # of a split: no profiling for these users
     genrec recommend … --shard 1/8                    # one of eight jobs of a cluster, any order
     genrec recommend … --executor ray --num_actors 4  # needs genrec[ray]
@@ -57,6 +58,7 @@ from genrec.data.splits import read_split
 from genrec.decoding.sampling import GumbelTopK, LevelSampling, Sampler, check_sampler
 from genrec.embedding.vectors import VECTORS, content_file
 from genrec.engine_options import check_engine_options, engine_options
+from genrec.evaluation.item_memory import ItemMemory, memory_of_run
 from genrec.generation.allow_lists import allowed_rows
 from genrec.generation.jobs import (
     CHECKED,
@@ -71,6 +73,7 @@ from genrec.generation.jobs import (
     measured_speed,
     parse_part,
 )
+from genrec.generation.memory import POWER, check_power
 from genrec.generation.non_profiling import (
     NON_PROFILING,
     SHOWN,
@@ -105,10 +108,10 @@ logger = logging.getLogger("genrec.recommend")
 OF_USERS = ("users_split", "users_subset", "user_column", "history_column", "exclude_column",
     "candidates_column", "list_separator", "unknown_items", "sampler", "temperature", "top_p",
     "one_per_title", "title_variant", "max_per_category", "category_depth", "boosts",
-    "max_cosine")  # fmt: skip
+    "max_cosine", "memory_weight", "memory_power")  # fmt: skip
 HOW = ("batch_size", "output_dir", "shard", "executor", "ray_address", "num_actors",
     "cpus_per_actor", "gpus_per_actor", "tensor_parallel_size", "gpu_memory_utilization",
-    "max_model_len")  # fmt: skip
+    "max_model_len", "cache_dir")  # fmt: skip
 # Those of HOW that can change a list where sums are rounded to 16 bits: in which order they are
 # taken depends on what is computed together.
 ORDER_OF_SUMS = ("batch_size", "tensor_parallel_size")
@@ -157,6 +160,9 @@ class RecommendArgs:
     category_depth: int = -1  # which part of the category path; negative counts from the end
     boosts: list[str] = field(default_factory=list)  # "category=factor"
     max_cosine: float | None = None  # of items whose vectors are nearer than that keep the best
+    memory_weight: float = 0.0  # of an item memory in what lists are ordered by (see ensemble.py)
+    memory_power: float = POWER  # its probabilities go by score ** power
+    cache_dir: str | None = None  # where its settings are kept; default: as in evaluate
     # How the work is done; in float32 the result doesn't depend on it.
     shard: str = "1/1"  # i/n: make every n-th shard from the i-th on
     executor: str = "local"  # local, or ray (genrec[ray])
@@ -198,6 +204,14 @@ class RecommendArgs:
             check_choice("sampler", self.sampler, ("gumbel", "levels"))
             if self.engine != "torch":
                 raise ValueError(f"sampler={self.sampler} needs engine=torch, not {self.engine}")
+        check_power(self.memory_power)
+        if not self.memory_weight and (self.memory_power != POWER or self.cache_dir):
+            raise ValueError("memory_power and cache_dir are of a memory: set memory_weight, too")
+        if self.memory_weight and self.users is None:
+            raise ValueError(
+                "memory_weight is for --users; for a split use genrec ensemble --memory_weight, "
+                "which leaves the model's own lists to be explained and replayed"
+            )
         if not list_rules(self).plain and self.users is None:
             raise ValueError(
                 "lists that are drawn or shaped are for --users: those of a split are evaluated, "
@@ -276,6 +290,7 @@ def list_rules(args: RecommendArgs) -> ListRules:
     return ListRules(
         sampler, args.one_per_title, args.title_variant, args.max_per_category,
         args.category_depth, parse_boosts(args.boosts), args.max_cosine, vectors,
+        args.memory_weight,
     )  # fmt: skip
 
 
@@ -296,6 +311,7 @@ def make_stage(args: RecommendArgs, model_stage: str) -> Stage:
     given = ("allow", "deny", "opt_out", "users", "max_cosine")
     ignore += [name for name in given if getattr(args, name) is None]
     ignore += OF_USERS if args.users is None else ["split", "max_rows"]
+    ignore += [] if args.memory_weight else ["memory_weight", "memory_power"]
     if args.users is not None and args.sampler is None:
         ignore.append("seed")
     files: dict[str, Path | str] = {}
@@ -338,6 +354,11 @@ def check_catalogue(args: RecommendArgs, catalog: pl.DataFrame) -> None:
             f"sampler=gumbel needs normalizer=trie: under {args.normalizer} the scores are no "
             "distribution over items; set --normalizer trie, or --sampler levels"
         )
+    if args.memory_weight and args.normalizer != "trie":
+        raise ValueError(
+            f"memory_weight needs normalizer=trie: under {args.normalizer} the scores are no "
+            "distribution over items, and a memory would drown them; set --normalizer trie"
+        )
     folder = stage_folder(args.run_dir, "quantize")
     if args.engine != "torch" and map_kind(folder) == TITLES:
         raise ValueError(TITLES_ON_TORCH.format(engine=args.engine))
@@ -371,6 +392,15 @@ def set_opted_out_apart(
     table = non_profiling_lists(apart, shown, catalog, sids, args.k, allowed, vectors)
     write_parquet(stage.folder / NON_PROFILING, table)
     return rows.filter(~chosen)
+
+
+def make_memory(args: RecommendArgs) -> ItemMemory | None:
+    """The memory of the catalogue's run, tuned before any list is made."""
+    if not args.memory_weight:
+        return None
+    memory, told = memory_of_run(args.run_dir, args.filter_seen, args.cache_dir, args.memory_power)
+    print(f"item memory: {told}")
+    return memory
 
 
 def make_users(
@@ -547,6 +577,7 @@ def main() -> None:
             args.shard_size,
             allowed,
             list_rules(args),
+            make_memory(args),
         )
         checked = read_users(args, job, len(catalog), model_stage)
     if checked[UNKNOWN]:

@@ -239,6 +239,8 @@ def _shaping(config: Mapping[str, Any]) -> str:
         names = ["sampler"]
     elif config.get("max_per_category") is not None:
         names.append("category_depth")
+    if config.get("memory_weight"):
+        names += ["memory_weight", "memory_power"]
     unset = ("None", "False", "[]")  # not by value: a depth of 0 is set
     stated = {name: config[name] for name in names if str(config.get(name)) not in unset}
     return ", ".join(f"{name}={value}" for name, value in stated.items())

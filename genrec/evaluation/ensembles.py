@@ -15,6 +15,7 @@ import polars as pl
 
 from genrec.artifacts import load_manifest
 from genrec.columns import ITEM_ID, RANK, ROW_ID, SCORE, USER_ID
+from genrec.generation.memory import check_weight
 
 _ROUNDING = 1e-3  # a log-probability of 0 may come out a little above
 _ROWS = 16_384  # rows mixed at once: bounds memory
@@ -107,8 +108,7 @@ def mixture(
     if len(lists) < (2 if memory is None else 1):
         fewest = "two models" if memory is None else "one model"
         raise ValueError(f"a mixture needs at least {fewest}, not {len(lists)}")
-    if not 0 <= memory_weight < 1:
-        raise ValueError(f"memory_weight={memory_weight} must be at least 0 and below 1")
+    check_weight(memory_weight)
     if k < 1:
         raise ValueError(f"k={k} must be at least 1")
     columns = [ROW_ID, USER_ID, ITEM_ID, SCORE]

@@ -31,6 +31,7 @@ from genrec.columns import CANDIDATES, HISTORY, SEEN, USER_ID
 from genrec.decoding.beam import BeamResult
 from genrec.decoding.trie import CatalogueView
 from genrec.generation.history_prompts import PromptEncoder, prompts_of
+from genrec.generation.memory import Memory, Permitted, Remembered
 from genrec.generation.prompt_lengths import PromptLengths
 from genrec.generation.shaping import ListMaker, ListRules
 from genrec.generation.shards import (
@@ -43,7 +44,7 @@ from genrec.generation.shards import (
     write_shard,
 )
 from genrec.generation.users import UNKNOWN, UserRows, count_allowed
-from genrec.item_lists import ItemLists
+from genrec.item_lists import ItemLists, no_items
 from genrec.recommend import Recommender
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class GenerationJob:
         shard_size: rows per shard, the unit of resuming.
         allowed: catalogue rows that may be recommended at all, or None for all.
         rules: how lists are drawn or shaped; by default they are the search's.
+        memory: speaks beside the model with the weight that the rules give it.
     """
 
     users: UserRows
@@ -76,9 +78,12 @@ class GenerationJob:
     shard_size: int = 2048
     allowed: np.ndarray | None = None
     rules: ListRules = ListRules()
+    memory: Memory | None = None
 
     def __post_init__(self) -> None:
         """Reject sizes that can't work."""
+        if (self.memory is not None) != (self.rules.memory_weight > 0):
+            raise ValueError("a memory and its weight belong together")
         if self.shard_size < 1:
             raise ValueError(f"shard_size={self.shard_size} must be at least 1")
         if not 1 <= self.k <= self.beam_width:
@@ -253,8 +258,11 @@ class ShardMaker:
         self._encoder = PromptEncoder(recommender)
         self._lists = ListMaker(recommender.engine, recommender.catalog, job.rules)
         self.view: CatalogueView | None = None
+        self._allowed: np.ndarray | None = None
         if job.allowed is not None:
             self.view = recommender.engine.trie.allow(job.allowed)
+            self._allowed = np.zeros(len(recommender.catalog), dtype=bool)
+            self._allowed[job.allowed] = True
 
     def make(
         self, start: int, progress: Callable[[int], object] | None = None
@@ -307,6 +315,8 @@ class ShardMaker:
             limited = part[CANDIDATES].is_not_null()
             lists = zip(_arrays(part[CANDIDATES]), limited, strict=True)
             options["candidates"] = [rows if own else None for rows, own in lists]
+        if self.job.memory is not None:
+            options["remembered"] = self._remembered(self.job.memory, part)
         return self._lists.search(
             prompts,
             self.job.k,
@@ -316,6 +326,16 @@ class ShardMaker:
             progress=progress,
             **options,
         )
+
+    def _remembered(self, memory: Memory, part: pl.DataFrame) -> Remembered:
+        """What the memory knows of these users, under the filters of the search."""
+        history = ItemLists.from_column(part[HISTORY])
+        seen = ItemLists.from_column(part[SEEN]) if SEEN in part.columns else no_items(part.height)
+        candidates, limited = None, None
+        if CANDIDATES in part.columns:
+            candidates = ItemLists.from_column(part[CANDIDATES])
+            limited = part[CANDIDATES].is_not_null().to_numpy()
+        return memory.best(history, seen, Permitted(self._allowed, candidates, limited))
 
 
 def _arrays(column: pl.Series) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Diversity and business rules of batch generation: drawn lists, variants, caps, boosts.
+"""Rules of batch generation: an item memory, drawn lists, variants, caps, boosts.
 
 What can be had of `genrec.decoding.sampling` and `genrec.list_shaping` by settings alone. The
 order of a shaped list is no longer that of its scores, and a drawn list is not the best one, so
@@ -21,6 +21,7 @@ from genrec.columns import CATEGORIES, TITLE
 from genrec.decoding.beam import BeamResult
 from genrec.decoding.sampling import Sampler
 from genrec.decoding.torch_engine import TorchEngine
+from genrec.generation.memory import Remembered, beside, check_weight, log_mixture
 from genrec.list_shaping import (
     Candidates,
     Cap,
@@ -29,6 +30,7 @@ from genrec.list_shaping import (
     category_at,
     label_weights,
     numbered,
+    ordered_by,
     title_groups,
     without_similar,
 )
@@ -48,6 +50,7 @@ class ListRules:
         boosts: (category, factor): items rank as if they were so many times as probable.
         max_cosine: of two items whose vectors are nearer than that only the better one is kept.
         vectors: ``.npy`` of the catalogue's item vectors, (n_items, dim); `max_cosine` needs it.
+        memory_weight: part of an item memory in what lists are ordered by; 0: there is none.
     """
 
     sampler: Sampler | None = None
@@ -58,6 +61,7 @@ class ListRules:
     boosts: tuple[tuple[str, float], ...] = ()
     max_cosine: float | None = None
     vectors: Path | None = None
+    memory_weight: float = 0.0
 
     def __post_init__(self) -> None:
         """Reject rules that can't work together."""
@@ -74,14 +78,18 @@ class ListRules:
             raise ValueError(f"max_cosine={self.max_cosine} must lie in [-1, 1)")
         if (self.max_cosine is None) != (self.vectors is None):
             raise ValueError("max_cosine and the item vectors that it compares belong together")
+        check_weight(self.memory_weight)
         if self.sampler is not None and self.shapes:
-            raise ValueError("lists are either drawn (sampler) or shaped; set one of them")
+            raise ValueError(
+                "lists are either drawn (sampler) or shaped, by a memory too; set one of them"
+            )
 
     @property
     def shapes(self) -> bool:
         """Whether lists are shaped after the search."""
         limits = (self.max_per_category, self.max_cosine)
-        return self.one_per_title or bool(self.boosts) or any(n is not None for n in limits)
+        rules = (self.one_per_title, self.boosts, self.memory_weight)
+        return any(rules) or any(n is not None for n in limits)
 
     @property
     def plain(self) -> bool:
@@ -164,7 +172,7 @@ class ListMaker:
     """
 
     def __init__(self, engine: Engine, catalog: pl.DataFrame, rules: ListRules) -> None:
-        self.engine, self.rules = engine, rules
+        self.engine, self.rules, self._n_items = engine, rules, len(catalog)
         if rules.sampler is not None and not isinstance(engine, TorchEngine):
             raise ValueError(
                 f"lists are drawn in process, which {type(engine).__name__} doesn't offer; use "
@@ -179,19 +187,38 @@ class ListMaker:
             )
 
     def search(
-        self, prompts: Sequence[Sequence[int]], k: int, beam_width: int, **options: Any
+        self,
+        prompts: Sequence[Sequence[int]],
+        k: int,
+        beam_width: int,
+        remembered: Remembered | None = None,
+        **options: Any,
     ) -> BeamResult:
         """Lists of at most `k` items; arguments as the engine's.
 
-        A shaped list is chosen among the `beam_width` candidates of the search. It keeps their
-        scores and is not `certified`.
+        A shaped list is chosen among the `beam_width` candidates of the search and, with a memory,
+        `k` more. It keeps their scores, which are the model's, and is not `certified`.
+
+        Args:
+            prompts: of the users.
+            k: length of the lists.
+            beam_width: of the search.
+            remembered: what the memory knows of the users, under the same filters; to be given
+                where `memory_weight` is.
+            options: further arguments of the engine's search.
         """
         if self.rules.sampler is not None:
             options["sampler"] = self.rules.sampler
         if not self.rules.shapes:
             return self.engine.search(prompts, k, beam_width, **options)
         found = self.engine.search(prompts, beam_width, beam_width, **options)
+        if remembered is not None:
+            found = beside(found, remembered, prompts, k, self._n_items, self._score)
         lists = Candidates.of(found.items, found.scores)
+        if remembered is not None:
+            weight = self.rules.memory_weight
+            keys = log_mixture(lists.items, lists.scores, remembered, weight, self._n_items)
+            lists = ordered_by(lists, keys)
         if self._weights is not None:
             lists = boosted(lists, self._weights)
         if self._vectors is not None and self.rules.max_cosine is not None:
@@ -202,3 +229,13 @@ class ListMaker:
         )
         levels = np.where(lists.places[..., None] >= 0, levels, -np.inf).astype(np.float32)
         return BeamResult(lists.items, lists.scores, levels, np.zeros(len(lists.items), dtype=bool))
+
+    def _score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        k: int,
+        beam_width: int,
+        candidates: list[np.ndarray],
+    ) -> BeamResult:
+        """Scores of items that filters have passed already."""
+        return self.engine.search(prompts, k, beam_width, candidates=candidates)

@@ -31,7 +31,7 @@ from genrec.artifacts import read_json, read_shards, stage_folder
 from genrec.columns import HISTORY, ITEM_ID, RANK, RELEVANT, ROW_ID, SCORE, TARGET, USER_ID
 from genrec.data.splits import read_split
 from genrec.evaluation.ensembles import check_runs, mixture
-from genrec.evaluation.item_memory import memory_lists
+from genrec.evaluation.item_memory import ItemMemory, memory_lists
 from genrec.evaluation.rank_tables import compare_ranks
 from genrec.evaluation.suite import (
     SplitData,
@@ -117,7 +117,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     found = {name: {name: [ranks(ranked(one), targets) for one in seeds]}
              for name, seeds in systems.items()}  # fmt: skip
     for power in args.powers:
-        remembered = memory_lists(memory, rows, data.seen(rows), item_ids, power)
+        remembered = memory_lists(ItemMemory(memory, power), rows, data.seen(rows), item_ids)
         of_rows = partial(_of_rows, remembered)
         for name, seeds in systems.items():
             for weight in args.weights:

@@ -6,7 +6,7 @@ import pytest
 
 from genrec.columns import HISTORY, ROW_ID, SUPERVISE_FROM, TARGET, USER_ID
 from genrec.evaluation import item_memory
-from genrec.evaluation.item_memory import memory_lists
+from genrec.evaluation.item_memory import ItemMemory, memory_lists
 from genrec.evaluation.knn import ItemKNN, KNNSettings
 from genrec.evaluation.profiles import decayed_profiles
 from genrec.item_lists import ItemLists, no_items
@@ -45,7 +45,7 @@ def test_its_order_is_the_baseline_s(shop, filtered: bool, most: int, monkeypatc
     monkeypatch.setattr(item_memory, "MOST", most)
     history = ItemLists.from_column(rows[HISTORY])
     seen = history if filtered else no_items(len(rows))
-    found = memory_lists(memory, rows, seen, ITEM_IDS, 2.0)
+    found = memory_lists(ItemMemory(memory, 2.0), rows, seen, ITEM_IDS)
     lists = memory.recommend(history, seen, 10)
     profile = decayed_profiles(history, N_ITEMS, memory.settings.decay)
     scores = profile @ memory.similarity + memory.settings.self_weight * profile
@@ -67,24 +67,24 @@ def test_its_order_is_the_baseline_s(shop, filtered: bool, most: int, monkeypatc
 def test_probabilities_go_by_the_power(shop):
     memory, rows = shop
     seen = no_items(len(rows))
-    flat, steep = (memory_lists(memory, rows, seen, ITEM_IDS, p) for p in (1.0, 3.0))
+    flat, steep = (memory_lists(ItemMemory(memory, p), rows, seen, ITEM_IDS) for p in (1.0, 3.0))
     both = flat.join(steep, on=[ROW_ID, "item_id"], validate="1:1").sort(ROW_ID, "score")
     for _, row in both.group_by(ROW_ID):
         apart = row["score"] - row["score"].max()
         np.testing.assert_allclose(row["score_right"] - row["score_right"].max(), 3 * apart)
     # Where a plain power of the scores would be 0.
-    extreme = memory_lists(memory, rows, seen, ITEM_IDS, 4000.0)
+    extreme = memory_lists(ItemMemory(memory, 4000.0), rows, seen, ITEM_IDS)
     assert extreme["score"].is_finite().all() and (extreme["score"] <= 1e-9).all()
     for power in (0, -1, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="memory_power="):
-            memory_lists(memory, rows, seen, ITEM_IDS, power)
+            ItemMemory(memory, power)
 
 
 def test_rows_that_it_knows_nothing_of_have_no_line(shop):
     memory, _ = shop
     rows = rows_of([[N_ITEMS - 1, 0], [1], [3, 4, 5]])  # an item that nobody had; no history
-    found = memory_lists(memory, rows, no_items(3), ITEM_IDS, 2.0)
+    found = memory_lists(ItemMemory(memory), rows, no_items(3), ITEM_IDS)
     assert found.filter(pl.col(ROW_ID) == "row-001").is_empty()
     assert not found.filter(pl.col(ROW_ID) == "row-002").is_empty()
-    nothing = memory_lists(memory, rows.head(0), no_items(0), ITEM_IDS, 2.0)
+    nothing = memory_lists(ItemMemory(memory), rows.head(0), no_items(0), ITEM_IDS)
     assert nothing.is_empty() and nothing.columns == [ROW_ID, USER_ID, "item_id", "score"]

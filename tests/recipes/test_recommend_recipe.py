@@ -19,6 +19,7 @@ from polars.testing import assert_frame_equal
 import genrec.artifacts
 import genrec.generation.users
 from genrec.artifacts import Stage, load_manifest, read_json, require
+from genrec.audit.records import read_opened
 from genrec.engine_options import engine_options
 from genrec.generation.users import UserTable
 from genrec.recommend import Recommender
@@ -114,6 +115,54 @@ def test_rules_for_lists(in_process, run_dir, users, tmp_path: Path):
         (["--boosts", "Kind 1"], "boosts"),
     ):
         assert message in in_process("recommend", run_dir, *FLAGS, *flags, fails=True)
+
+
+def test_a_memory_beside_the_model(in_process, tiny_run, tmp_path: Path):
+    run_dir, folder, users = tiny_run, tmp_path / "lists", tmp_path / "users.parquet"
+    ids = pl.read_parquet(run_dir / "data" / "catalog.parquet")["item_id"]
+    lists = [[ids[(3 * u + i) % len(ids)] for i in range(u % 10)] for u in range(22)]
+    pl.DataFrame({"user_id": [f"u{u}" for u in range(22)], "history": lists}).write_parquet(users)
+    flags = [*FLAGS, "--users", str(users), "--output_dir", str(folder), "--normalizer", "trie"]
+    mixed = [*flags, "--memory_weight", "0.6", "--cache_dir", str(tmp_path / "cache")]
+    said = in_process("recommend", run_dir, *mixed)
+    assert "item memory: decay=" in said and "22 lists of 4" in said
+    config = require(folder, "recommend").config
+    assert (config["memory_weight"], config["memory_power"]) == (0.6, 2.0)
+    table = lists_of(folder)
+    assert table.group_by("user_id").len()["len"].to_list() == [4] * 22
+    alone = [str(tmp_path / "plain") if flag == str(folder) else flag for flag in flags]
+    in_process("recommend", run_dir, *alone)
+    plain = lists_of(tmp_path / "plain")
+    assert "memory_weight" not in require(tmp_path / "plain", "recommend").config
+    keys = ["user_id", "item_id"]
+    both = table.join(plain, keys)
+    assert both["score"].to_list() == pytest.approx(both["score_right"].to_list(), abs=1e-5)
+    moved = table.join(plain, keys, how="anti")
+    assert 0 < len(both) and 10 < len(moved)
+    # Whoever has no history gets the model's own.
+    nobody = pl.read_parquet(users).filter(pl.col("history").list.len() == 0)["user_id"]
+    assert moved.filter(pl.col("user_id").is_in(nobody.implode())).is_empty()
+    # Records say so, and that they can't be replayed.
+    source = ["--source_run", str(run_dir)]
+    in_process("audit", folder, *source)
+    (first, *_) = read_opened(folder / "audit")
+    rules = {rule["name"]: rule["rule"] for rule in first["filters"]}
+    assert rules["shaping"] == "memory_weight=0.6, memory_power=2.0"
+    in_process("audit", None, "verify", "--run_dir", str(folder), *source)
+    again = ["replay", "--run_dir", str(folder), *source, "--record", "0"]
+    said = in_process("audit", None, *again, fails=True)
+    assert "made under the rules ['shaping']" in said
+    other = [*mixed[: mixed.index("0.6")], "0.5", *mixed[mixed.index("0.6") + 1 :]]
+    assert "was made with other" in in_process("recommend", run_dir, *other, fails=True)
+    for more, message in (
+        ([*FLAGS, "--memory_weight", "0.2"], "memory_weight is for --users"),
+        ([*mixed, "--normalizer", "full"], "memory_weight needs normalizer=trie"),
+        ([*mixed, "--memory_weight", "1"], "memory_weight=1.0 must be at least 0"),
+        ([*mixed, "--memory_power", "0"], "memory_power=0.0 must be above 0"),
+        ([*flags, "--memory_power", "3"], "set memory_weight, too"),
+        ([*mixed, "--sampler", "gumbel"], "either drawn"),
+    ):
+        assert message in in_process("recommend", run_dir, *more, fails=True)
 
 
 def test_rules_are_checked_before_users_are_read(
