@@ -23,6 +23,7 @@ from peft import (
 )
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from genrec.modeling import load_base, resize_embeddings
 
@@ -78,7 +79,8 @@ def _targets(model: PreTrainedModel, asked: list[str], rows: set[str]) -> str | 
     """`asked` in PEFT's form, if the model has such layers."""
     if asked == [ALL_LINEAR]:
         return ALL_LINEAR
-    linear = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    kinds = (nn.Linear, Conv1D)  # GPT-2's layers are the latter
+    linear = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, kinds)}
     linear -= rows
     for name in asked:
         if name in rows:

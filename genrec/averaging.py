@@ -24,7 +24,8 @@ class WeightAverage(TrainerCallback):
 
     The trainer puts it into each checkpoint (`save`), from which a resumed training goes on.
 
-    Early on the average follows quickly: of step t it keeps at most (1 + t) / (10 + t).
+    Early on the average follows quickly: of step t it keeps at most (1 + t) / (10 + t). It is kept
+    in float32: a thousandth of a step would be rounded away in 16 bits.
 
     Args:
         decay: share of the average that a step keeps, in (0, 1). 0.999 averages some 1,000 steps.
@@ -41,7 +42,9 @@ class WeightAverage(TrainerCallback):
         parameters = trainable(kwargs["model"])
         if any(hasattr(p, "full_tensor") for p in parameters.values()):
             raise ValueError("ema_decay needs unsharded weights: leave it out with FSDP")
-        self._average = {name: p.detach().clone() for name, p in parameters.items()}
+        self._average = {
+            name: p.detach().to(torch.float32, copy=True) for name, p in parameters.items()
+        }
         if state.global_step:
             assert args.output_dir is not None
             saved = load_file(Path(args.output_dir) / f"checkpoint-{state.global_step}" / AVERAGE)
@@ -56,7 +59,7 @@ class WeightAverage(TrainerCallback):
         step = state.global_step
         moved = 1 - min(self.decay, (1 + step) / (10 + step))
         parameters = trainable(kwargs["model"])
-        values = [parameters[name].detach() for name in self._average]
+        values = [parameters[name].detach().float() for name in self._average]
         torch._foreach_lerp_(list(self._average.values()), values, moved)
 
     def save(self, folder: Path | str) -> None:

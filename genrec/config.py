@@ -135,8 +135,47 @@ def training_fingerprint(training: Any) -> dict[str, Any]:
         "dataloader_", "ddp_", "debug", "skip_memory",
     )  # fmt: skip
     values = training.to_dict()
+    dropped = {"dataloader_drop_last": True} if training.dataloader_drop_last else {}
     kept = {key: v for key, v in values.items() if not any(part in key for part in volatile)}
-    return {**kept, "world_size": training.world_size}  # a factor of the batch
+    return {**kept, **dropped, "world_size": training.world_size}  # a factor of the batch
+
+
+def check_resuming(training: Any) -> None:
+    """Refuse settings of a Transformers/TRL config that would break how a killed training goes on.
+
+    Raises:
+        ValueError: a checkpoint is named, or checkpoints would lack the optimizer.
+    """
+    if training.resume_from_checkpoint:
+        raise ValueError(
+            f"resume_from_checkpoint={training.resume_from_checkpoint}: a training that was killed "
+            "goes on by itself at its last whole checkpoint; run the same command without it"
+        )
+    if training.save_only_model:
+        raise ValueError(
+            "save_only_model=true: checkpoints without optimizer and schedule would go on as "
+            "another training; limit their number by save_total_limit instead"
+        )
+
+
+def check_trackers(training: Any) -> None:
+    """Refuse trackers that aren't installed before a model is built.
+
+    Raises:
+        ValueError: a known tracker's package is missing.
+    """
+    from transformers.integrations import (  # slow to import
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    there = get_available_reporting_integrations()
+    for name in training.report_to:
+        if name in INTEGRATION_TO_CALLBACK and name not in there:
+            raise ValueError(
+                f"report_to={name}: its package is not installed here; install it, or choose of "
+                f"{', '.join([*there, 'none'])}"
+            )
 
 
 def dataset_path(path: str, data_dir: str | None = None) -> Path:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
 TRAINER_STATE = "trainer_state.json"
+RESIZED = 1e-9**0.5  # of the old rows' spread: transformers draws with 1e-9 of their variance
 
 # From-scratch Qwen3 shapes: (hidden, layers, heads, feed-forward).
 SIZES = {"tiny": (96, 2, 3, 256), "small": (128, 3, 4, 384), "base": (256, 6, 8, 768)}
@@ -97,8 +99,27 @@ def load_base(name_or_path: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
         name_or_path: folder or hub name.
         dtype: "float32", "bfloat16", "float16" or "auto".
         **kwargs: passed to ``from_pretrained`` (revision, quantization_config, …).
+
+    Raises:
+        ValueError: there is no such model.
     """
-    return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs)
+    with _named(name_or_path):
+        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs)
+
+
+@contextmanager
+def _named(name_or_path: str) -> Iterator[None]:
+    """Say what a model could not be found by; transformers' own error tells no path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:  # of the system: a disk's, a network's
+            raise
+        said = str(error).strip().splitlines()
+        raise ValueError(
+            f"{name_or_path} can't be loaded ({said[0] if said else type(error).__name__}); name a "
+            "folder that holds a model, or one on the Hugging Face hub, which needs a connection"
+        ) from error
 
 
 def add_sid_tokens(
@@ -228,12 +249,42 @@ def initialize_from_titles(
         _write_rows(model, ids, rows, n_old, None if only is None else only[level])
 
 
+@torch.no_grad()
+def initialize_around_mean(
+    model: PreTrainedModel,
+    token_ids: list[list[int]],
+    n_old: int,
+    seed: int,
+    spread: float = 1.0,
+    only: Sequence[np.ndarray] | None = None,
+) -> None:
+    """Set SID rows to normal draws around the mean of the old rows: they know nothing of items.
+
+    What the other ways are compared with. With the old rows' spread it is what is commonly done by
+    hand (Hewitt 2021), with `RESIZED` of it what transformers' own resize does.
+
+    Args:
+        model: already resized.
+        token_ids: per level, (codebook_size,).
+        n_old: rows that existed before the SID tokens.
+        seed: of the draws.
+        spread: of the new rows, as a share of the old ones'.
+        only: as in `initialize_from_codebooks`.
+    """
+    hidden = _weight(model.get_input_embeddings()).shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    for level, ids in enumerate(token_ids):
+        rows = torch.randn(len(ids), hidden, generator=generator)
+        _write_rows(model, ids, rows, n_old, None if only is None else only[level], spread)
+
+
 def _write_rows(
     model: PreTrainedModel,
     ids: list[int],
     rows: torch.Tensor,
     n_old: int,
     only: np.ndarray | None = None,
+    spread: float = 1.0,
 ) -> None:
     """Write rows into the input embedding (and an untied head), with the old rows' moments."""
     chosen = np.arange(len(ids)) if only is None else np.flatnonzero(only)
@@ -245,7 +296,7 @@ def _write_rows(
     rows = rows / rows.std().clamp(min=1e-6)
     for weight in weights:
         old = weight[:n_old].float()
-        fitted = rows.to(weight.device) * old.std(0).mean() + old.mean(0)
+        fitted = rows.to(weight.device) * (spread * old.std(0).mean()) + old.mean(0)
         at = torch.tensor([ids[code] for code in chosen], dtype=torch.long, device=weight.device)
         weight[at] = fitted[torch.from_numpy(chosen).to(weight.device)].to(weight.dtype)
 
@@ -395,7 +446,8 @@ def base_tokenizer(name_or_path: str, semantic_ids: ItemMap) -> PreTrainedTokeni
     """
     if (Path(name_or_path) / ABOUT).exists():
         return load_tokenizer(name_or_path, semantic_ids)[0]
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    with _named(name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     # Without any file of a tokenizer, transformers makes an empty one of the model's kind.
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise ValueError(

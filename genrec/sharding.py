@@ -30,15 +30,25 @@ def sharding_of(training: Any) -> str | None:
 
 
 def check_sft(
-    training: Any, use_lora: bool, eval_rows: int, loss_over: str, taught: bool = False
+    training: Any,
+    use_lora: bool,
+    eval_rows: int,
+    loss_over: str,
+    taught: bool = False,
+    averaged: bool = False,
 ) -> None:
     """Refuse settings of sft that need whole weights where there are none, before anything is read.
 
     Raises:
         ValueError: adapters or validation on split weights; a loss whose head ZeRO-3 would not
-            gather; teachers, who would be split as well.
+            gather; teachers, who would be split as well; an average of the weights.
     """
     kind = sharding_of(training)
+    if kind and averaged:
+        raise ValueError(
+            f"ema_decay under {kind}: each process holds shards alone, whose average nothing puts "
+            "together; leave it out, or launch with ddp.yaml or deepspeed-zero2.yaml"
+        )
     if kind and taught:
         raise ValueError(
             f"teachers under {kind}: their weights are read whole; launch with ddp.yaml or "

@@ -15,9 +15,7 @@ from genrec.bundle.parts import ServedParts
 from genrec.modeling import load_base
 from genrec.supervised_head import LossOver, Teachers
 from genrec.title_ids import load_map
-
-# What a model learned to tell apart, wide to narrow: losses of sft, and normalisers of grpo.
-_SCOPES = {"vocabulary": 0, "full": 0, "level": 1, "trie": 2}
+from genrec.warm_start import check_scope, learned_over
 
 
 @dataclass(frozen=True)
@@ -58,17 +56,10 @@ class TeacherRun:
                 f"was trained on ({of_teacher[:12]}): its codes mean other things. Quantize both "
                 "with the same vectors, settings and seed"
             )
-        learned = [str(require(teacher, "sft").config.get("loss_over", "vocabulary"))]
-        manifest = require(teacher, parts.model_stage)
-        if parts.model_stage == "grpo":
-            learned.append(str(manifest.config.get("normalizer", "full")))
-        narrow = max(learned, key=lambda name: _SCOPES.get(name, 0))
-        if _SCOPES.get(narrow, 0) > _SCOPES[loss_over]:
-            raise ValueError(
-                f"the teacher {teacher} was trained over {narrow} and learned nothing of what lies "
-                f"outside, so it can't teach over {loss_over}; use loss_over={narrow}"
-            )
-        return cls(Path(teacher), parts.model, manifest.content_hash)
+        learned = learned_over(teacher, parts.model_stage)
+        check_scope(f"the teacher {teacher}", learned, loss_over)
+        content_hash = require(teacher, parts.model_stage).content_hash
+        return cls(Path(teacher), parts.model, content_hash)
 
     def told(self) -> dict[str, str]:
         """What a student's ``genrec.json`` says of it."""

@@ -19,6 +19,40 @@ from genrec.bundle.parts import MODEL_STAGES, ServedParts
 from genrec.semantic_ids import SemanticIds
 from genrec.title_ids import ItemMap, load_map
 
+# What a model learned to tell apart, wide to narrow: losses of sft, and normalisers of grpo.
+_SCOPES = {"vocabulary": 0, "full": 0, "level": 1, "trie": 2}
+
+
+def learned_over(run_dir: Path | str, stage: str) -> str:
+    """The narrowest of what a run's SID tokens competed with while it was trained.
+
+    Args:
+        run_dir: the run.
+        stage: "sft" or "grpo": where its model comes from.
+    """
+    learned = [str(require(run_dir, "sft").config.get("loss_over", "vocabulary"))]
+    if stage == "grpo":
+        learned.append(str(require(run_dir, stage).config.get("normalizer", "full")))
+    return max(learned, key=lambda name: _SCOPES.get(name, 0))
+
+
+def check_scope(who: str, learned: str, loss_over: str) -> None:
+    """Refuse a model that learned nothing of some tokens that are to compete now.
+
+    Args:
+        who: opens the message.
+        learned: see `learned_over`.
+        loss_over: of the training that is to begin.
+
+    Raises:
+        ValueError: it was trained over less.
+    """
+    if _SCOPES.get(learned, 0) > _SCOPES[loss_over]:
+        raise ValueError(
+            f"{who} was trained over {learned} and learned nothing of what lies outside, which "
+            f"loss_over={loss_over} would rank beside it; use loss_over={learned}"
+        )
+
 
 @dataclass(frozen=True)
 class EarlierModel:
@@ -103,6 +137,11 @@ class EarlierModel:
             "seed": self.manifests["sft"].seed,
         }
         return [*self.about.get("lineage", []), own]
+
+    @property
+    def learned_over(self) -> str:
+        """See `learned_over`."""
+        return learned_over(self.run_dir, self.stage)
 
     @property
     def first_seed(self) -> int:

@@ -54,7 +54,14 @@ from genrec.columns import (
     TRAIN_COUNT,
     USER_ID,
 )
-from genrec.config import check_choice, parse, run, training_fingerprint
+from genrec.config import (
+    check_choice,
+    check_resuming,
+    check_trackers,
+    parse,
+    run,
+    training_fingerprint,
+)
 from genrec.data.splits import read_split
 from genrec.decoding.free_text import TextSampling
 from genrec.decoding.torch_engine import TorchEngine
@@ -361,6 +368,8 @@ def keep_best(
 def main() -> None:
     """Run the stage."""
     args, training = parse(GrpoArgs, GRPOConfig)
+    check_resuming(training)
+    check_trackers(training)
     sharding.check_grpo(training)
     objective = args.objective
     config = {**asdict(args), "training": training_fingerprint(training)}

@@ -33,7 +33,7 @@ from typing import Any, cast
 import numpy as np
 import polars as pl
 from accelerate.state import PartialState
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -43,7 +43,14 @@ from genrec.averaging import WeightAverage
 from genrec.bundle.files import CARD
 from genrec.bundle.training_card import shown_base, training_card, training_settings
 from genrec.columns import PROMPT, TASK
-from genrec.config import check_choice, parse, run, training_fingerprint
+from genrec.config import (
+    check_choice,
+    check_resuming,
+    check_trackers,
+    parse,
+    run,
+    training_fingerprint,
+)
 from genrec.data.splits import read_split
 from genrec.decoding.item_tokens import item_tokens, prepare_tokenizer
 from genrec.decoding.torch_engine import TorchEngine
@@ -60,7 +67,7 @@ from genrec.prompt_format import FORMATS, declare_format
 from genrec.prompts import PromptRenderer
 from genrec.quantizers.code_vectors import code_vectors
 from genrec.semantic_ids import TITLES, SemanticIds, map_kind
-from genrec.sft_trainer import EpochTrainer
+from genrec.sft_trainer import EpochTrainer, check_training
 from genrec.supervised_head import (
     LOSSES,
     NORMALIZERS_OF,
@@ -75,11 +82,18 @@ from genrec.tasks.rendering import ItemTexts
 from genrec.teachers import TeacherRun, load_teachers
 from genrec.title_ids import TitleIds, load_map
 from genrec.training_data import EpochRows, estimated_lengths, sample_texts
-from genrec.warm_start import EarlierModel, check_replay_share, check_stage, unseen_codes
+from genrec.warm_start import (
+    EarlierModel,
+    check_replay_share,
+    check_scope,
+    check_stage,
+    unseen_codes,
+)
 
 logger = logging.getLogger("genrec.sft")
 
-SID_INITS = ("codebooks", "titles")
+SID_INITS = ("codebooks", "titles", "random", "resized")
+LEAST_VOCAB = 300  # bytes, special tokens and a few merges
 N_COMPARED = 64  # rows on which a merged model is compared with the 4-bit one that was trained
 
 ON_QUANTIZED = (
@@ -105,7 +119,10 @@ class SftArgs:
     # what the search will ask for; such a model can't write SIDs amid free text.
     loss_over: str = "vocabulary"
     ema_decay: float = 0.0  # validate and serve a moving average of the weights, e.g. 0.999
-    sid_init: str = "codebooks"  # SID rows start as rotated centroids, or as means of title tokens
+    # SID rows start as rotated centroids (codebooks), as means of title tokens (titles), or, to be
+    # compared with, at random with the spread of the other rows, or as transformers' resize leaves
+    # them (resized: all alike).
+    sid_init: str = "codebooks"
     # plain, or chat: the prompt is the user's turn in the tokenizer's chat template. auto: what a
     # model that genrec trained declares, else plain. The saved tokenizer carries it.
     prompt_format: str = "auto"
@@ -146,47 +163,64 @@ class SftArgs:
         check_choice("prompt_format", self.prompt_format, FORMATS)
         check_choice("normalizer", self.normalizer, ("auto", *NORMALIZERS))
         check_choice("loss_over", self.loss_over, LOSSES)
-        for name, most in (("dropout", 1), ("hidden_dropout", 1), ("ema_decay", 1)):
-            if not 0 <= (value := getattr(self, name)) < most:
-                raise ValueError(f"{name}={value} must be at least 0 and below {most}")
-        if self.model_name_or_path and (self.dropout or self.hidden_dropout):
-            raise ValueError("dropout and hidden_dropout are settings of a model from scratch")
         if self.normalizer not in ("auto", *NORMALIZERS_OF[self.loss_over]):
             raise ValueError(
                 f"normalizer={self.normalizer} with loss_over={self.loss_over}: the model learns "
                 f"nothing of what lies outside; use {' or '.join(NORMALIZERS_OF[self.loss_over])}"
             )
-        if self.use_lora and not (self.model_name_or_path or self.warm_start):
-            raise ValueError(
-                "use_lora needs model_name_or_path: adapters sit on a pretrained model"
-            )
-        if self.warm_start and self.model_name_or_path:
-            raise ValueError(
-                "warm_start begins with that run's model; leave model_name_or_path out"
-            )
-        if not 0 < self.teacher_weight <= 1:
-            raise ValueError(f"teacher_weight={self.teacher_weight} must be above 0, at most 1")
         check_stage(self.warm_start_stage)
         check_replay_share(self.replay_share)
-        if self.prompt_format == "chat" and not self.model_name_or_path:
+        check_numbers(self)
+        check_base(self)
+        check_adapters(self)
+
+
+def check_numbers(args: SftArgs) -> None:
+    """Refuse numbers that can't work."""
+    for name, below in (("dropout", 1), ("hidden_dropout", 1), ("ema_decay", 1)):
+        if not 0 <= (value := getattr(args, name)) < below:
+            raise ValueError(f"{name}={value} must be at least 0 and below {below}")
+    for name, least in (("eval_rows", 0), ("eval_every_steps", 1), ("vocab_size", LEAST_VOCAB)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+    if not 0 < args.teacher_weight <= 1:
+        raise ValueError(f"teacher_weight={args.teacher_weight} must be above 0, at most 1")
+    for name, most in named_numbers("caps", args.caps).items():
+        if most != int(most):
             raise ValueError(
-                "prompt_format chat needs model_name_or_path: a tokenizer from scratch has no chat "
-                "template"
+                f"caps: {name}={most:g} must be a whole number of rows; a share is one of weights"
             )
-        for name in ("use_dora", "use_rslora"):
-            if getattr(self, name) and not self.use_lora:
-                raise ValueError(f"{name} is a kind of LoRA; it needs use_lora")
-        if self.load_in_4bit:
-            adapters.check_four_bit(self.use_lora, self.model_name_or_path)
 
 
-def check_workers(number: int) -> None:
-    """Refuse loader processes before the model is loaded."""
-    if number:
+def check_base(args: SftArgs) -> None:
+    """Refuse settings that the model to begin with can't have."""
+    if args.model_name_or_path and (args.dropout or args.hidden_dropout):
+        raise ValueError("dropout and hidden_dropout are settings of a model from scratch")
+    if args.warm_start and args.dropout:
+        raise ValueError("dropout is the earlier model's; leave it out with warm_start")
+    if args.warm_start and args.model_name_or_path:
+        raise ValueError("warm_start begins with that run's model; leave model_name_or_path out")
+    if args.prompt_format == "chat" and not (args.model_name_or_path or args.warm_start):
         raise ValueError(
-            f"dataloader_num_workers={number} must be 0: batches are rendered by threads of the "
-            "training process"
+            "prompt_format chat needs model_name_or_path: a tokenizer from scratch has no chat "
+            "template"
         )
+
+
+def check_adapters(args: SftArgs) -> None:
+    """Refuse adapters that have no model to sit on."""
+    if args.use_lora and not (args.model_name_or_path or args.warm_start):
+        raise ValueError("use_lora needs model_name_or_path: adapters sit on a pretrained model")
+    for name in ("use_dora", "use_rslora"):
+        if getattr(args, name) and not args.use_lora:
+            raise ValueError(f"{name} is a kind of LoRA; it needs use_lora")
+    if args.load_in_4bit and args.warm_start:
+        raise ValueError(
+            "load_in_4bit with warm_start: the earlier model is merged into a plain checkpoint; "
+            "name that as model_name_or_path to train on it in 4 bits"
+        )
+    if args.load_in_4bit:
+        adapters.check_four_bit(args.use_lora, args.model_name_or_path)
 
 
 def check_families(loss_over: str, rows_per_epoch: list[dict[str, int]]) -> None:
@@ -258,25 +292,41 @@ def unquantized(
     The adapter was trained beside 4-bit weights and is merged into those that they were made of.
     """
     assert args.model_name_or_path
-    merged = adapters.merged_into_base(trained, tokenizer, args.model_name_or_path, args.dtype)
+    final = adapters.merged_into_base(trained, tokenizer, args.model_name_or_path, args.dtype)
     spread = np.linspace(0, len(rows) - 1, min(N_COMPARED, len(rows))).astype(int)
     texts = [rows[int(place)]["input_ids"] for place in spread]
     told: dict[str, Any] = {
         "quantization": adapters.QUANTIZATION,
         "merged_into": "the unquantised base",
-        "merged_against_trained": adapters.logit_gap(trained, merged, texts),
+        "merged_against_trained": adapters.logit_gap(trained, final, texts),
     }
     if validation is not None:
-        for name, model in (("trained", trained), ("merged", merged)):
+        for name, model in (("trained", trained), ("merged", final)):
             told[f"ndcg@{validation.k}_{name}"] = float(validation.per_row(make(model))[1].mean())
-    return merged, {"trained_on_quantized_base": told}
+    return final, {"trained_on_quantized_base": told}
+
+
+def merged(
+    trained: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SftArgs,
+    rows: EpochRows,
+    validation: BeamValidation | None,
+    make: Callable[[Any], TorchEngine],
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model to serve, before anything is declared of it: in 16 bits merging rounds."""
+    if args.load_in_4bit:
+        return unquantized(trained, tokenizer, args, rows, validation, make)
+    return (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained), {}
 
 
 def earlier_model(args: SftArgs) -> EarlierModel | None:
     """The model that is trained on; None: a first training."""
     if args.warm_start is None:
         return None
-    return EarlierModel.of_run(args.warm_start, args.run_dir, args.warm_start_stage)
+    earlier = EarlierModel.of_run(args.warm_start, args.run_dir, args.warm_start_stage)
+    check_scope(f"the model of {args.warm_start}", earlier.learned_over, args.loss_over)
+    return earlier
 
 
 def origin(args: SftArgs, earlier: EarlierModel | None) -> dict[str, Any]:
@@ -333,10 +383,13 @@ def initialize(
         vectors = np.load(stage_folder(args.run_dir, "embed") / "item_embeddings.npy")
         codebooks = code_vectors(vectors, semantic_ids.codes, semantic_ids.codebook_sizes)
         modeling.initialize_from_codebooks(model, token_ids, codebooks, n_text_tokens, seed, only)
-    else:
+    elif args.sid_init == "titles":
         modeling.initialize_from_titles(
             model, tokenizer, token_ids, semantic_ids, titles, n_text_tokens, seed, only
         )
+    else:
+        spread = modeling.RESIZED if args.sid_init == "resized" else 1.0
+        modeling.initialize_around_mean(model, token_ids, n_text_tokens, seed, spread, only)
 
 
 def base_model(
@@ -362,8 +415,8 @@ def base_model(
             model = adapters.load_four_bit(str(base), args.dtype, str(training.device))
         else:
             model = modeling.load_base(str(base), args.dtype)
-        limit = model.config.max_position_embeddings
-        if longest > limit:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and longest > limit:  # those with relative positions have none
             raise ValueError(
                 f"the longest row has {longest} tokens, {base} holds {limit}; "
                 "prepare with a smaller max_history"
@@ -381,8 +434,13 @@ def base_model(
 def main() -> None:
     """Run the stage."""
     args, training = parse(SftArgs, SFTConfig)
-    check_workers(training.dataloader_num_workers)
-    sharding.check_sft(training, args.use_lora, args.eval_rows, args.loss_over, bool(args.teachers))
+    check_resuming(training)
+    check_trackers(training)
+    check_training(training, args.loss_over, bool(args.teachers))
+    sharding.check_sft(
+        training, args.use_lora, args.eval_rows, args.loss_over, bool(args.teachers),
+        args.ema_decay > 0,
+    )  # fmt: skip
     config = {**asdict(args), "training": training_fingerprint(training)}
     inputs = ["prepare", "embed", "quantize", "build_dataset"]
     with PartialState().main_process_first():
@@ -508,11 +566,8 @@ def main() -> None:
         write_json(stage.folder / "log.json", trainer.state.log_history)
         if args.use_lora:
             trained.save_pretrained(stage.folder / "adapter")
-        final: PreTrainedModel = trained
-        quantized: dict[str, Any] = {}
-        if args.load_in_4bit:
-            make = partial(engine, normalizer=by_hand or candidates[0])
-            final, quantized = unquantized(trained, tokenizer, args, train_rows, validation, make)
+        make = partial(engine, normalizer=by_hand or candidates[0])
+        final, quantized = merged(trained, tokenizer, args, train_rows, validation, make)
         choice = decide(by_hand, candidates, validation, partial(engine, final), training.seed)
         about = {
             "stage": "sft",
@@ -530,7 +585,7 @@ def main() -> None:
         metrics |= validation.summary() if validation else {}
         metrics |= {"warm_start": {**refresh, **origin(args, earlier)}} if earlier else {}
         ranks = (args.lora_rank, args.lora_alpha) if args.use_lora else None
-        settings = training_settings(training, trainer.state.global_step, ranks)
+        settings = training_settings(training, trainer.state.global_step, ranks, args.load_in_4bit)
         card = training_card(stage, semantic_ids, settings, metrics, args.filter_seen)
         write_text(stage.folder / "model" / CARD, card)
         notes = [ON_QUANTIZED] if quantized else []

@@ -173,6 +173,16 @@ def test_targets_that_the_model_lacks_are_refused(tiny, targets, message: str):
         lora_config(model, token_ids, RANK, ALPHA, target_modules=targets)
 
 
+def test_layers_of_gpt2_are_linear_too():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="choose of c_attn, c_fc, c_proj, or all-linear alone"):
+        lora_config(model, [[60, 61]], 4, 8, target_modules=["q_proj"])
+    found = get_peft_model(model, lora_config(model, [[60, 61]], 4, 8, target_modules=["c_attn"]))
+    assert any("c_attn.lora_A" in name for name, _ in found.named_parameters())
+
+
 # QLoRA
 
 

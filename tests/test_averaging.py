@@ -41,6 +41,26 @@ def test_it_follows_quickly_at_first_and_slowly_later(tmp_path):
     assert kept == 0.5
 
 
+def test_small_steps_are_not_rounded_away_in_16_bits(tmp_path):
+    model, average = nn.Linear(1, 1, bias=False).to(torch.bfloat16), WeightAverage(0.999)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    call(average, "on_train_begin", 0, model, tmp_path)
+    with torch.no_grad():
+        model.weight.fill_(1.25)
+    for step in range(10_000, 13_000):
+        call(average, "on_step_end", step, model, tmp_path)
+    with average.applied(model):
+        assert model.weight.item() == pytest.approx(1.25 - 0.25 * 0.999**3000, abs=4e-3)
+        assert model.weight.dtype == torch.bfloat16
+    average.save(tmp_path)
+    again = WeightAverage(0.999)
+    (tmp_path / "checkpoint-7").mkdir()
+    average.save(tmp_path / "checkpoint-7")
+    call(again, "on_train_begin", 7, model, tmp_path)
+    assert torch.equal(again._average["weight"], average._average["weight"])
+
+
 def test_the_models_own_weights_come_back_after_an_error(tmp_path):
     model, average = nn.Linear(2, 2), WeightAverage(0.9)
     call(average, "on_train_begin", 0, model, tmp_path)

@@ -13,11 +13,15 @@ from transformers import AutoTokenizer
 from genrec import modeling
 from genrec.modeling import (
     ABOUT,
+    RESIZED,
     add_sid_tokens,
+    base_tokenizer,
     encode_prompts,
     encode_rows,
+    initialize_around_mean,
     initialize_from_codebooks,
     initialize_from_titles,
+    load_base,
     load_model,
     resize_embeddings,
     save_model,
@@ -120,6 +124,8 @@ def initialised(tiny, how: str, tied: bool, size: int = 8):
         # Far from centred, as centroids of a skewed catalogue are.
         codebooks = (np.random.default_rng(0).normal(size=(3, size, 8)) + 5).astype(np.float32)
         initialize_from_codebooks(model, token_ids, codebooks, n_old, seed=0)
+    elif how == "random":
+        initialize_around_mean(model, token_ids, n_old, seed=0)
     else:
         titles = [f"red wool hat {i}" if i % 2 else f"steel tea pot {i}" for i in range(40)]
         initialize_from_titles(model, tokenizer, token_ids, semantic_ids, titles, n_old, seed=0)
@@ -127,7 +133,7 @@ def initialised(tiny, how: str, tied: bool, size: int = 8):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("how", ["codebooks", "titles"])
+@pytest.mark.parametrize("how", ["codebooks", "titles", "random"])
 def test_new_rows_differ_and_match_the_old_ones(tiny, how: str, tied: bool):
     matrices, before, token_ids, n_old = initialised(tiny, how, tied)
     for weight, was in zip(matrices, before, strict=True):
@@ -184,6 +190,34 @@ def test_codes_whose_items_have_the_same_words_start_close(tiny):
     rows = model.get_input_embeddings().weight[token_ids[0]].detach()
     distance = torch.cdist(rows, rows)
     assert distance[:3, :3].max() < distance[:3, 3:].min()
+
+
+def test_rows_as_transformers_resize_leaves_them(tiny):
+    """What the other ways are compared with is what transformers does."""
+    tokenizer, semantic_ids = tiny.tokenizer(), tiny.sids(40, size=8)
+    n_old = len(tokenizer)
+    theirs, ours = tiny.lm(n_old), tiny.lm(n_old)
+    with torch.no_grad():
+        for model in (theirs, ours):
+            model.get_input_embeddings().weight += torch.linspace(0, 1, 1)
+    token_ids = add_sid_tokens(tokenizer, semantic_ids)
+    theirs.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    resize_embeddings(ours, tokenizer)
+    initialize_around_mean(ours, token_ids, n_old, 0, RESIZED)
+    flat = [token for level in token_ids for token in level]
+    a, b = (m.get_input_embeddings().weight[flat].detach() for m in (theirs, ours))
+    assert (a.mean(0) - b.mean(0)).abs().max() < 1e-4
+    spread = (b - b.mean(0)).std() / (a - a.mean(0)).std()
+    assert 0.5 < spread < 2
+    assert torch.pdist(b).max() < 1e-3  # all alike
+
+
+def test_a_model_that_is_nowhere_is_named(tiny, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for load in (lambda n: load_base(n, "float32"), lambda n: base_tokenizer(n, tiny.sids(10))):
+        for name in (str(tmp_path / "qwen"), "Qwen/not-here"):
+            with pytest.raises(ValueError, match=f"{name} can't be loaded"):
+                load(name)
 
 
 @pytest.mark.parametrize("how", ["codebooks", "titles"])

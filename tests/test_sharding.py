@@ -61,6 +61,10 @@ def test_settings_that_need_whole_weights_are_refused(monkeypatch):
             sharding.check_sft(
                 split, use_lora=False, eval_rows=0, loss_over="vocabulary", taught=True
             )
+        with pytest.raises(ValueError, match="ema_decay under"):
+            sharding.check_sft(
+                split, use_lora=False, eval_rows=0, loss_over="vocabulary", averaged=True
+            )
         with pytest.raises(ValueError, match="use_lora under (ZeRO-3|FSDP): SID rows"):
             sharding.check_sft(split, use_lora=True, eval_rows=0, loss_over="vocabulary")
         with pytest.raises(ValueError, match="eval_rows=5 under .*; set eval_rows to 0"):

@@ -48,13 +48,16 @@ def hub_base(base: object) -> str | None:
     return str(base) if _HUB_NAME.fullmatch(str(base)) else None
 
 
-def training_settings(training: Any, steps: int, lora: tuple[int, int] | None) -> dict[str, str]:
+def training_settings(
+    training: Any, steps: int, lora: tuple[int, int] | None, four_bit: bool = False
+) -> dict[str, str]:
     """What of a trainer's settings matters to a reader, in words.
 
     Args:
         training: TRL's SFTConfig or GRPOConfig.
         steps: optimizer steps that were made.
         lora: rank and alpha of adapters; None: all weights were trained.
+        four_bit: the adapters were trained on a 4-bit base.
     """
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
     schedule = training.lr_scheduler_type
@@ -68,7 +71,8 @@ def training_settings(training: Any, steps: int, lora: tuple[int, int] | None) -
         "Weight decay": f"{training.weight_decay:g}",
         "Trained weights": "all"
         if lora is None
-        else f"LoRA of rank {lora[0]}, alpha {lora[1]}, and the SID rows; merged",
+        else f"LoRA of rank {lora[0]}, alpha {lora[1]}, and the SID rows; "
+        + ("on a 4-bit base, merged into the unquantised one" if four_bit else "merged"),
         "Precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32",
         "Seed": str(training.seed),
     }

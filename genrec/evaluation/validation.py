@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -71,6 +72,7 @@ class BeamValidation(TrainerCallback):
         self.folder, self.make_engine, self.average = Path(folder), make_engine, average
         self.prompts, self.targets, self.seen, self.k = prompts, np.asarray(targets), seen, k
         self.every_steps, self.at_start, self.users = every_steps, at_start, users
+        self.seconds = 0.0  # that measuring took, of this process alone
         self.logs_now = False  # while the trainer's callbacks get a measurement
         self._trainer: Trainer | None = None
         path = self.folder / "validation.json"
@@ -124,9 +126,16 @@ class BeamValidation(TrainerCallback):
         """Log each measurement through a trainer, so that its trackers get it."""
         self._trainer = trainer
 
-    def summary(self) -> dict[str, int]:
-        """Size of the sample, and how often it was measured: `best` is the best of them."""
-        return {"validation_rows": len(self.prompts), "measurements": len(self.history)}
+    def summary(self) -> dict[str, int | float]:
+        """Size of the sample, how often it was measured, and how long that took.
+
+        `best` is the best measurement; seconds are those since the last resumption.
+        """
+        return {
+            "validation_rows": len(self.prompts),
+            "measurements": len(self.history),
+            "validation_seconds": round(self.seconds, 1),
+        }
 
     def per_row(self, engine: TorchEngine) -> tuple[np.ndarray, np.ndarray]:
         """HR@k and NDCG@k of every validation row as `engine` ranks them. ``# (rows,)`` each."""
@@ -141,8 +150,11 @@ class BeamValidation(TrainerCallback):
             ValueError: the model holds only shards of its weights.
         """
         require_whole(model, "validation")
+        began = time.perf_counter()
         with self.average.applied(model) if self.average else nullcontext():
-            return self._measure(model, step, epoch)
+            entry = self._measure(model, step, epoch)
+        self.seconds += time.perf_counter() - began
+        return entry
 
     def _measure(self, model: nn.Module, step: int, epoch: float) -> dict[str, Any]:
         hit, gain = self.per_row(self.make_engine(model))

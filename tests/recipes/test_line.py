@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from genrec.artifacts import FOLDERS, load_manifest, require, sha256_file
 from genrec.data.splits import leave_one_out
@@ -204,7 +206,10 @@ def test_last_item_rows_supervise_the_newest_item_of_each_row(recipe, copied_run
         assert long["completion"].endswith(short["completion"])
 
 
-def test_lora_on_a_local_model(recipe, copied_run, tiny, tiny_flags, tmp_path: Path):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_lora_on_a_local_model(
+    recipe, copied_run, tiny, tiny_flags, tmp_path: Path, precision: str
+):
     base = tmp_path / "base"
     tokenizer = tiny.tokenizer()
     tiny.lm(512, tied=True, context=256).save_pretrained(base)  # more rows than tokens, as Qwen's
@@ -214,6 +219,8 @@ def test_lora_on_a_local_model(recipe, copied_run, tiny, tiny_flags, tmp_path: P
         *tiny_flags["sft"], "--model_name_or_path", str(base), "--use_lora", "true",
         "--sid_init", "titles", "--lora_rank", "4", "--max_steps", "4",
     ]  # fmt: skip
+    if precision == "bfloat16":  # as the shipped config
+        flags += "--dtype bfloat16 --bf16 true --gradient_checkpointing true".split()
     recipe("sft", run, *flags)
     manifest = require(run, "sft")
     assert {"model/genrec.json", "adapter/adapter_config.json", "log.json"} <= set(manifest.outputs)
@@ -230,9 +237,12 @@ def test_lora_on_a_local_model(recipe, copied_run, tiny, tiny_flags, tmp_path: P
 
     model, loaded_tokenizer, _ = load_model(run / "sft" / "model", ids)
     old, new = (
-        m.get_input_embeddings().weight.detach() for m in (load_base(str(base), "float32"), model)
+        m.get_input_embeddings().weight.detach() for m in (load_base(str(base), precision), model)
     )
     assert len(old) == len(new) == 512
+    old, new = old.float(), new.float()
+    stored = load_file(run / "sft" / "model" / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {getattr(torch, precision)}
     moved = (old != new).any(1).nonzero().flatten().tolist()
     assert moved == sorted(t for level in sid_token_ids(loaded_tokenizer, ids) for t in level)
     made = Recommender.load(run, batch_size=8).recommend([ids.item_ids[0]], k=5)

@@ -14,9 +14,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from recipe_calls import run
 from safetensors.torch import load_file
 
 from genrec.artifacts import require
+from genrec.evaluation.training_picture import CurvesPicture
 
 N_STEPS = 24
 
@@ -99,6 +101,45 @@ def test_sft_resumes_and_equals_an_uninterrupted_run(
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["lora", "qlora"])
+def test_adapters_go_on_as_if_nothing_had_happened(
+    copied_run, tiny, tiny_flags, tmp_path: Path, monkeypatch, four_bit: bool
+):
+    """Also in the precision that they were trained in, which PEFT's loading changes."""
+    if four_bit:
+        pytest.importorskip("bitsandbytes", reason="genrec[quant] is not installed")
+    base = tmp_path / "base"
+    tiny.lm(512).save_pretrained(base)
+    tiny.tokenizer().save_pretrained(base)
+    whole = copied_run("data", "embeddings", "semantic_ids", "dataset")
+    killed = tmp_path / "killed"
+    shutil.copytree(whole, killed)
+    flags = [
+        *tiny_flags["sft"], "--model_name_or_path", str(base), "--use_lora", "true",
+        "--load_in_4bit", str(four_bit).lower(), "--max_steps", "6", "--save_steps", "2",
+        "--eval_rows", "0", "--logging_steps", "1", "--ema_decay", "0.5",
+    ]  # fmt: skip
+    run("sft", whole, *flags)
+    original = CurvesPicture.on_log
+
+    def die(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+        return original(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CurvesPicture, "on_log", die)
+        with pytest.raises(KeyboardInterrupt):
+            run("sft", killed, *flags)
+    assert (killed / "sft" / "checkpoints" / "checkpoint-4").is_dir()
+    run("sft", killed, *flags)
+    for name in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+        ours, theirs = (load_file(folder / "sft" / name) for folder in (whole, killed))
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert value.dtype == theirs[key].dtype and torch.equal(value, theirs[key]), key
 
 
 def test_recommend_goes_on_at_the_next_shard(

@@ -187,6 +187,13 @@ def test_strangers_are_refused(yesterday: Path, fresh: Path, tmp_path: Path):
         run("sft", fresh, *TRAIN, "--warm_start", yesterday, "--replay_share", "1")
     with pytest.raises(ValueError, match="warm_start_stage='dpo' is not known"):
         run("sft", fresh, *TRAIN, "--warm_start", yesterday, "--warm_start_stage", "dpo")
+    narrow = shutil.copytree(yesterday, tmp_path / "narrow")
+    manifest = narrow / "sft" / "manifest.json"
+    told = json.loads(manifest.read_text())
+    told["config"]["loss_over"] = "trie"
+    manifest.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="was trained over trie.*use loss_over=trie"):
+        run("sft", fresh, *TRAIN, "--warm_start", narrow)
     run("quantize", fresh, "--overwrite", "true",
         *"--n_levels 3 --codebook_size 8 --report_map pca --seed 9".split())  # fmt: skip
     run("build_dataset", fresh, "--overwrite", "true")
