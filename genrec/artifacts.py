@@ -393,6 +393,7 @@ class Stage:
         self.config = {key: value for key, value in config.items() if key not in ignored}
         self.upstream = {stage: require(run_dir, stage) for stage in inputs}
         self.inputs = {stage: manifest.content_hash for stage, manifest in self.upstream.items()}
+        self._files = [Path(path) for path in (files or {}).values()]
         for label, path in (files or {}).items():
             self.inputs[label] = sha256_file(path)
         self.inputs |= hashes or {}
@@ -414,7 +415,7 @@ class Stage:
 
         Raises:
             ValueError: a complete stage with other settings or inputs is there and `overwrite` is
-                False, or another process is writing the folder.
+                False, another process is writing the folder, or somebody's own files lie there.
         """
         complete = (self.folder / MANIFEST).exists()
         if complete and not overwrite:
@@ -435,7 +436,18 @@ class Stage:
         same = _in_progress(self.folder).get("fingerprint") == self.fingerprint
         # A damaged manifest isn't read here: overwriting is what mends it.
         kept = [p for p in self.folder.glob("*") if p.name != IN_PROGRESS]
+        if kept and not complete and not _in_progress(self.folder):
+            raise ValueError(
+                f"{self.folder} holds {min(kept).name}, which no stage wrote; move it away, or use "
+                "another --run_dir"
+            )
         if complete or (kept and not same):
+            own = self.folder.resolve()
+            if inside := [p for p in self._files if p.resolve().is_relative_to(own)]:
+                raise ValueError(
+                    f"{inside[0]} is read by this stage and lies in {self.folder}, which it would "
+                    "set aside; move it out of there"
+                )
             self._set_aside()
         self.folder.mkdir(parents=True, exist_ok=True)
         if alone:

@@ -134,7 +134,7 @@ def read_sources(
 ) -> Sources:
     """What rows are made of, beside the split rows; `reserved`: RL rows that sft must not see."""
     seed = args.seed
-    catalog = pl.read_parquet(data / "catalog.parquet")
+    catalog = pl.read_parquet(data / "catalog.parquet", glob=False)
     wording = written_renderer()
     log = InteractionLog.of(data / "interactions.parquet")
     attributes = item_attributes(catalog)
@@ -240,7 +240,7 @@ def training_rows(
     reserved: pl.DataFrame | None,
 ) -> Iterator[pl.DataFrame]:
     """Rows of all families, from the training rows chunk by chunk."""
-    keep = pl.read_parquet(args.keep_rows, columns=[ROW_ID]) if args.keep_rows else None
+    keep = pl.read_parquet(args.keep_rows, columns=[ROW_ID], glob=False) if args.keep_rows else None
     scan = pl.scan_parquet(train, glob=False)
     kept = scan if keep is None else scan.join(keep.lazy(), on=ROW_ID, how="semi")
     supervised = pl.col(HISTORY).list.len().cast(pl.Int64) + 1 - pl.col(SUPERVISE_FROM)
@@ -362,7 +362,7 @@ def main() -> None:
     ids = [gathered(rows[name], item_ids) for name in (TARGETS, HISTORY_ITEMS)]
     write_parquet(stage.folder / "rl.parquet", rows.with_columns(ids))
     shutil.copytree(renderer.folder, stage.folder / "prompts", dirs_exist_ok=True)
-    titles = pl.read_parquet(data / "catalog.parquet", columns=[TITLE])[TITLE]
+    titles = pl.read_parquet(data / "catalog.parquet", columns=[TITLE], glob=False)[TITLE]
     items = pl.DataFrame({ITEM_ID: item_ids, TITLE: titles, SID: semantic_ids.sids()})
     count, tokenizer = token_counter(args, stage.folder / "train.parquet", semantic_ids)
     facts = CardFacts(

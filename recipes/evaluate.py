@@ -171,7 +171,7 @@ def evaluated_rows(split_rows: pl.DataFrame, source: Path, split: str) -> pl.Dat
     """The split rows that the recommend stage was asked for (all, if it doesn't say)."""
     if not (source / "rows.parquet").exists():
         return split_rows
-    asked = pl.read_parquet(source / "rows.parquet", columns=[ROW_ID])
+    asked = pl.read_parquet(source / "rows.parquet", columns=[ROW_ID], glob=False)
     rows = split_rows.join(asked, on=ROW_ID, how="semi", maintain_order="left")
     if rows.height != asked.height:
         raise ValueError(
@@ -261,7 +261,7 @@ def main() -> None:
         for seed, path in enumerate(args.recommendations):
             inputs[f"recommendations {seed} ({Path(path).name})"] = sha256_file(path)
 
-    catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet")
+    catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet", glob=False)
     split_rows = read_split(args.run_dir, split, "evaluate", system=args.system)
     rows = evaluated_rows(split_rows, source, split) if stage else split_rows
     sids = sid_numbers(args, rows, catalog)
@@ -277,7 +277,7 @@ def main() -> None:
     lists[args.system] = [one.items for one in found]
     comparison, groups = scored(args, data, lists, catalog, sids)
     users_file = stage_folder(args.run_dir, "prepare") / "users.parquet"
-    users = pl.read_parquet(users_file) if users_file.exists() else None
+    users = pl.read_parquet(users_file, glob=False) if users_file.exists() else None
     slicings = make_slices(rows, catalog, users)
     k = max(args.ks)
     results = {

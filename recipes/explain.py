@@ -246,7 +246,7 @@ def main() -> None:
             "it, or rerun recommend"
         )
     source = stage_folder(args.run_dir, "recommend")
-    rows = chosen_rows(pl.read_parquet(source / "rows.parquet"), args)
+    rows = chosen_rows(pl.read_parquet(source / "rows.parquet", glob=False), args)
     if stage.is_done(args.overwrite):
         return
     table = read_shards(source, "recommendations").filter(pl.col(RANK) <= args.k)
@@ -293,7 +293,7 @@ def main() -> None:
         cited, added = choose_citations(
             recommender, histories, items, evidence, args.n_cited, joint, bar.update
         )
-    train = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "train.parquet")
+    train = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "train.parquet", glob=False)
     counts = item_counts(train, len(recommender.catalog))
     vectors = np.load(stage_folder(args.run_dir, "embed") / VECTORS, mmap_mode="r")
     with tqdm(unit="prompt", desc="erase sets") as bar:

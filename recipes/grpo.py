@@ -218,7 +218,7 @@ class Reasoning:
             )
         renderer = PromptRenderer(stage_folder(run_dir, "build_dataset") / "prompts")
         data = stage_folder(run_dir, "prepare")
-        catalog = pl.read_parquet(data / "catalog.parquet")
+        catalog = pl.read_parquet(data / "catalog.parquet", glob=False)
         reader = ChainReader.of_run(semantic_ids, catalog, renderer.folder)
         texts = ItemTexts.of(catalog, semantic_ids)
         shown = read_json(data / "manifest.json")["config"]["max_history"]
@@ -264,7 +264,9 @@ def reward_functions(
             found.append(make_future_reward(items, args.future_window, args.future_discount))
         elif name == "novelty":
             catalog = stage_folder(args.run_dir, "prepare") / "catalog.parquet"
-            counts = pl.read_parquet(catalog, columns=[TRAIN_COUNT])[TRAIN_COUNT].to_numpy()
+            counts = pl.read_parquet(catalog, columns=[TRAIN_COUNT], glob=False)[
+                TRAIN_COUNT
+            ].to_numpy()
             found.append(make_novelty_reward(items, counts, num_generations, args.novelty_on))
         elif name in CHAIN_REWARDS:
             found.append(CHAIN_REWARDS[name])
@@ -388,9 +390,9 @@ def main() -> None:
     trie = SidTrie.build(semantic_ids.codes)
     declared = declared_normalizer(stage_folder(args.run_dir, "sft") / "model")
     normalizer, notes = chosen_normalizer(args.normalizer, declared)
-    rows = pl.read_parquet(dataset / "rl.parquet")
+    rows = pl.read_parquet(dataset / "rl.parquet", glob=False)
     valid = read_split(args.run_dir, "valid", "grpo")
-    valid = valid.with_columns(pl.read_parquet(dataset / "valid.parquet")[PROMPT])
+    valid = valid.with_columns(pl.read_parquet(dataset / "valid.parquet", glob=False)[PROMPT])
     reasoning = None
     if args.chains:
         reasoning = Reasoning.of_run(args.run_dir, semantic_ids)

@@ -81,7 +81,8 @@ def main() -> None:
         raise ValueError(f"configs={args.configs!r} is no folder; shipped ones: {', '.join(known)}")
     stages = [stage for stage in FOLDERS if (folder / f"{stage}.yaml").is_file()]
     if args.until is not None:
-        stages = stages[: stages.index(args.until) + 1] if args.until in stages else stages
+        order = list(FOLDERS)
+        stages = [s for s in stages if order.index(s) <= order.index(args.until)]
     if not stages:
         raise ValueError(f"{folder} holds no <stage>.yaml; the stages are {', '.join(FOLDERS)}")
     if args.seeds is not None and "sft" not in stages:
@@ -159,7 +160,7 @@ def run_stage(args: PipelineArgs, stage: str, config: Path, seed: int | None = N
     overwrite = args.overwrite_from and order.index(stage) >= order.index(args.overwrite_from)
     if overwrite:
         flags += ["--overwrite", "true"]
-    if stage in ("prepare", "embed") and args.data_dir:
+    if stage in ("prepare", "embed", "quantize") and args.data_dir:
         flags += ["--data_dir", args.data_dir]
     started = time.perf_counter()
     if (stage_folder(args.run_dir, stage) / MANIFEST).exists() and not overwrite:
@@ -220,7 +221,7 @@ def show_list(run_dir: Path, split: str, console: Console) -> None:
     row_id = chains[0].row_id if chains else lists[ROW_ID][0]
     reasons = {chain.item_id: chain for chain in chains if chain.row_id == row_id}
     data = stage_folder(run_dir, "prepare")
-    catalog = pl.read_parquet(data / "catalog.parquet")
+    catalog = pl.read_parquet(data / "catalog.parquet", glob=False)
     titles = dict(catalog.select(ITEM_ID, TITLE).iter_rows())
     user = lists.filter(pl.col(ROW_ID) == row_id).sort(RANK)
     user_id = user[USER_ID][0]

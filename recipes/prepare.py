@@ -88,6 +88,10 @@ FOLDERS: dict[str, Callable[[Path], dict[str, Path]]] = {
     "recbole": readers.recbole_files,
     "mind": readers.mind_files,
 }
+OF_ITEMS = (
+    "items_item_column", "title_column", "brand_column", "category_column", "category_separator",
+    "price_column", "description_column",
+)  # fmt: skip
 PATHS = ("data_dir", "interactions", "items", "users", "train_rows", "erase_users", "erase_items")
 
 
@@ -176,6 +180,11 @@ class PrepareArgs:
                 raise ValueError(
                     f"{name} is not read with format: {self.format}, only with "
                     f"{', '.join(formats)}; leave it out"
+                )
+        for name in OF_ITEMS if self.format == "table" and self.items is None else ():
+            if self._is_set(name):
+                raise ValueError(
+                    f"{name} is a column of items, and no table of them is named; set items: <path>"
                 )
         lengths = ("k_core_user", "k_core_item", "max_history", "min_history", "limit_users")
         for name in (*lengths, "window_step"):

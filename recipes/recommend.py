@@ -555,7 +555,7 @@ def main() -> None:
     marks = None if args.users is None else source_marks(args.users)
     require(args.run_dir, "prepare")
     require(args.run_dir, "quantize")
-    catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet")
+    catalog = pl.read_parquet(stage_folder(args.run_dir, "prepare") / "catalog.parquet", glob=False)
     check_catalogue(args, catalog)
     stage = make_stage(args, model_stage)
     allowed = allowed_rows(catalog[ITEM_ID], args.allow, args.deny)

@@ -461,7 +461,7 @@ def main() -> None:
     data = stage_folder(args.run_dir, "prepare")
     dataset = stage_folder(args.run_dir, "build_dataset")
     semantic_ids = load_map(stage_folder(args.run_dir, "quantize"))
-    texts = ItemTexts.of(pl.read_parquet(data / "catalog.parquet"), semantic_ids)
+    texts = ItemTexts.of(pl.read_parquet(data / "catalog.parquet", glob=False), semantic_ids)
     titles = texts.titles.to_list()
     built = stage.upstream["build_dataset"].config
     rows = InstructionRows.read(
@@ -469,7 +469,7 @@ def main() -> None:
         PromptRenderer(dataset / "prompts"), built["seed"], built["n_templates"],
     )  # fmt: skip
     valid = read_split(args.run_dir, "valid", "sft")
-    valid_prompts = pl.read_parquet(dataset / "valid.parquet")[PROMPT]
+    valid_prompts = pl.read_parquet(dataset / "valid.parquet", glob=False)[PROMPT]
 
     # Which rows each epoch sees; the tokenizer with SID tokens, or with an end mark of titles.
     rows, lengths, mixture, refresh = draw(args, training, rows, dataset, earlier)

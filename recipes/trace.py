@@ -97,7 +97,7 @@ class View:
 
     def data(self, stage: str, name: str) -> pl.DataFrame:
         """A Parquet file of a stage."""
-        return pl.read_parquet(stage_folder(self.run_dir, stage) / name)
+        return pl.read_parquet(stage_folder(self.run_dir, stage) / name, glob=False)
 
 
 def load_view(args: TraceArgs) -> tuple[View, list[str]]:
@@ -121,7 +121,7 @@ def load_view(args: TraceArgs) -> tuple[View, list[str]]:
     row = next((r for r in candidates if r[ROW_ID] in explained), candidates[0])
     console = make_console(width=100)
     view = View(
-        args.run_dir, done, split, pl.read_parquet(data / "catalog.parquet"), row,
+        args.run_dir, done, split, pl.read_parquet(data / "catalog.parquet", glob=False), row,
         [chain for chain in chains if chain.row_id == row[ROW_ID]], console,
     )  # fmt: skip
     return view, [s for s in FOLDERS if s not in done and s not in ("prune", "grpo")]

@@ -179,7 +179,9 @@ class _Around:
         named = [] if splits is None or not secret else [splits / f"{s}.parquet" for s in SPLITS]
         for path in named:
             if path.exists():
-                self._users |= dict(pl.read_parquet(path, columns=[ROW_ID, USER_ID]).iter_rows())
+                self._users |= dict(
+                    pl.read_parquet(path, columns=[ROW_ID, USER_ID], glob=False).iter_rows()
+                )
 
     def visit(self, store: Store | None, state: LogState, line: Line) -> None:
         """Look at a record, and without a store only at the files that it names."""

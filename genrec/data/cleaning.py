@@ -310,7 +310,7 @@ def clean(
         ValueError: a rule that the data can't satisfy; see the functions of this module and of
             `genrec.data.feedback`.
     """
-    dropped: dict[str, int] = {}
+    dropped = {"unknown_items": raw.unknown} if raw.unknown else {}
     rule = effective_rating_rule(rating_rule, min_rating)
     log = raw.interactions
     steps: dict[str, Callable[[pl.DataFrame], pl.DataFrame]] = {
@@ -354,7 +354,7 @@ def clean(
     index = log.select(ITEM_ID).join(numbers, on=ITEM_ID, how="left", maintain_order="left")
     log = log.with_columns(index[ITEM_INDEX])
     assert log[ITEM_INDEX].null_count() == 0, "readers check that every item is in the catalogue"
-    optional = [name for name in OPTIONAL_COLUMNS if name in log.columns]
+    optional = [name for name in (SUBSECOND, *OPTIONAL_COLUMNS) if name in log.columns]
     log = log.select(USER_ID, ITEM_ID, ITEM_INDEX, TIMESTAMP, RATING, POSITION, *optional)
     return CleanData(log, catalog, users, share, dropped, raw.given)
 
@@ -382,6 +382,14 @@ def index_catalog(catalog: pl.DataFrame) -> pl.DataFrame:
     fallback = pl.format("Item {}", pl.col(ITEM_ID).cast(pl.String))
     table = table.with_columns(pl.col(TITLE).fill_null(fallback)).with_row_index(ITEM_INDEX)
     return table.select(pl.col(ITEM_INDEX).cast(pl.Int32), pl.col(ITEM_ID), *CATALOG_SCHEMA)
+
+
+def missing_title(catalog: pl.DataFrame) -> pl.Series:
+    """Which items have no title of their own: null, blank, or the stand-in ``Item <item_id>``."""
+    if TITLE not in catalog.columns:
+        return pl.repeat(True, catalog.height, dtype=pl.Boolean, eager=True)
+    title = catalog[TITLE].cast(pl.String).str.strip_chars()
+    return title.is_null() | (title == "") | (title == "Item " + catalog[ITEM_ID].cast(pl.String))
 
 
 def _blank_to_null(name: str) -> pl.Expr:

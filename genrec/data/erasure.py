@@ -82,8 +82,8 @@ def erase(
 ) -> tuple[RawData, dict[str, Erased]]:
     """Remove users with all that they did, and items with all that was done with them.
 
-    Ids are compared as text. Items leave the catalogue and, in given splits, the histories; rows
-    whose target they are go.
+    Ids are compared as text, without blanks around them (a database may pad them). Items leave the
+    catalogue and, in given splits, the histories; rows whose target they are go.
 
     Args:
         raw: tables as read.
@@ -126,17 +126,18 @@ def _known(raw: RawData, column: str) -> pl.Series:
     """Distinct ids of all tables, as text."""
     tables = [raw.interactions, raw.catalog, raw.users, *(raw.given or {}).values()]
     parts = [t[column].cast(pl.String) for t in tables if t is not None and column in t.columns]
-    return pl.concat([part.unique() for part in parts]).unique().drop_nulls()
+    return pl.concat([part.str.strip_chars().unique() for part in parts]).unique().drop_nulls()
 
 
 def _without(raw: RawData, column: str, ids: pl.Series) -> RawData:
-    stays = ~pl.col(column).cast(pl.String).is_in(ids.implode())
+    stays = ~pl.col(column).cast(pl.String).str.strip_chars().is_in(ids.implode())
     given = raw.given
     if given is not None:
         given = {name: table.filter(stays) for name, table in given.items()}
         if column == ITEM_ID:
             item = pl.element()
-            others = pl.col(ITEMS).list.filter(~item.cast(pl.String).is_in(ids.to_list()))
+            text = item.cast(pl.String).str.strip_chars()
+            others = pl.col(ITEMS).list.filter(~text.is_in(ids.to_list()))
             given = {name: table.with_columns(others) for name, table in given.items()}
     return replace(
         raw,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from genrec.columns import HISTORY, TARGET, TARGET_TIME, USER_ID
+from genrec.columns import HISTORY, TARGET, TARGET_POSITION, TARGET_TIME, USER_ID
 from genrec.data.lint_tables import (
     DAY,
     SIGNIFICANT,
@@ -259,10 +259,10 @@ def tied_targets(tables: LintTables) -> Finding:
     if why := target_times_missing(tables):
         return not_run(name, why)
     shares = [_tied_share(tables, unit) for unit in (1, DAY)]
-    share = shares[0] if tables.resolution == "second" else shares[1]
+    share = shares[1] if tables.resolution == "day" else shares[0]
     text = f"{share:.1%} of the test targets share their {tables.resolution} with another "
     text += "interaction of the user"
-    if tables.resolution == "second":
+    if tables.resolution != "day":
         text += f", {shares[1]:.1%} their day"
     return graded(
         name,
@@ -288,6 +288,11 @@ def _tied_share(tables: LintTables, unit: int) -> float:
         owner = timed.join(numbers, on=USER_ID, how="left", maintain_order="left")["_user"]
         return owner.to_numpy().astype(np.int64), timed[TARGET_TIME].to_numpy() // unit
 
+    if unit == 1 and tables.protocol != GIVEN:  # also what seconds don't tell apart
+        assert tables.moment is not None
+        user = tables.test.join(numbers, on=USER_ID, how="left", maintain_order="left")["_user"]
+        place = log.start[user.to_numpy()] + tables.test[TARGET_POSITION].to_numpy()
+        return float((np.bincount(tables.moment)[tables.moment[place]] >= 2).mean())
     if tables.protocol == GIVEN:  # the log lacks what is held out, and some times
         had = [moments(table) for table in parts]
     else:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import polars as pl
 
 from genrec.columns import ITEM_ID, TARGET_TIME, TIMESTAMP, TITLE
+from genrec.data.cleaning import missing_title
 from genrec.data.split_rows import IntArray, UserSequences
 from genrec.data.splits import GIVEN
 
@@ -83,7 +84,8 @@ class LintTables:
         id_kind: "numbers" or "text": what that order is one of.
         moment: number of the (user, moment) that an interaction belongs to, never falling, shape
             (interactions,); None without times.
-        resolution: "second" or "day", what the times tell apart; None without times.
+        resolution: what the times tell apart: "day", "second", or "moment" where they are finer;
+            None without times.
     """
 
     catalog: pl.DataFrame
@@ -111,9 +113,9 @@ class LintTables:
         log = UserSequences.of(interactions)
         order, kind = id_order(catalog[ITEM_ID])
         moment, times = None, log.time
-        if log.time is not None:
-            new = np.ones(len(log.time), dtype=bool)
-            new[1:] = (np.diff(log.time) != 0) | (np.diff(log.owner) != 0)
+        if log.moment is not None:
+            new = np.ones(len(log.moment), dtype=bool)
+            new[1:] = (np.diff(log.moment) != 0) | (np.diff(log.owner) != 0)
             moment = np.cumsum(new)
         elif protocol == GIVEN:  # its rows can have times where the log has some only
             rows = pl.concat([table[TARGET_TIME] for table in (train, valid, test)]).drop_nulls()
@@ -121,6 +123,8 @@ class LintTables:
         resolution = None
         if times is not None and len(times):
             resolution = "day" if ((times - times[0]) % DAY == 0).all() else "second"
+            if log.moment is not log.time:
+                resolution = "moment"
         return cls(catalog, train, valid, test, protocol, log, order, kind, moment, resolution)
 
     @property
@@ -235,10 +239,9 @@ def near_by_chance(left: IntArray, right: IntArray, distance: int, n: int) -> fl
 
 def folded_titles(tables: LintTables) -> pl.Series:
     """Title of each catalogue row, folded for comparison; null where an item has none."""
-    placeholder = pl.format("Item {}", pl.col(ITEM_ID).cast(pl.String))  # cleaning writes these
     title = pl.col(TITLE).str.strip_chars()
     folded = title.str.to_lowercase().str.replace_all(r"\s+", " ")
-    known = (title != "") & (title != placeholder)
+    known = ~missing_title(tables.catalog)
     return tables.catalog.select(pl.when(known).then(folded).alias(TITLE)).to_series()
 
 

@@ -24,6 +24,7 @@ from genrec.columns import (
     TIMESTAMP,
     USER_ID,
 )
+from genrec.data.readers.raw_data import SUBSECOND
 
 _BLOCK = 1 << 22  # list entries that are worked on at once
 
@@ -39,6 +40,8 @@ class UserSequences:
         users: user_id of each interaction.
         items: item index of each interaction.
         time: timestamps, or None where the data have only an order.
+        moment: the same, in microseconds where the data have them: what tells two interactions of
+            one second apart.
         owner: number of the user (order of first appearance) of each interaction.
         start: first place of each user, shape (users,).
         length: interactions of each user.
@@ -47,6 +50,7 @@ class UserSequences:
     users: pl.Series
     items: ItemArray
     time: IntArray | None
+    moment: IntArray | None
     owner: IntArray
     start: IntArray
     length: IntArray
@@ -65,10 +69,13 @@ class UserSequences:
         length = np.diff(np.append(start, len(position)))
         follows = position[1:] == position[:-1] + 1
         follows &= (users[1:] == users[:-1]).to_numpy()
-        time = None
+        time, moment = None, None
         if len(position) and interactions[TIMESTAMP].null_count() == 0:
             time = interactions[TIMESTAMP].to_numpy().astype(np.int64, copy=False)
             follows &= time[1:] >= time[:-1]
+            moment = time
+            if SUBSECOND in interactions.columns:
+                moment = time * 1_000_000 + interactions[SUBSECOND].fill_null(0).to_numpy()
         ordered = bool(begins[:1].all() and (begins[1:] | follows).all())
         ordered = ordered and users.gather(start).n_unique() == len(start)
         if not ordered:
@@ -78,7 +85,7 @@ class UserSequences:
             )
         items = interactions[ITEM_INDEX].to_numpy().astype(np.int32, copy=False)
         owner = np.repeat(np.arange(len(start)), length)
-        return cls(users, items, time, owner, start, length)
+        return cls(users, items, time, moment, owner, start, length)
 
     def first_meetings(self, n_items: int) -> npt.NDArray[np.bool_]:
         """Whether an interaction is its user's first one with the item.

@@ -121,8 +121,8 @@ def leave_one_out(
     total, held = max(len(log.items), 1), int(evaluated.sum())
     shares = {"train": 1 - 2 * held / total, "valid": held / total, "test": held / total}
     tied = None
-    if log.time is not None and held:
-        tied = float((log.time[end - 1] == log.time[end - 2]).mean())
+    if log.moment is not None and held:
+        tied = float((log.moment[end - 1] == log.moment[end - 2]).mean())
     return Splits(
         train_rows(log, train_length, max_history, window_step),
         held_out_rows("valid", log, end - 2, n_items, max_history),

@@ -121,6 +121,7 @@ def global_time(
         short = (had > 0) & ~has_history
         dropped["valid_short_history"] = int((in_valid & short).sum())
         dropped["test_short_history"] = int((in_test & short).sum())
+    assert log.moment is not None, "there are times"
     train_length = _before(log, time, valid_from)
     return _finish(
         GLOBAL_TIME,
@@ -132,7 +133,7 @@ def global_time(
         {"valid_from": valid_from, "test_from": test_from},
         [int((~in_valid & ~in_test).sum()), int(in_valid.sum()), int(in_test.sum())],
         dropped,
-        time[target] == time[target - 1],
+        log.moment[target] == log.moment[target - 1],
     )
 
 
@@ -174,6 +175,7 @@ def time_cutoff(
             "valid_from < test_from < test_until must hold, not "
             + ", ".join(iso_time(t) for t in (valid_from, test_from, test_until) if t is not None)
         )
+    assert log.moment is not None, "there are times"
     before = [_before(log, time, moment) for moment in (valid_from, test_from, end)]
     dropped = {}
     tied = np.zeros(0, dtype=bool)
@@ -194,7 +196,7 @@ def time_cutoff(
         repeats = int((stop - begin).sum() - relevant.list.len().sum())
         dropped[f"{split}_repeats_in_period"] = repeats
         following = np.minimum(begin + 1, len(time) - 1)
-        tied = (begin + 1 < stop) & (time[following] == time[begin])
+        tied = (begin + 1 < stop) & (log.moment[following] == log.moment[begin])
     dropped["after_test_until"] = len(time) - int(before[2].sum())
     boundaries = {"valid_from": valid_from, "test_from": test_from}
     if test_until is not None:

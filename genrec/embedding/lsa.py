@@ -19,6 +19,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from genrec.artifacts import read_json, write_json
 from genrec.columns import BRAND, CATEGORIES, DESCRIPTION, TITLE
+from genrec.data.cleaning import missing_title
 
 TEXT_FIELDS = (TITLE, CATEGORIES, BRAND, DESCRIPTION)
 LSA_FILES = ("lsa.safetensors", "lsa.json")
@@ -48,6 +49,8 @@ def item_texts(
         raise ValueError(
             f"text_fields={list(fields)} must name some of {', '.join(TEXT_FIELDS)}, each once"
         )
+    # A stand-in for a title says nothing, and would make items alike that are only unknown.
+    catalog = catalog.with_columns(catalog[TITLE].set(missing_title(catalog), None))
     forms = {
         TITLE: pl.col(TITLE),
         CATEGORIES: pl.col(CATEGORIES).list.join(" > " if labelled else ", "),

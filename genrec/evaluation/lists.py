@@ -56,7 +56,7 @@ def read_recommendations(path: Path | str) -> pl.DataFrame:
     if not path.is_file():
         raise ValueError(f"recommendations file {path} does not exist")
     if path.suffix == ".parquet":
-        return pl.read_parquet(path)
+        return pl.read_parquet(path, glob=False)
     if path.suffix in (".csv", ".tsv"):
         # As text: an id "0012" that became the number 12 would match nothing.
         return pl.read_csv(

@@ -28,8 +28,10 @@ def target_ranks(run_dir: Path | str, split: str) -> pl.DataFrame:
     """
     folder = stage_folder(run_dir, "recommend")
     target = pl.col(TARGET).cast(pl.Int64)
-    rows = pl.read_parquet(folder / "rows.parquet").join(
-        pl.read_parquet(stage_folder(run_dir, "prepare") / f"{split}.parquet"), ROW_ID, "left"
+    rows = pl.read_parquet(folder / "rows.parquet", glob=False).join(
+        pl.read_parquet(stage_folder(run_dir, "prepare") / f"{split}.parquet", glob=False),
+        ROW_ID,
+        "left",
     )
     found = read_shards(folder, "recommendations").select(
         ROW_ID, pl.col(ITEM_INDEX).cast(pl.Int64).alias(TARGET), RANK

@@ -16,6 +16,7 @@ from genrec.artifacts import (
     load_manifest,
     package_versions,
     read_json,
+    read_shards,
     require,
     rerun_command,
     sha256_file,
@@ -118,7 +119,9 @@ def check_semantic_ids(run_dir: Path | str) -> Check:
     again = rerun_command(run_dir, "quantize")
     if map_kind(folder) == TITLES:
         return _check_titles(run_dir, folder, again)
-    codes = pl.read_parquet(folder / "items.parquet").sort(ITEM_INDEX)["codes"].to_numpy()
+    codes = (
+        pl.read_parquet(folder / "items.parquet", glob=False).sort(ITEM_INDEX)["codes"].to_numpy()
+    )
     sizes = np.array(read_json(folder / "semantic_ids.json")["codebook_sizes"])
     # Read without SemanticIds, which refuses what is to be measured here.
     known = np.clip(codes, 0, sizes - 1)
@@ -224,8 +227,10 @@ def stored_lists(
     """
     folder = stage_folder(run_dir, "recommend")
     columns = [ROW_ID, RANK, ITEM_INDEX, CERTIFIED, PROMPT_SHA256]
-    table = pl.scan_parquet(folder / "recommendations-*.parquet").select(columns).collect()
-    place = pl.read_parquet(folder / "rows.parquet").select(ROW_ID).with_row_index("_row")
+    table = read_shards(folder, "recommendations").select(columns)
+    place = (
+        pl.read_parquet(folder / "rows.parquet", glob=False).select(ROW_ID).with_row_index("_row")
+    )
     table = table.join(place, on=ROW_ID)
     items = np.full((len(place), max(K, k)), -1, dtype=np.int64)
     rows = table["_row"].to_numpy()
@@ -261,7 +266,7 @@ def check_prompts(
     missing = [n for n in ("train", "valid") if not (folder / f"{n}.parquet").exists()]
     if missing:
         return not_run(name, f"{folder} lacks {', '.join(missing)}.parquet", again)
-    rows = pl.read_parquet(folder / "train.parquet").filter(pl.col(TASK) == SEQUENTIAL)
+    rows = pl.read_parquet(folder / "train.parquet", glob=False).filter(pl.col(TASK) == SEQUENTIAL)
     compared, broken = _not_prefix(recommender, train, rows)
     served = float((rows[TEMPLATE] == recommender.template).sum() / max(1, len(rows)))
     problems = {
@@ -285,7 +290,7 @@ def check_prompts(
 
 def _stored_differ(sample: Sample, folder: Path) -> int:
     """Rows whose prompt is not the one that build_dataset stored."""
-    stored = pl.read_parquet(folder / "valid.parquet", columns=[ROW_ID, PROMPT])
+    stored = pl.read_parquet(folder / "valid.parquet", columns=[ROW_ID, PROMPT], glob=False)
     prompt_of = dict(stored.filter(pl.col(ROW_ID).is_in(sample.row_ids)).iter_rows())
     pairs = zip(sample.row_ids, sample.prompts, strict=True)
     return sum(prompt_of.get(row_id) != prompt for row_id, prompt in pairs)

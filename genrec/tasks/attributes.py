@@ -13,7 +13,8 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from genrec.columns import BRAND, CATEGORIES, DESCRIPTION, ITEM_ID, ITEM_INDEX, PRICE, TITLE
+from genrec.columns import BRAND, CATEGORIES, DESCRIPTION, ITEM_INDEX, PRICE, TITLE
+from genrec.data.cleaning import missing_title
 from genrec.prompts import escape_series
 
 IntArray = npt.NDArray[np.int64]
@@ -45,12 +46,6 @@ STOP_WORDS = frozenset(
 )
 _NO_BRAND = frozenset({"unknown", "generic", "unbranded", "no brand", "none", "n/a", "na", "other"})
 _WORD = r"\p{L}[\p{L}\p{M}'’-]*[\p{L}\p{M}]"
-
-
-def missing_title(catalog: pl.DataFrame) -> pl.Series:
-    """Which items have no title of their own: null, blank, or the stand-in ``Item <item_id>``."""
-    title = field(catalog, TITLE, pl.String).str.strip_chars()
-    return title.is_null() | (title == "") | (title == "Item " + catalog[ITEM_ID].cast(pl.String))
 
 
 def item_attributes(

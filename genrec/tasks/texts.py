@@ -24,6 +24,7 @@ from genrec.columns import (
     TITLE,
     USER_ID,
 )
+from genrec.data.cleaning import missing_title
 from genrec.prompts import PromptRenderer, default_folder, escape_series
 from genrec.tasks.attributes import (
     CATEGORY,
@@ -36,7 +37,6 @@ from genrec.tasks.attributes import (
     Histories,
     Recurring,
     field,
-    missing_title,
     recurring,
 )
 

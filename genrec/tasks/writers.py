@@ -23,8 +23,9 @@ import polars as pl
 from tqdm import tqdm
 
 from genrec.columns import BRAND, CATEGORIES, DESCRIPTION, ITEM_INDEX, ROW_ID, TITLE
+from genrec.data.cleaning import missing_title
 from genrec.prompts import MAX_TEXT_CHARS, PromptRenderer, escape_series, escape_text
-from genrec.tasks.attributes import field, missing_title
+from genrec.tasks.attributes import field
 from genrec.tasks.texts import ORIGIN, TEXT, names_title
 
 logger = logging.getLogger(__name__)

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genrec.data.cleaning import missing_title
 from genrec.tasks.attributes import (
     MAX_ITEMS,
     AttributeIndex,
     Histories,
     item_attributes,
-    missing_title,
     recurring,
 )
 

@@ -36,12 +36,14 @@ class RawData:
             user_id, history (list of item ids, oldest first), item_id (the target) and timestamp
             (of the target; Int64 seconds or null), in file order. `interactions` then holds what
             the training rows imply.
+        unknown: interactions that were dropped since the catalogue lacks their items.
     """
 
     interactions: pl.DataFrame
     catalog: pl.DataFrame
     users: pl.DataFrame | None
     given: Mapping[str, pl.DataFrame] | None = None
+    unknown: int = 0
 
 
 def interaction_table(
@@ -102,6 +104,19 @@ def checked(
             interaction left without them.
     """
     check_option("unknown_items", unknown_items, UNKNOWN_ITEMS)
+    for table, column, path in (
+        (interactions, USER_ID, interactions_path),
+        (interactions, ITEM_ID, interactions_path),
+        (catalog, ITEM_ID, items_path),
+    ):
+        if missing := table[column].null_count():
+            row = int(table[column].is_null().arg_true()[0]) + 1
+            raise ValueError(
+                f"{path}: {column} is missing ({missing} such rows, the first is row {row} of "
+                f"{table.height}); fill it in or remove the rows"
+            )
+    if users is not None:
+        require_unique(users[USER_ID], "user ids of the users' table", "keep one row per user")
     mine, theirs = interactions[ITEM_ID], catalog[ITEM_ID]
     if mine.dtype != theirs.dtype:
         kinds = {pl.Int64: "integers", pl.String: "strings"}
@@ -132,4 +147,5 @@ def checked(
                 f"no item of {interactions_path} is in {items_path} (first: {listed(ids)}); "
                 "check that both use the same ids"
             )
-    return RawData(interactions=interactions, catalog=catalog, users=users)
+    dropped = len(mine) - interactions.height
+    return RawData(interactions=interactions, catalog=catalog, users=users, unknown=dropped)

@@ -253,11 +253,14 @@ def users_of(
 
 
 def attribute(column: pl.Series) -> pl.Series:
-    """A text column as Int64 or Float64 if all of it is numbers, else as it is."""
+    """A text column as Int64 or Float64 if all of it is numbers, else as it is.
+
+    Numbers are written without leading zeros: those of postcodes, telephones and cards are names.
+    """
     if column.dtype != pl.String:
         return column
-    number = column.cast(pl.Float64, strict=False)
-    if number.null_count() > column.null_count():
-        return column
-    whole = bool(column.drop_nulls().str.contains(PLAIN_INTEGER).all())
-    return column.cast(pl.Int64) if whole else number
+    known = column.drop_nulls()
+    if known.str.contains(PLAIN_INTEGER).all():
+        return column.cast(pl.Int64)
+    decimal = known.str.contains(r"^-?(?:0|[1-9]\d{0,14})(?:\.\d+)?$")
+    return column.cast(pl.Float64) if decimal.all() else column

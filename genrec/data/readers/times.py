@@ -114,6 +114,21 @@ def _numeric_times(
                 f"{path}: {shown.name!r} looks like YYYYMMDD ({shown[0]!r}); write dates as "
                 "YYYY-MM-DD"
             )
+    # Likewise YYYYMMDDHHMM for seconds or milliseconds, and YYYYMMDDHHMMSS for milliseconds.
+    for digits, form in ((100, "YYYYMMDDHHMM"), (10_000, "YYYYMMDDHHMMSS")):
+        unit_of_day = digits * 100
+        if low >= 19_000_101 * unit_of_day and high < 21_001_232 * unit_of_day:
+            whole = numbers.cast(pl.Int64)
+            day, month = whole // unit_of_day % 100, whole // unit_of_day // 100 % 100
+            hour = whole // (unit_of_day // 100) % 100
+            rest = whole % (unit_of_day // 100)
+            fits = month.is_between(1, 12) & day.is_between(1, 31) & (hour < 24)
+            fits &= (rest % 100 < 60) & (rest // 100 < 60)
+            if fits.all():
+                raise ValueError(
+                    f"{path}: {shown.name!r} looks like {form} ({shown[0]!r}); write times as "
+                    "YYYY-MM-DDTHH:MM:SS"
+                )
     number = next(i for i, (_, limit, _) in enumerate(_UNITS) if size < limit)
     unit, _, per_second = _UNITS[number]
     # Far below the unit's range, but not 0: written in the unit before it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import html
 import json
 import logging
@@ -62,7 +63,7 @@ def native_ids(
             "fill it in or remove the rows"
         )
     if ids.dtype.is_integer():
-        if ids.dtype == pl.UInt64 and (ids >= 1 << 63).any():
+        if ids.dtype in (pl.UInt64, pl.Int128) and ((ids >= 1 << 63) | (ids < -(1 << 63))).any():
             raise ValueError(f"{path}: {ids.name!r} holds ids beyond 63 bits; make them strings")
         ids = ids.cast(pl.Int64)
     elif ids.dtype != pl.String:
@@ -161,14 +162,33 @@ def categories(column: pl.Series, path: Path | str, separator: str | None = None
     if isinstance(kind, pl.List):
         cell = cell.list.first() if isinstance(kind.inner, pl.List) else cell
     elif kind == pl.String:
-        separator = separator or _found_separator(column, path)
+        written = _written_lists(column)
+        plain = column.set(pl.Series([row is not None for row in written], dtype=pl.Boolean), None)
+        separator = separator or _found_separator(plain, path)
         cell = cell.str.split(separator) if separator else pl.concat_list(cell)
+        lists = pl.Series(written, dtype=pl.List(pl.String))
+        cell = pl.when(lists.is_not_null()).then(lists).otherwise(cell)
     elif kind != pl.Null:
         raise ValueError(f"{path}: {column.name!r} holds {kind}; categories are text or lists")
     name = pl.element().str.strip_chars()
     named = name.filter(name.is_not_null() & (name != ""))
     paths = cell.cast(pl.List(pl.String)).list.eval(named).alias(CATEGORIES)
     return column.to_frame().select(paths).to_series()
+
+
+def _written_lists(column: pl.Series) -> list[list[str] | None]:
+    """Lists that were written as text, as pandas' `to_csv` does; None where a cell is none."""
+    read: dict[str, list[str] | None] = {}
+    for text in column.filter(column.str.contains(r"^\s*\[.*\]\s*$")).unique().to_list():
+        try:
+            value = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue  # brackets of a name
+        if value and all(isinstance(part, list) for part in value):
+            value = value[0]
+        if all(isinstance(part, str) for part in value):
+            read[text] = value
+    return [read.get(text) for text in column.to_list()] if read else [None] * len(column)
 
 
 def _found_separator(column: pl.Series, path: Path | str) -> str | None:
