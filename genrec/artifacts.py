@@ -436,7 +436,7 @@ class Stage:
         same = _in_progress(self.folder).get("fingerprint") == self.fingerprint
         # A damaged manifest isn't read here: overwriting is what mends it.
         kept = [p for p in self.folder.glob("*") if p.name != IN_PROGRESS]
-        if kept and not complete and not _in_progress(self.folder):
+        if kept and not complete and not progress.exists():
             raise ValueError(
                 f"{self.folder} holds {min(kept).name}, which no stage wrote; move it away, or use "
                 "another --run_dir"

@@ -347,7 +347,10 @@ def main() -> None:
         return render_rows(rows, sources.texts, renderer, args.seed, 0, args.n_templates, template)
 
     train = data / "train.parquet"
-    item_ids, user_id = semantic_ids.item_ids, pl.read_parquet_schema(train)[USER_ID]
+    item_ids, user_id = (
+        semantic_ids.item_ids,
+        pl.scan_parquet(train, glob=False).collect_schema()[USER_ID],
+    )
     path = stage.folder / "train.parquet"
     tables = (render(rows) for rows in training_rows(args, train, names, sources, reserved))
     counts = write_rows(path, tables, RowWriter(path, names, item_ids, user_id))

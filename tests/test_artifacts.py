@@ -218,11 +218,25 @@ def test_partial_folder_of_the_same_settings_is_resumed_also_under_overwrite(tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sft", "sft.old-1"]
 
 
-def test_files_that_are_not_ours_are_set_aside(tmp_path: Path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "mine.csv").write_text("precious")
-    assert not Stage(tmp_path, "prepare", {}).is_done()
-    assert (tmp_path / "data.old-1" / "mine.csv").read_text() == "precious"
+def test_files_that_are_not_ours_stay_where_they_are(tmp_path: Path):
+    """A project's own ``data`` folder is often named like the stage's."""
+    mine = tmp_path / "data" / "mine.csv"
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"holds mine\.csv, which no stage wrote"):
+            Stage(tmp_path, "prepare", {}, files={"log": mine}).is_done(overwrite)
+    assert [p.name for p in tmp_path.iterdir()] == ["data"] and mine.read_text() == "precious"
+
+
+def test_what_a_stage_reads_is_not_set_aside_under_it(tmp_path: Path):
+    stage = build(tmp_path)
+    mine = stage.folder / "mine.csv"
+    mine.write_text("precious")
+    again = Stage(tmp_path, "prepare", {"other": 1}, files={"log": mine})
+    with pytest.raises(ValueError, match="is read by this stage and lies in"):
+        again.is_done(overwrite=True)
+    assert mine.exists() and (stage.folder / MANIFEST).exists()
 
 
 def test_a_folder_in_which_nothing_was_written_yet_is_not_kept(tmp_path: Path):

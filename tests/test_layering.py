@@ -79,3 +79,17 @@ def test_heavy_packages_stay_where_they_belong(path):
         assert not roots & {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"}
     if path.name == "trie.py":
         assert not roots & {"torch", "transformers"}
+
+
+RECIPES = sorted((PACKAGE.parent / "recipes").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", [*FILES, *RECIPES], ids=lambda p: p.name)
+def test_file_names_are_no_patterns(path):
+    """A run folder may be called ``run[1]``; Polars would look for ``run1`` then."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            assert node.func.attr != "read_parquet_schema", f"{path.name}: it takes patterns alone"
+            if node.func.attr in ("read_parquet", "scan_parquet", "read_csv", "scan_csv"):
+                named = [keyword.arg for keyword in node.keywords]
+                assert "glob" in named, f"{path.name}:{node.lineno}: glob=False is missing"

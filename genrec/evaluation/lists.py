@@ -59,9 +59,8 @@ def read_recommendations(path: Path | str) -> pl.DataFrame:
         return pl.read_parquet(path, glob=False)
     if path.suffix in (".csv", ".tsv"):
         # As text: an id "0012" that became the number 12 would match nothing.
-        return pl.read_csv(
-            path, separator="\t" if path.suffix == ".tsv" else ",", infer_schema=False
-        )
+        separator = "\t" if path.suffix == ".tsv" else ","
+        return pl.read_csv(path, separator=separator, infer_schema=False, glob=False)
     raise ValueError(f"{path} must end in .parquet, .csv or .tsv")
 
 

@@ -457,7 +457,7 @@ def _largest_group(files: Sequence[Path]) -> int:
 def _is_parquet(path: Path) -> bool:
     """Whether a file is a Parquet file with an end, that is, not cut short."""
     try:
-        pl.read_parquet_schema(path)
+        pl.scan_parquet(path, glob=False).collect_schema()
     except (pl.exceptions.PolarsError, OSError):
         return False
     return True

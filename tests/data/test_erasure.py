@@ -72,6 +72,22 @@ def test_nothing_that_is_listed_is_logged(caplog):
     assert "nobody-x" not in caplog.text
 
 
+def test_padded_ids_of_a_database_are_erased_too():
+    data = raw(given=True)
+    padded = pl.col("user_id") + "    "
+    data = RawData(
+        data.interactions.with_columns(padded),
+        data.catalog,
+        data.users.with_columns(padded) if data.users is not None else None,
+        {name: table.with_columns(padded) for name, table in (data.given or {}).items()},
+    )
+    left, found = erase(data, users=pl.Series(["2"]))
+    assert left.interactions["user_id"].str.strip_chars().to_list() == ["1", "1", "3", "3"]
+    assert left.users is not None and left.users["age"].to_list() == [20, 40]
+    assert left.given is not None and found["users"].matched == 1
+    assert left.given["train"]["user_id"].to_list() == ["1    ", "1    "]
+
+
 def test_an_id_is_the_whole_id():
     """ "1" is not "11", and no pattern either."""
     left, found = erase(raw(), users=pl.Series(["11", ".", "01", "1 "]))

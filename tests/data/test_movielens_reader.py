@@ -52,6 +52,23 @@ def test_100k_in_both_forms(tmp_path, header, encoding):
     assert raw.users.rows() == [(5, 24, "M", "technician")]
 
 
+@pytest.mark.parametrize(
+    ("file", "more", "message"),
+    [
+        ("u.item", "\n", "item_id is missing .1 such rows"),
+        ("u.data", "\t1\t4\t881250949\n", "user_id is missing"),
+        ("u.data", "5\t\t4\t881250949\n", "item_id is missing"),
+        ("u.user", "5|24|M|technician|85711\n", "must be unique, 5"),
+    ],
+)
+def test_rows_without_ids_and_users_twice_are_refused(tmp_path, file, more, message):
+    ml_100k(tmp_path, False, "utf-8")
+    with (tmp_path / file).open("a") as opened:
+        opened.write(more)
+    with pytest.raises(ValueError, match=message):
+        read_movielens(tmp_path)
+
+
 def test_1m_with_its_codes_written_out(tmp_path):
     raw = read_movielens(ml_1m(tmp_path))
     assert raw.interactions.columns == ["user_id", "item_id", "timestamp", "rating"]

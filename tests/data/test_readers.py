@@ -107,6 +107,25 @@ def test_category_lists_and_separators(tmp_path):
         assert raw.catalog["categories"].to_list() == [expected]
 
 
+def test_category_lists_that_were_written_as_text(tmp_path):
+    """As pandas' `to_csv` writes them."""
+    log = write(tmp_path, "log.csv", "user_id,item_id\nu,1\nu,2\nu,3\nu,4\n")
+    cells = ["['Outdoor', 'B > C']", "[['A', 'B'], ['C']]", "[Sale] > Tents", "[]"]
+    lines = [f'{n},T{n},"{cell}"' for n, cell in enumerate(cells, 1)]
+    items = write(tmp_path, "items.csv", "item_id,title,c\n" + "\n".join(lines) + "\n")
+    raw = read_table(log, items, category_column="c")
+    expected = [["Outdoor", "B > C"], ["A", "B"], ["[Sale]", "Tents"], []]
+    assert raw.catalog["categories"].to_list() == expected
+
+
+def test_postcodes_and_cards_stay_as_they_are_written(tmp_path):
+    lines = "u1,01234,49123456789012345678,1.50,inf\nu9,99999,1,2,3\n"
+    users = write(tmp_path, "users.csv", "user_id,zip,card,score,group\n" + lines)
+    raw = read_table(*tables(tmp_path), users)
+    assert raw.users is not None
+    assert raw.users.rows()[0] == ("u1", "01234", "49123456789012345678", 1.5, "inf")
+
+
 def test_users_keep_all_columns_and_numbers_become_numbers(tmp_path):
     users = write(tmp_path, "users.csv", "user_id,age,plan,score\nu1,30,free,1.5\nu9,,pro,2\n")
     raw = read_table(*tables(tmp_path), users)
@@ -239,6 +258,8 @@ def test_a_gzip_file_cut_short(tmp_path):
         (["100", "nan"], "row 2: t 'nan' is not a time"),
         (["100", "1e30"], "row 2: t '1e30' is not a time"),
         (["20240131", "20240201"], "looks like YYYYMMDD.*YYYY-MM-DD"),
+        (["20200101120000", "20200102235959"], "looks like YYYYMMDDHHMMSS.*THH:MM:SS"),
+        (["202001011200", "202001022359"], "looks like YYYYMMDDHHMM .*THH:MM:SS"),
         (["1700000000000", "1700000000"], r"mixes units.*'1700000000000' \(ms\), row 2 holds '170"),
     ],
 )
@@ -270,7 +291,8 @@ def test_unknown_items(tmp_path):
     assert "have 8 items" in str(caught.value)
     assert "lacks: 20, 21, 22, 23, 24 and 3 more; add them" in str(caught.value)
     assert str(caught.value).endswith("set unknown_items: drop")
-    assert read_table(*files, unknown_items="drop").interactions.height == 3
+    left = read_table(*files, unknown_items="drop")
+    assert left.interactions.height == 3 and clean(left).dropped["unknown_items"] == 8
     with pytest.raises(
         ValueError, match="unknown_items='ignore' is not known; choose one of raise"
     ):
@@ -468,6 +490,11 @@ def test_empty_ids_and_huge_ids(tmp_path):
     pl.DataFrame({"user_id": ids, "item_id": ids}).write_parquet(path)
     with pytest.raises(ValueError, match="'user_id' holds ids beyond 63 bits"):
         read_table(path)
+    for huge in (1 << 100, -(1 << 100)):
+        ids = pl.Series([huge], dtype=pl.Int128)
+        pl.DataFrame({"user_id": ids, "item_id": ids}).write_parquet(path)
+        with pytest.raises(ValueError, match="'user_id' holds ids beyond 63 bits"):
+            read_table(path)
 
 
 @pytest.mark.parametrize(

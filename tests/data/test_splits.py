@@ -100,6 +100,8 @@ def test_targets_that_the_tie_rule_decides_are_counted():
     log = log_of({"a": [0, 1, 2], "b": [3, 4, 5]})
     tied = log.with_columns(pl.Series("timestamp", [1, 2, 3, 1, 5, 5]))
     assert leave_one_out(tied, 6).tied_test_targets == 0.5
+    finer = tied.with_columns(pl.Series("subsecond", [0, 0, 0, 0, 100_000, 200_000]))
+    assert leave_one_out(finer, 6).tied_test_targets == 0  # the clock tells them apart
     unknown = log.with_columns(pl.lit(None, dtype=pl.Int64).alias("timestamp"))
     assert leave_one_out(unknown, 6).tied_test_targets is None
 

@@ -72,18 +72,20 @@ def test_no_shared_terms(texts: list[str]):
 def test_item_texts_leave_out_what_is_missing():
     catalog = pl.DataFrame(
         {
-            "title": ["Hat", "Pot"],
-            "categories": [["Shop", "Hats"], None],
-            "brand": [None, "Acme"],
-            "description": ["Warm", None],
+            "item_id": [7, 8, 9],
+            "title": ["Hat", "Pot", "Item 9"],  # the last one stands in for a title
+            "categories": [["Shop", "Hats"], None, None],
+            "brand": [None, "Acme", None],
+            "description": ["Warm", None, None],
         }
     )
-    assert item_texts(catalog) == ["Hat. Shop, Hats. Warm", "Pot. Acme"]
+    assert item_texts(catalog) == ["Hat. Shop, Hats. Warm", "Pot. Acme", ""]
 
 
 def test_item_texts_for_language_models():
     catalog = pl.DataFrame(
         {
+            "item_id": ["a", "b", "c"],
             "title": ["Hat ", None, None],
             "categories": [["Shop", "Hats"], [], ["Shop"]],
             "brand": ["Acme", None, " "],

@@ -45,6 +45,25 @@ def shown(run: Path, split: str) -> tuple[str, list[int]]:
     return lines[1], [int(line[4:]) for line in lines if line.startswith("  · ")]
 
 
+def test_until_ends_there_also_where_that_stage_has_no_file(in_process, tmp_path):
+    configs, run = tmp_path / "configs", tmp_path / "run[1]"
+    configs.mkdir()
+    shop = "format: synthetic\nn_users: 60\nn_items: 40\n"
+    for stage, text in {
+        "prepare": shop, "embed": "dim: 4\n", "quantize": "n_levels: 2\ncodebook_size: 8\n",
+        "build_dataset": "tasks: [sequential]\n",
+    }.items():  # fmt: skip
+        (configs / f"{stage}.yaml").write_text(text)
+    in_process("pipeline", run, "--configs", str(configs), "--until", "prune")
+    assert {p.name for p in run.iterdir() if p.is_dir()} == {"data", "embeddings", "semantic_ids"}
+    # A run folder is no pattern.
+    other = tmp_path / "run1" / "data"
+    other.mkdir(parents=True)
+    (other / "catalog.parquet").write_bytes(b"no table")
+    in_process("pipeline", run, "--configs", str(configs))
+    assert (run / "dataset" / "train.parquet").exists()
+
+
 @pytest.mark.parametrize("split", ["test", "valid"])
 def test_the_history_ends_before_the_target(tiny, tmp_path, split):
     row = make_run(tiny, tmp_path, split)

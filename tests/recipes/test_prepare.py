@@ -576,3 +576,27 @@ def test_every_config_opens_with_its_command():
     for config in configs:
         relative = config.relative_to(ROOT).as_posix()
         assert f"genrec prepare --config {relative}" in config.read_text().splitlines()[0]
+
+
+def test_columns_of_items_need_a_table_of_items(prepare, tmp_path):
+    (tmp_path / "log.csv").write_text(LOG)
+    flags = ["--format", "table", "--interactions", str(tmp_path / "log.csv"), "--user_column",
+             "customer", "--item_column", "sku", "--run_dir", str(tmp_path / "run")]  # fmt: skip
+    done = prepare(*flags, "--title_column", "nonsense")
+    assert done.returncode == 2
+    assert "title_column is a column of items, and no table of them is named" in done.stderr
+    assert prepare(*flags).returncode == 0
+
+
+def test_files_in_the_folder_of_the_stage_stay_there(prepare, tmp_path):
+    """``<project>/data`` is where many keep their files."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "orders.csv").write_text(LOG)
+    (data / "products.csv").write_text(ITEMS)
+    for _ in range(2):
+        done = prepare(*OWN, "--run_dir", str(tmp_path), "--data_dir", str(data), "--interactions",
+                       "orders.csv", "--items", "products.csv")  # fmt: skip
+        assert done.returncode == 2
+        assert "holds orders.csv, which no stage wrote; move it away" in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"data"} and len(list(data.iterdir())) == 2

@@ -224,6 +224,7 @@ def _rows(path: Path, separator: str, n_fields: int, release: str) -> pl.DataFra
             skip_rows=int(header),
             quote_char=None,
             infer_schema=False,
+            glob=False,
         )
     if table.width != n_fields:
         raise ValueError(

@@ -183,8 +183,10 @@ def _sequence(column: pl.Series, kind: str) -> pl.Series:
     if kind == "token":
         names = pl.concat_list(cell)
     else:
-        # "['Food', 'Coffee']" and "'Food', 'Coffee'" occur in published files.
-        listed = cell.str.contains(r",|^[\['\"]")
+        # "['Food', 'Coffee']" and "'Food', 'Coffee'" occur in published files. Of a column that
+        # has commas a cell without one is one name, which may hold a blank.
+        commas = bool(column.str.contains(",", literal=True).any())
+        listed = cell.str.contains(r"^[\['\"]") | pl.lit(commas)
         bare = cell.str.strip_chars("[]")
         names = pl.when(listed).then(bare.str.split(",")).otherwise(cell.str.split(" "))
     part = pl.element().str.strip_chars().str.replace(r"""^(['"])(.*)['"]$""", "${2}")

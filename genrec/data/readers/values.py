@@ -63,7 +63,7 @@ def native_ids(
             "fill it in or remove the rows"
         )
     if ids.dtype.is_integer():
-        if ids.dtype in (pl.UInt64, pl.Int128) and ((ids >= 1 << 63) | (ids < -(1 << 63))).any():
+        if ids.cast(pl.Int64, strict=False).null_count():
             raise ValueError(f"{path}: {ids.name!r} holds ids beyond 63 bits; make them strings")
         ids = ids.cast(pl.Int64)
     elif ids.dtype != pl.String:
