@@ -86,7 +86,7 @@ class Objective:
             in S-DPO. No prompt is then without a signal; the added item is no rollout of the policy
             (its log-probability is taken as if it were), so this is part imitation.
         sft_weight: of the supervised loss on the rows' targets, added to the other: the mean over
-            prompts of −log π(target), under the same normaliser. Where hits are rare it is most of
+            an optimizer step's prompts of −log π(target), under the same normaliser. Where hits are rare it is most of
             what there is to learn, and it holds the policy to what users did; 0: none.
         chains: reasoning mode: chains per prompt, with as many items behind each as make up the
             group (see `genrec.reasoning_rollouts`); 0: items alone.
@@ -495,7 +495,8 @@ class BeamGRPOTrainer(GRPOTrainer):
         left = (~idle).repeat_interleave(group).long().unsqueeze(1)
         output["tool_mask"] = output.get("tool_mask", output["completion_mask"]) * left
         if share < 1 and self.args.loss_type != "bnpo":  # which counts what is left itself
-            output["advantages"] = output["advantages"] / (1 - share)
+            # Of the whole loss, its KL term too; a number for each completion, as TRL splits them.
+            output["loss_scale"] = torch.full_like(left[:, 0], 1 / (1 - share), dtype=torch.float)
 
     def _note(self, values: dict[str, float]) -> dict[str, float]:
         """Log values through TRL, averaged over processes, which they are given back as."""
@@ -508,22 +509,28 @@ class BeamGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
         loss = self._rl_loss(model, inputs)
+        if "loss_scale" in inputs:
+            loss = loss * inputs["loss_scale"][0]
         if "target_ids" in inputs:
             own = self.objective.sft_weight * self._sft_loss(model, inputs)
             loss = loss + own / self.current_gradient_accumulation_steps
         return loss
 
     def _sft_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Mean −log π of the prompts' targets, each prompt once."""
+        """Mean −log π over completions of their prompts' targets, each prompt computed once.
+
+        TRL scatters a prompt's completions over the micro-batches of a step, whose mean is then the
+        mean over prompts.
+        """
         rows = torch.cat([inputs["prompt_ids"], inputs["target_ids"]], 1)
-        _, place = rows.unique(dim=0, return_inverse=True)
+        _, place, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
         first = _first_places(place)
         targets = inputs["target_ids"][first]
         behind = F.pad(targets, (0, 1), value=self._tokenizer.eos_token_id)
         ids = torch.cat([inputs["prompt_ids"][first], behind], 1)
         mask = torch.cat([inputs["prompt_mask"][first], torch.ones_like(behind)], 1)
         log_probs, _ = self._score_completions(self._sid_logits(model, ids, mask), targets)
-        loss = -log_probs.sum(1).mean()
+        loss = -(log_probs.sum(1) * counts).sum() / len(rows)
         self._note({"sft_loss": loss.item()})
         return loss
 

@@ -422,18 +422,22 @@ def test_groups_without_a_difference_count_nothing(world: World):
     share = 1 - keep.float().mean()
     kept = keep.repeat_interleave(4)
     assert (out["tool_mask"].any(1) == kept).all() and (out["tool_mask"][kept] == 1).all()
-    torch.testing.assert_close(out["advantages"][kept], plain["advantages"][kept] / (1 - share))
-    # The loss is the mean over what is left.
-    trainer = world.trainer(objective=Objective(filter_groups=True), beta=0.0)
-    trainer.current_gradient_accumulation_steps = 1
-    loss = trainer._compute_loss(trainer.model, dict(out))
-    plain_trainer = world.trainer()
-    plain_trainer.current_gradient_accumulation_steps = 1
-    only = {
-        name: value[kept] if value.dim() and len(value) == len(kept) else value
-        for name, value in plain.items()
-    }
-    torch.testing.assert_close(loss, plain_trainer._compute_loss(plain_trainer.model, only))
+    torch.testing.assert_close(out["advantages"], plain["advantages"])
+    # The loss is the mean over what is left, its KL term included.
+    for beta in (0.0, 0.5):
+        trainer = world.trainer(objective=Objective(filter_groups=True), beta=beta)
+        trainer.current_gradient_accumulation_steps = 1
+        plain_trainer = world.trainer(beta=beta)
+        plain_trainer.current_gradient_accumulation_steps = 1
+        far = {} if not beta else {"ref_per_token_logps": torch.full((len(kept), 4), -3.0)}
+        loss = trainer._compute_loss(trainer.model, {**out, **far})
+        only = {
+            name: value[kept] if value.dim() and len(value) == len(kept) else value
+            for name, value in {**plain, **far}.items()
+        }
+        expected = plain_trainer._compute_loss(plain_trainer.model, only)
+        torch.testing.assert_close(loss, expected)
+        assert not beta or loss.abs() > 0.1
     rollouts(trainer, inputs_of(world, rows, 4))
     assert logged(trainer, "zero_advantage")[-1] == pytest.approx(float(share))
 
@@ -549,6 +553,14 @@ def test_the_supervised_loss_is_that_of_the_targets_once_per_prompt(world: World
         losses.append(one._compute_loss(one.model, dict(batch)).item())
     assert losses[1] - losses[0] == pytest.approx(0.5 * expected / 2, rel=1e-4)
     assert logged(trainer, "sft_loss")[-1] == pytest.approx(expected, rel=1e-4)
+    # TRL scatters completions: a prompt weighs as much however they fall.
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    halves = [
+        {name: value[part] for name, value in out.items() if value.dim() and len(value) == 16}
+        for part in order.split(8)
+    ]
+    scattered = [trainer._sft_loss(trainer.model, half).item() for half in halves]
+    assert sum(scattered) / 2 == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_supervised_loss_alone_learns_the_world(world: World):
