@@ -86,8 +86,8 @@ class Objective:
             in S-DPO. No prompt is then without a signal; the added item is no rollout of the policy
             (its log-probability is taken as if it were), so this is part imitation.
         sft_weight: of the supervised loss on the rows' targets, added to the other: the mean over
-            an optimizer step's prompts of −log π(target), under the same normaliser. Where hits are rare it is most of
-            what there is to learn, and it holds the policy to what users did; 0: none.
+            a step's prompts of −log π(target), under the same normaliser. Where hits are rare it is
+            most of what there is to learn, and it holds the policy to what users did; 0: none.
         chains: reasoning mode: chains per prompt, with as many items behind each as make up the
             group (see `genrec.reasoning_rollouts`); 0: items alone.
         max_chain_tokens: of a chain.
