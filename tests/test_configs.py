@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from genrec.config import parse
+from genrec.tasks.mixing import named_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*/*.yaml"))
@@ -107,3 +108,13 @@ def test_deepspeed_config_becomes_its_plugin(stage: int, monkeypatch):
 def test_parse_leaves_argv_alone(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--nonsense", "1"])
     assert parse(*settings_types("embed"), args=[]).method == "lsa"
+
+
+def test_the_stages_of_the_reasoning_config_name_the_families_that_are_built():
+    folder = ROOT / "recipes" / "configs" / "reasoning"
+    built = yaml.safe_load((folder / "build_dataset.yaml").read_text())["tasks"]
+    settings = yaml.safe_load((folder / "sft.yaml").read_text())
+    weights = named_rows("weights", settings["weights"])
+    assert set(weights) == set(built)
+    assert {len(row) for row in weights.values()} == {settings["num_train_epochs"]}
+    assert settings["loss_over"] == "vocabulary"  # chains cite SIDs amid text
