@@ -7,8 +7,10 @@ A small Qwen3 decoder is pretrained here, on the texts of the run's catalogue al
 categories, descriptions): it knows the words and no user. From it, with the same rows, epochs and
 seeds, `sft` trains
 
-- `full`: all weights, SID rows started from item vectors; `full titles`: from title tokens;
-- `lora`: rank-16 adapters on all linear layers and the SID rows; `lora titles`.
+- `full`: all weights, SID rows started from item vectors;
+- `lora`: rank-16 adapters on all linear layers and the SID rows, started likewise;
+- `full titles`, `lora titles`: SID rows started from title tokens; `… random`: at random, with the
+  spread of the other rows; `… resized`: as transformers' resize leaves them, all alike.
 
 Each way has the learning rate that suits it (`--lr_full`, `--lr_lora`), picked on validation by the
 caller. Scored on validation users against the whole catalogue; differences from `full` are paired
@@ -40,11 +42,11 @@ from genrec.metrics import gains
 
 K = 10
 LORA = ["--use_lora", "true", "--lora_rank", "16", "--lora_alpha", "32"]
+INITS = {"": "codebooks", " titles": "titles", " random": "random", " resized": "resized"}
 WAYS = {
-    "full": ["--sid_init", "codebooks"],
-    "full titles": ["--sid_init", "titles"],
-    "lora": ["--sid_init", "codebooks", *LORA],
-    "lora titles": ["--sid_init", "titles", *LORA],
+    f"{kind}{name}": ["--sid_init", init, *flags]
+    for kind, flags in (("full", []), ("lora", LORA))
+    for name, init in INITS.items()
 }
 INPUTS = ("prepare", "embed", "quantize", "build_dataset")
 
@@ -140,7 +142,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--run_dir", type=Path, help="a run with build_dataset done")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/lora"))
-    parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS))
+    ways = ["full", "full titles", "lora", "lora titles"]
+    parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=ways)
     parser.add_argument("--size", choices=list(modeling.SIZES), default="tiny")
     parser.add_argument("--pretraining_epochs", type=float, default=10)
     parser.add_argument("--seeds", type=int, default=3)

@@ -51,6 +51,7 @@ ARMS: dict[str, dict[str, str]] = {
     "text-vectors": {"embed": "--collaborative none"},
     "codes-3x256": {"quantize": "--n_levels 3 --collisions minimal"},
     "rows-from-titles": {"sft": "--sid_init titles"},
+    "rows-at-random": {"sft": "--sid_init random"},
     "loss-over-level": {"sft": "--loss_over level"},
     "loss-over-vocabulary": {"sft": "--loss_over vocabulary"},
     "last-item": {"build_dataset": "--sequential_mode last_item"},
