@@ -62,14 +62,12 @@ def fresh(whole, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.slow
 def test_sixteen_rows_at_once_equal_four_times_four(whole, fresh: Path, recipe):
     split = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4"]
     recipe("sft", fresh, *whole[1], *split)
     assert_same(whole[0], fresh)
 
 
-@pytest.mark.slow
 def test_sixteen_rows_at_once_equal_eight_on_each_of_two_processes(
     whole, fresh: Path, recipe_command
 ):

@@ -90,7 +90,6 @@ def assert_good_and_resumed(run: Path, whole: Path, recipe, flags: list[str]) ->
     assert losses[0] == losses[1] and len(losses[0]) == N_STEPS
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("where", ["between", "within"])
 def test_sigterm_while_a_checkpoint_is_written(
     where: str, whole: Path, fresh: Path, recipe, recipe_command, tiny_flags
@@ -106,7 +105,6 @@ def test_sigterm_while_a_checkpoint_is_written(
     assert_good_and_resumed(fresh, whole, recipe, flags)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "trainer_state.json"])
 def test_the_disk_fills_up_while_a_checkpoint_is_written(
@@ -122,8 +120,9 @@ def test_the_disk_fills_up_while_a_checkpoint_is_written(
         save(self, *args, **kwargs)
 
     flags = training_flags(tiny_flags)
-    monkeypatch.setattr(Trainer, "_save_checkpoint", on_a_full_disk)
-    said = in_process("sft", fresh, *flags, fails=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_checkpoint", on_a_full_disk)
+        said = in_process("sft", fresh, *flags, fails=True)
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "the disk is full or can't be written to" in line
     assert "free some space and run the same command again" in line

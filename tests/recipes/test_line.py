@@ -249,7 +249,6 @@ def test_lora_on_a_local_model(
     assert len(made) == 5
 
 
-@pytest.mark.slow
 def test_qlora_says_what_it_was_trained_on(recipe, copied_run, tiny, tiny_flags, tmp_path: Path):
     pytest.importorskip("bitsandbytes", reason="genrec[quant] is not installed")
     base = tmp_path / "base"
@@ -314,7 +313,6 @@ def test_a_chat_model_is_trained_reinforced_and_served_in_its_format(
     assert require(run, "recommend").rows == 10 * len(pl.read_parquet(run / "data/test.parquet"))
 
 
-@pytest.mark.slow
 def test_base_models_that_cannot_be_used_are_refused(
     in_process, copied_run, tiny_run, tiny, tiny_flags, tmp_path: Path
 ):
@@ -340,7 +338,6 @@ def test_base_models_that_cannot_be_used_are_refused(
     assert not (run / "sft" / "manifest.json").exists()
 
 
-@pytest.mark.slow
 def test_a_model_too_short_for_the_histories_is_refused(
     recipe, copied_run, tiny, tiny_flags, tmp_path
 ):

@@ -48,7 +48,6 @@ def files(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file()}
 
 
-@pytest.mark.slow
 def test_sft_resumes_and_equals_an_uninterrupted_run(
     recipe, recipe_command, tiny_flags, copied_run, tmp_path: Path
 ):
