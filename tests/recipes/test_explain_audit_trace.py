@@ -513,6 +513,30 @@ def test_trace_says_when_the_stored_list_is_another(capsys, copied):
     assert "DIFFERENT from the stored list" in capsys.readouterr().out
 
 
+def test_trace_follows_an_allow_list(capsys, listed, tmp_path):
+    run = tmp_path / "run"
+    for folder in ("data", "embeddings", "semantic_ids", "dataset", "sft"):
+        shutil.copytree(listed / folder, run / folder)
+    ids = pl.read_parquet(run / "data" / "catalog.parquet")["item_id"]
+    allow = tmp_path / "allow.txt"
+    allow.write_text("\n".join(map(str, ids[3:12])))
+    wanted = ("--k", "3", "--beam_width", "12", "--allow", str(allow))
+    call("recommend", "--run_dir", str(run), *wanted)
+    capsys.readouterr()
+    call("trace", "--run_dir", str(run), "--user", "u3")
+    said = capsys.readouterr().out
+    assert "EQUAL to the stored list" in said and "left 9 of 20 items" in said
+    assert re.search(r"level 3: \d of 20 prefixes survive \(1\d excluded\)", said)
+    allow.write_text("\n".join(map(str, ids[3:13])))
+    call("trace", "--run_dir", str(run), "--user", "u3")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "stored list: not compared" in said and "was changed since" in said
+    assert "to the stored list" not in said and "DIFFERENT" not in said
+    allow.unlink()
+    call("trace", "--run_dir", str(run), "--user", "u3")
+    assert "is no file any more" in " ".join(capsys.readouterr().out.split())
+
+
 def test_trace_of_a_run_that_is_not_finished(capsys, listed, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(listed / "data", run / "data")
