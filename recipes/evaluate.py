@@ -56,7 +56,7 @@ from genrec.columns import (
 )
 from genrec.config import check_choice, make_console, parse, run
 from genrec.data.splits import read_split
-from genrec.evaluation.baselines import DEVICES, UnfitData
+from genrec.evaluation.baselines import DEVICES, UnfitData, item_users
 from genrec.evaluation.beyond_accuracy import category_matrix
 from genrec.evaluation.comparison import (
     Comparison,
@@ -373,6 +373,7 @@ def scored(
         groups=groups,
         facts=ItemFacts(
             train_count=catalog[TRAIN_COUNT].to_numpy(),
+            train_users=item_users(data.train, catalog.height),
             n_users=data.train[USER_ID].n_unique(),
             history=ItemLists.from_column(data.rows[HISTORY]),
             vectors=data.vectors,

@@ -278,6 +278,33 @@ def test_only_the_rows_that_were_asked_for(run_dir, evaluate):
     assert "1 rows without a list" in done.stdout
 
 
+def test_novelty_counts_users_not_how_often_they_came_back(run_dir, evaluate):
+    data = stage_folder(run_dir, "prepare")
+    train = pl.read_parquet(data / "train.parquet")
+    had = {
+        (user, item)
+        for user, past, target in train.select(
+            "user_id", "history_item_index", "target_item_index"
+        ).iter_rows()
+        for item in (*past, target)
+    }
+    users = np.bincount([item for _, item in had], minlength=N_ITEMS)
+    catalog = pl.read_parquet(data / "catalog.parquet")
+    catalog = catalog.with_columns(pl.col("train_count") * 5)  # everybody had them five times
+    catalog.write_parquet(data / "catalog.parquet")
+    path = data / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["outputs"]["catalog.parquet"]["bytes"] = (data / "catalog.parquet").stat().st_size
+    path.write_text(json.dumps(manifest))
+    table = oracle(run_dir)
+    recommend(run_dir, table)
+    assert evaluate(run_dir, "--baselines", "random").returncode == 0
+    first = table.filter(rank=1)["item_index"].to_numpy()
+    bits = -np.log2((users[first] + 1) / (train["user_id"].n_unique() + 1))
+    found = metrics_of(stage_folder(run_dir, "evaluate"))["systems"]["genrec"]["novelty@1"]
+    assert found["value"] == pytest.approx(bits.mean(), rel=1e-5)
+
+
 def test_several_relevant_items_a_row(run_dir, evaluate):
     """As time-cutoff has them: every list holds the target second, and one of the others third."""
     path = stage_folder(run_dir, "prepare") / "test.parquet"
