@@ -150,6 +150,26 @@ def test_citations_by_single_effects(listed, tmp_path):
         assert agreement == 1 if step.measured["positions"] else agreement is None
 
 
+def test_sets_that_were_not_found_are_not_said_to_be_absent(listed, tmp_path):
+    run = shutil.copytree(listed, tmp_path / "run")
+    call("explain", "--run_dir", str(run), *EXPLAIN, "--counterfactual_size", "1")
+    call("audit", "--run_dir", str(run))
+    manifest = load_manifest(run, "explain")
+    assert manifest is not None
+    told = manifest.metrics["counterfactuals"]
+    assert told["most"] == 1 and 0 < told["found"] < told["items"]
+    page = (run / "audit" / "report.html").read_text()
+    assert f"leave the list when some history items are gone ({told['found']} without 1)" in page
+    assert "For the others the search found none of at most 1, which is no proof" in page
+    texts = {
+        step.text
+        for chain in read_chains(run / "explanations" / "chains.jsonl")
+        if (step := chain.step("counterfactual"))
+    }
+    assert any("greedy search found no set of at most 1 history item " in text for text in texts)
+    assert "small set" not in page and not any("small set" in text for text in texts)
+
+
 def test_bad_explain_input(capsys, listed, tmp_path):
     error = refused(capsys, "explain", "--run_dir", str(listed), "--users", "nobody")
     assert "['nobody'] have no list" in error and "e.g. of users u" in error
