@@ -57,7 +57,7 @@ logger = logging.getLogger("genrec.compare")
 # What the evaluations say of data and rules, the same in all that may be compared.
 HELD_EQUAL = (
     "dataset", "split", "split_sha256", "protocol", "tie_rule", "rating_rule", "rows", "users",
-    "items", "filter_seen", "ks", "targets_seen_before",
+    "items", "restricted", "filter_seen", "ks", "targets_seen_before",
 )  # fmt: skip
 
 

@@ -176,7 +176,7 @@ def examine_model(
         of_levels = [not_run(name, why) for name in ("legality", "levels")]
     else:
         of_levels = [
-            check_legality(scores["valid"]),
+            check_legality(scores["valid"], loss_over(served.get("model_run") or run_dir)),
             check_levels(scores["valid"], scores["train"], args.seed),
         ]
     value = f"{recommender.model_stage}, {parameters:,} parameters, scores over {engine.normalizer}"
@@ -189,6 +189,11 @@ def examine_model(
         check_lists(certified, lengths, k, source),
         check_diversity(items, n_prompts, train_count, source),
     ]
+
+
+def loss_over(run_dir: str) -> str:
+    """What a SID token's probability competed with in sft (grpo goes on from there)."""
+    return str(require(run_dir, "sft").config.get("loss_over", "vocabulary"))
 
 
 def served_settings(run_dir: str, model_stage: str | None) -> dict[str, Any]:

@@ -10,9 +10,10 @@ files are training seeds of one system.
 
 Baselines are fitted on the training rows, which is what the model saw, and tuned on the validation
 rows; like the model they read the validation item as part of a test row's history. They are cached
-by the hash of the split, beside the run or where GENREC_CACHE (or `--cache_dir`) says. SASRec and
-BERT4Rec take hours on a CPU: `genrec baselines` trains them, and they join every table of that
-dataset that looks into the same cache from then on (`--overwrite true` redoes one).
+by the hash of the split, beside the run or where GENREC_CACHE (or `--cache_dir`) says. They rank
+all items, so beside lists of `recommend --allow` or `--deny` they are left out. SASRec and BERT4Rec
+take hours on a CPU: `genrec baselines` trains them, and they join every table of that dataset that
+looks into the same cache from then on (`--overwrite true` redoes one).
 
 Writes report.html, metrics.json, per_user, slices and curves.parquet, examples.json and
 baselines/*.parquet. Every evaluation on the test split is noted in `<run_dir>/test_reads.jsonl`.
@@ -31,6 +32,7 @@ import numpy as np
 import polars as pl
 
 from genrec.artifacts import (
+    Manifest,
     Stage,
     load_manifest,
     read_json,
@@ -43,6 +45,7 @@ from genrec.artifacts import (
 from genrec.columns import (
     CATEGORIES,
     HISTORY,
+    ITEM_ID,
     RANK,
     RELEVANT,
     ROW_ID,
@@ -53,7 +56,7 @@ from genrec.columns import (
 )
 from genrec.config import check_choice, make_console, parse, run
 from genrec.data.splits import read_split
-from genrec.evaluation.baselines import DEVICES, UnfitData
+from genrec.evaluation.baselines import DEVICES, UnfitData, item_users
 from genrec.evaluation.beyond_accuracy import category_matrix
 from genrec.evaluation.comparison import (
     Comparison,
@@ -72,6 +75,7 @@ from genrec.evaluation.lists import (
 from genrec.evaluation.pages import render_run_page
 from genrec.evaluation.results import write_results
 from genrec.evaluation.row_values import ItemFacts
+from genrec.evaluation.run_notes import items_ranked
 from genrec.evaluation.slices import gaps, make_slices, score_slices
 from genrec.evaluation.suite import (
     BASELINES,
@@ -85,6 +89,7 @@ from genrec.evaluation.suite import (
     trained_folder,
     trained_seeds,
 )
+from genrec.generation.allow_lists import restricted_by, rows_allowed_then
 from genrec.item_lists import ItemLists
 
 logger = logging.getLogger("genrec.evaluate")
@@ -167,6 +172,24 @@ def recommended_split(args: EvaluateArgs, stage: Stage) -> str:
     return str(made["split"])
 
 
+def restriction(recommended: Manifest, catalog: pl.DataFrame) -> dict[str, Any] | None:
+    """What an allow- or deny-list left of the catalogue; None where lists could hold every item.
+
+    Returns:
+        Hashes of the lists under their names, and how many ``items`` they leave: None where a
+        list is gone or changed.
+    """
+    hashes = restricted_by(recommended)
+    if not hashes:
+        return None
+    try:
+        allowed = rows_allowed_then(recommended, catalog[ITEM_ID])
+    except ValueError as error:
+        logger.warning("how many items could be recommended isn't known: %s", error)
+        allowed = None
+    return {**hashes, "items": None if allowed is None else len(allowed)}
+
+
 def evaluated_rows(split_rows: pl.DataFrame, source: Path, split: str) -> pl.DataFrame:
     """The split rows that the recommend stage was asked for (all, if it doesn't say)."""
     if not (source / "rows.parquet").exists():
@@ -208,9 +231,21 @@ def list_depth(tables: Sequence[pl.DataFrame], ks: list[int]) -> int:
 
 
 def baseline_lists(
-    args: EvaluateArgs, data: SplitData
+    args: EvaluateArgs, data: SplitData, restricted: dict[str, Any] | None = None
 ) -> tuple[dict[str, list[np.ndarray]], dict[str, Any], dict[str, str]]:
-    """Lists of the chosen baselines per seed, their settings, and which could not run, and why."""
+    """Lists of the chosen baselines per seed, their settings, and which could not run, and why.
+
+    None is made where the lists that are scored were `restricted` to a part of the catalogue: a
+    baseline ranks all of it, and what the two gain differs by that alone.
+    """
+    if restricted is not None:
+        told = {"items": data.n_items, "restricted": restricted}
+        given = " and ".join(f"--{name}" for name in ("allow", "deny") if name in restricted)
+        reason = (
+            f"the lists were restricted to {items_ranked(told)} "
+            f"(recommend {given}), baselines rank all; to compare, rerun recommend without"
+        )
+        return {}, {}, dict.fromkeys(args.baselines, reason)
     cache = cache_folder(args.run_dir, args.cache_dir)
     seeds = dict.fromkeys(args.baselines, args.training_seeds)
     for name in TRAINED:
@@ -273,7 +308,8 @@ def main() -> None:
             check_unseen(one.items, ItemLists.from_column(rows[SEEN]))
     facts = read_json(stage_folder(args.run_dir, "prepare") / "split.json")
     data = load_split_data(args.run_dir, rows, split, depth, args.filter_seen, args.fit_on)
-    lists, settings, not_run = baseline_lists(args, data)
+    restricted = restriction(stage.upstream["recommend"], catalog) if stage else None
+    lists, settings, not_run = baseline_lists(args, data, restricted)
     lists[args.system] = [one.items for one in found]
     comparison, groups = scored(args, data, lists, catalog, sids)
     users_file = stage_folder(args.run_dir, "prepare") / "users.parquet"
@@ -287,6 +323,7 @@ def main() -> None:
         **{name: facts.get(name) for name in ("protocol", "tie_rule", "rating_rule")},
         **counts(rows, found),
         "items": catalog.height,
+        "restricted": restricted,  # to what recommend's allow- and deny-list left
         "ks": args.ks,
         "depth": depth,
         "filter_seen": args.filter_seen,
@@ -336,6 +373,7 @@ def scored(
         groups=groups,
         facts=ItemFacts(
             train_count=catalog[TRAIN_COUNT].to_numpy(),
+            train_users=item_users(data.train, catalog.height),
             n_users=data.train[USER_ID].n_unique(),
             history=ItemLists.from_column(data.rows[HISTORY]),
             vectors=data.vectors,
@@ -366,19 +404,28 @@ def show(args: EvaluateArgs, comparison: Comparison, results: dict[str, Any]) ->
     columns = [f"{metric}@{k}" for k in args.ks for metric in ("HR", "NDCG")]
     title = (
         f"{results['dataset']}, {results['split']}: {results['rows']:,} rows, "
-        f"{results['items']:,} items, seen items {'left out' if args.filter_seen else 'allowed'}"
+        f"{items_ranked(results).removeprefix('all ')}, "
+        f"seen items {'left out' if args.filter_seen else 'allowed'}"
     )
     console = make_console(markup=True)
     k = max(args.ks)
     console.print(comparison_table(comparison, [*columns, f"coverage@{k}"], title))
-    notes = [f"± is half of the 95% bootstrap interval; popularity and kNN count {args.fit_on}"]
+    notes = ["± is half of the 95% bootstrap interval"]
+    if results["baselines"]:
+        notes[0] += f"; popularity and kNN count {args.fit_on}"
     for name, how in results["baselines"].items():
         if "description" in how:
             notes.append(
                 f"{name}: {how['description']} (best of {len(how['trials'])} trials on valid, "
                 f"NDCG@10 {how['valid_ndcg@10']:.4f})"
             )
-    notes += [f"{name} is left out: {reason}" for name, reason in results["not_run"].items()]
+    left_out: dict[str, list[str]] = {}
+    for name, reason in results["not_run"].items():
+        left_out.setdefault(reason, []).append(name)
+    notes += [
+        f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} left out: {reason}"
+        for reason, names in left_out.items()
+    ]
     if (line := describe_difference(comparison, f"NDCG@{k}")) is not None:
         notes.append(line)
     counted = {

@@ -337,7 +337,7 @@ def main() -> None:
     write_parquet(stage.folder / "counterfactuals.parquet", of_items)
     shown_items = dict(zip(row_ids, lengths.tolist(), strict=True))
     metrics = summarize(chains, args.thresholds, shown_items, args.samples, args.seed)
-    metrics["counterfactuals"] = of_counterfactuals(of_items)
+    metrics["counterfactuals"] = of_counterfactuals(of_items, args.counterfactual_size)
     metrics["wording"] = wording if some else None
     stage.finish(rows=len(chains), seed=args.seed, metrics=metrics)
     print(
@@ -348,13 +348,14 @@ def main() -> None:
         print(f"{threshold['verdict']:>12}: {threshold['rule']}")
 
 
-def of_counterfactuals(table: pl.DataFrame) -> dict[str, Any]:
-    """How many were found, and how large they are."""
+def of_counterfactuals(table: pl.DataFrame, most: int) -> dict[str, Any]:
+    """How many were found, how large they are, and how large they could be `most`."""
     sizes = table.filter("found")["positions"].list.len()
     return {
         "items": len(table),
         "found": len(sizes),
         "size": {str(n): int(count) for n, count in sizes.value_counts().sort("positions").rows()},
+        "most": most,
         "searches": int(table["searches"].sum()),
     }
 

@@ -10,7 +10,8 @@ that training held, after the ratings of the user's history, and, where it was t
 is checked, and a small model trained from scratch repeats phrases.
 
 The second form predicts the ratings of a split's targets: RMSE and MAE with 95% intervals, beside
-means and beside biases of users and items. Writes ``ratings.parquet`` and ``ratings.json``. CPU.
+means and beside biases of users and items, which know what the prompts show: every rating before a
+user's first target of the split. Writes ``ratings.parquet`` and ``ratings.json``. CPU.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def with_ratings(rater: Rater, rows: pl.DataFrame) -> pl.DataFrame:
 
 def measure(args: RateArgs, rater: Rater) -> None:
     """Predict the targets' ratings; write and print how far they are off."""
-    from genrec.evaluation.rating_errors import baselines, rating_errors, training_ratings
+    from genrec.evaluation.rating_errors import baselines, known_ratings, rating_errors
 
     split = read_split(args.run_dir, args.split, "rate")
     rows = with_ratings(rater, split).drop_nulls(RATING)
@@ -102,10 +103,9 @@ def measure(args: RateArgs, rater: Rater) -> None:
     rows = rows.sample(min(args.rows or 1, len(rows)), seed=args.seed).sort(ROW_ID)
     chances = rater.probabilities(rows)
     data = stage_folder(args.run_dir, "prepare")
-    train = training_ratings(pl.read_parquet(data / "train.parquet", glob=False), rater.log.path)
-    valid = pl.read_parquet(data / "valid.parquet", glob=False)
-    valid = valid.with_columns(rater.log.read(rater.log.places(valid), RATING)).drop_nulls(RATING)
-    without = baselines(train, valid)
+    before = ("train",) if args.split == "valid" else ("train", "valid")
+    earlier = [pl.read_parquet(data / f"{name}.parquet", glob=False) for name in before]
+    without = baselines(known_ratings(split, earlier, rater.log.path))
     predicted = {
         "model, mean of its distribution": rater.expected(chances),
         "model, likeliest rating": rater.values[chances.argmax(axis=1)],

@@ -45,6 +45,7 @@ from genrec.columns import (
 )
 from genrec.config import make_console, parse, run
 from genrec.data.splits import GIVEN, read_split, rows_of_user
+from genrec.generation.allow_lists import rows_allowed_then
 from genrec.metrics import RelevantRanks, gains, hits
 from genrec.prompts import escape_text
 
@@ -214,13 +215,24 @@ def show_search(view: View, recommender: Recommender, prompt: list[int], top: in
         f"trie: {trie.n_items:,} items, prefixes per level {nodes}, at most {widest} children, "
         f"{trie.nbytes / 1024:,.0f} KiB"
     )
-    made = view.manifests["recommend"].config if "recommend" in view.manifests else {}
+    recommended = view.manifests.get("recommend")
+    made = recommended.config if recommended else {}
     k, width = made.get("k", 10), made.get("beam_width", 50)
     seen = np.array(view.row[SEEN] if made.get("filter_seen", True) else [], dtype=np.int64)
     view.say(f"beam width {width}, scores over: {engine.normalizer}, {len(seen)} items left out")
+    allowed, unlike = None, ""
+    try:
+        if recommended:
+            allowed = rows_allowed_then(recommended, view.catalog[ITEM_ID])
+    except ValueError as error:
+        unlike = str(error)
+    left_out = seen
+    if allowed is not None:
+        view.say(f"recommend --allow and --deny left {len(allowed):,} of {trie.n_items:,} items")
+        left_out = np.union1d(seen, np.setdiff1d(np.arange(trie.n_items), allowed))
     prefixes = []
     if isinstance(ids, SemanticIds):  # the pieces of a title say little
-        prefixes = surviving_prefixes(engine, prompt, ids.codes, seen, width)
+        prefixes = surviving_prefixes(engine, prompt, ids.codes, left_out, width)
     for level, beam in enumerate(prefixes):
         view.say(
             f"level {level + 1}: {len(beam.codes)} of {beam.n_prefixes} prefixes survive "
@@ -229,9 +241,13 @@ def show_search(view: View, recommender: Recommender, prompt: list[int], top: in
         for prefix, log_prob in zip(beam.codes[:top], beam.log_probs[:top], strict=True):
             sid = "".join(sid_token(i, int(code)) for i, code in enumerate(prefix))
             view.say(f"    {sid:<30} {log_prob:8.4f}   p {math.exp(log_prob):.2e}")
-    result = engine.search([prompt], k, width, [seen])
+    permitted = None if allowed is None else trie.allow(allowed)
+    result = engine.search([prompt], k, width, [seen], permitted)
     show_list(view, result.items[0], result.scores[0], result.level_log_probs[0])
-    compare_stored(view, recommender, result.items[0], result.scores[0])
+    if unlike:
+        view.say(f"stored list: not compared, {unlike}; the list above is out of all items")
+    else:
+        compare_stored(view, recommender, result.items[0], result.scores[0])
 
 
 def show_list(view: View, items: np.ndarray, scores: np.ndarray, levels: np.ndarray) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from genrec.columns import HISTORY, SUPERVISE_FROM, TARGET
+from genrec.columns import HISTORY, SUPERVISE_FROM, TARGET, USER_ID
 from genrec.item_lists import ItemLists, contains
 from genrec.metrics import EMPTY
 
@@ -45,6 +45,14 @@ def item_counts(rows: pl.DataFrame, n_items: int) -> IntArray:
     """Interactions per item in split rows, each counted once. ``# (n_items,)``."""
     sequences = training_sequences(rows)
     return np.bincount(sequences.values[supervised_positions(rows, sequences)], minlength=n_items)
+
+
+def item_users(rows: pl.DataFrame, n_items: int) -> IntArray:
+    """Distinct users who have each item in split rows, however often. ``# (n_items,)``."""
+    sequences = training_sequences(rows)
+    users = rows[USER_ID].rank("dense").to_numpy().astype(np.int64) - 1
+    pairs = np.unique(users[sequences.rows] * n_items + sequences.values)
+    return np.bincount(pairs % n_items, minlength=n_items)
 
 
 def popularity_order(counts: npt.NDArray[np.integer], seed: int = 0) -> IntArray:

@@ -44,19 +44,19 @@ def _mean_of_items(recommended: IntArray, values: FloatArray, k: int) -> FloatAr
     return means
 
 
-def novelty(recommended: IntArray, train_count: IntArray, n_users: int, k: int) -> FloatArray:
+def novelty(recommended: IntArray, train_users: IntArray, n_users: int, k: int) -> FloatArray:
     """Mean self-information of a row's items in bits (Zhou et al. 2010).
 
-    ``-log2((count + 1) / (n_users + 1))``: an item that everybody has says 0 bits; the +1 gives
-    items without a training interaction a finite value.
+    ``-log2((users + 1) / (n_users + 1))``: an item that everybody has says 0 bits; the +1 gives
+    items that nobody has in training a finite value.
 
     Args:
         recommended: item indices, best first. ``# (n_rows, k_max)``
-        train_count: training interactions of each item. ``# (n_items,)``
+        train_users: users who have each item in training, repeats counted once. ``# (n_items,)``
         n_users: users in training.
         k: list length that counts.
     """
-    share = (np.minimum(train_count, n_users) + 1.0) / (n_users + 1.0)
+    share = (train_users + 1.0) / (n_users + 1.0)
     return _mean_of_items(recommended, -np.log2(share), k)
 
 

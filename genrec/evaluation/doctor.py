@@ -9,7 +9,7 @@ training rows, to compare); the test split's targets are never read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ MIN_CHOICES = 20
 # Legality. Trained models put .91 to .995 on allowed codes (12k and 1.7k items, 3 levels); GRPO on
 # full-vocabulary log-probabilities fell to .24-.40 on a toy, untrained models put next to nothing.
 MASS_LOOK, MASS_BAD = 0.8, 0.5
+_TINY = 1e-300  # a level's probability may underflow where it was never trained
 # Fit. Of what a model gains over popularity on training rows, all (1.7k items) and .41 to .51 (12k
 # items, by the draw) carried over to validation rows in two trained models. The latter's last two
 # levels gain next to nothing on new rows, which is worth a look.
@@ -207,23 +208,39 @@ def _level(scores: LevelScores, level: int, seed: int) -> dict[str, Any]:
     return {"rows": int(own.sum()), **_intervals(names, values.mean(0), draws)}
 
 
-def check_legality(scores: LevelScores) -> Check:
-    """Whether the model, left alone, would produce what the trie allows."""
+def check_legality(scores: LevelScores, loss_over: str = "vocabulary") -> Check:
+    """Whether the model, left alone, would produce what the trie allows.
+
+    Left alone among what its loss had compete: the whole vocabulary, or one level's codes. A loss
+    over the allowed codes alone says nothing of others, so there nothing is checked.
+
+    Args:
+        scores: of validation rows.
+        loss_over: sft's setting: vocabulary, level or trie.
+    """
     legal, level = scores.legal_mass.mean(0), scores.level_mass.mean(0)
-    value = (
-        f"probability on allowed codes {' / '.join(f'{m:.3f}' for m in legal)}, on any code of the "
-        f"level {' / '.join(f'{m:.3f}' for m in level)}"
-    )
+    details = {"legal_mass": legal.tolist(), "level_mass": level.tolist()}
+    if loss_over == "trie":
+        why = "loss_over=trie trains no probability of codes that the trie rules out"
+        return replace(not_run("legality", why), details=details)
+    if loss_over == "level":
+        # Of each row: means of both would count rows by what was never trained.
+        legal = (scores.legal_mass / np.maximum(scores.level_mass, _TINY)).mean(0)
+        details["legal_mass_of_level"] = legal.tolist()
+    value = f"probability on allowed codes {' / '.join(f'{m:.3f}' for m in legal)}"
+    if loss_over == "level":
+        value += ", among the codes of the level"
+    else:
+        value += f", on any code of the level {' / '.join(f'{m:.3f}' for m in level)}"
     verdict: Verdict = ("ok", "the model speaks in semantic ids by itself", "")
     advice = "check the prompts, then train sft longer; grpo needs normalizer trie"
     if legal.min() < MASS_LOOK:
         verdict = ("look", "the trie has to correct the model often", advice)
     if legal.min() < MASS_BAD:
         meaning = "it doesn't know which codes belong together: undertrained"
-        if level[legal.argmin()] < MASS_BAD:
+        if loss_over != "level" and level[legal.argmin()] < MASS_BAD:
             meaning = "it expects other tokens: undertrained, or the wrong prompt or token ids"
         verdict = ("bad", meaning, advice)
-    details = {"legal_mass": legal.tolist(), "level_mass": level.tolist()}
     return Check("legality", value, *verdict, details)
 
 

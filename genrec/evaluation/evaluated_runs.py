@@ -26,7 +26,8 @@ Ranks = list[RelevantRanks]  # one entry per training seed
 Values = list[RowValues]
 
 VALIDATED = "ndcg@10"  # what stages measure while they train
-SAME = ("split_sha256", "split", "filter_seen", "ks")  # what makes scores comparable
+# What makes scores comparable. (Older evaluations don't say to what lists were restricted.)
+SAME = ("split_sha256", "split", "filter_seen", "ks", "restricted")
 # Stages whose settings decide a run's lists.
 _STAGES = ("prepare", "embed", "quantize", "build_dataset", "sft", "grpo", "recommend")
 
@@ -158,7 +159,7 @@ def check_comparable(runs: Sequence[Evaluated]) -> None:
     first = runs[0]
     for other in runs[1:]:
         for key in SAME:
-            ours, theirs = first.metrics[key], other.metrics[key]
+            ours, theirs = first.metrics.get(key), other.metrics.get(key)
             if ours != theirs:
                 raise ValueError(
                     f"{first.folder} has {key}={ours}, {other.folder} has {key}={theirs}; "

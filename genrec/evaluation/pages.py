@@ -34,6 +34,7 @@ from genrec.evaluation.run_notes import (
     baseline_settings,
     doctor_checks,
     example_cards,
+    items_ranked,
     protocol_facts,
     run_curves,
     split_reads,
@@ -86,6 +87,7 @@ def render_run_page(folder: Path, run_dir: Path | None = None, data_run: Path | 
         else [],
         training=training_charts(run_dir) if run_dir else [],
         examples=example_cards(folder / "examples.json", reference),
+        ranked=items_ranked(metrics),
         facts=protocol_facts(metrics),
         baselines=baseline_settings(metrics["baselines"], metrics.get("not_run", {})),
         reads=split_reads(data_run / "test_reads.jsonl", metrics["split_sha256"])
@@ -132,6 +134,7 @@ def render_comparison_page(
         slices=[] if slices is None else _slices(slices, comparison, best, primary),
         min_rows=MIN_ROWS,
         training=run_curves(comparison["runs"]),
+        ranked=items_ranked(comparison),
         facts=protocol_facts(comparison),
         baselines=baseline_settings(comparison["baselines"], {}),
     )

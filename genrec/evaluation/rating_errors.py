@@ -25,22 +25,34 @@ Predictor = Callable[[pl.DataFrame], FloatArray]  # rows with user_id and the ta
 SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
-def training_ratings(train: pl.DataFrame, interactions: Path | str) -> pl.DataFrame:
-    """Rated interactions of the training part: user_id, target_item_index, rating.
+def known_ratings(
+    rows: pl.DataFrame, earlier: Sequence[pl.DataFrame], interactions: Path | str
+) -> pl.DataFrame:
+    """Rated interactions before what is predicted: user_id, position, target_item_index, rating.
+
+    Of a user with such rows all before the first target, as the model's prompts show them: for a
+    test row the validation item, too. Of others what the earlier parts hold.
 
     Args:
-        train: training rows; a user's part ends with their last target.
+        rows: all rows of the split whose targets are predicted.
+        earlier: rows of the parts before it; a user's part ends with their last target.
         interactions: ``interactions.parquet``.
 
     Raises:
         ValueError: there are none.
     """
-    ends = train.group_by(USER_ID).agg(pl.col(TARGET_POSITION).max().alias("_end"))
+    position = pl.col(TARGET_POSITION).cast(pl.Int64)
+    parts = [part.select(USER_ID, TARGET_POSITION) for part in earlier]
+    ends = [
+        rows.group_by(USER_ID).agg(position.min().alias("_end") - 1),
+        pl.concat(parts).group_by(USER_ID).agg(position.max().alias("_end")),
+    ]
+    ends_of_all = pl.concat(ends).unique(USER_ID, keep="first", maintain_order=True)
     log = pl.scan_parquet(interactions, glob=False).drop_nulls(RATING)
-    rated = log.join(ends.lazy(), on=USER_ID).filter(pl.col(POSITION) <= pl.col("_end"))
-    found = rated.select(USER_ID, pl.col(ITEM_INDEX).alias(TARGET), RATING).collect()
+    rated = log.join(ends_of_all.lazy(), on=USER_ID).filter(pl.col(POSITION) <= pl.col("_end"))
+    found = rated.select(USER_ID, POSITION, pl.col(ITEM_INDEX).alias(TARGET), RATING).collect()
     if found.is_empty():
-        raise ValueError(f"no training interaction of {interactions} has a rating")
+        raise ValueError(f"no interaction of {interactions} before the targets has a rating")
     return found
 
 
@@ -62,7 +74,7 @@ def biases(train: pl.DataFrame, shrinkage: float) -> Predictor:
     """A mean, and what each user and each item adds to it; those that are new add nothing.
 
     Args:
-        train: from `training_ratings`.
+        train: from `known_ratings`.
         shrinkage: ridge penalty.
     """
     users, items = train[USER_ID].unique(), train[TARGET].unique()
@@ -87,30 +99,37 @@ def biases(train: pl.DataFrame, shrinkage: float) -> Predictor:
 
 
 def baselines(
-    train: pl.DataFrame, valid: pl.DataFrame, shrinkages: Sequence[float] = SHRINKAGES
+    known: pl.DataFrame, shrinkages: Sequence[float] = SHRINKAGES
 ) -> dict[str, Predictor]:
-    """Predictions without a model; predictions are cut to the range of the training ratings.
+    """Predictions without a model; predictions are cut to the range of the known ratings.
+
+    The shrinkage of the biases is chosen on each user's newest known rating, fitted to those before
+    it, so that nothing is chosen on what is predicted; without any such rating it is the middle
+    one. Then they are fitted to all.
 
     Args:
-        train: from `training_ratings`.
-        valid: rated validation rows, which choose the shrinkage; without any it is the middle one.
+        known: from `known_ratings`.
         shrinkages: of the biases.
     """
-    low, high = float(np.min(train[RATING].to_numpy())), float(np.max(train[RATING].to_numpy()))
+    low, high = float(np.min(known[RATING].to_numpy())), float(np.max(known[RATING].to_numpy()))
 
     def cut(predict: Predictor) -> Predictor:
         return lambda rows: predict(rows).clip(low, high)
 
+    newest = (pl.col(POSITION) == pl.col(POSITION).max().over(USER_ID)) & (
+        pl.len().over(USER_ID) > 1  # of one rating nothing would be left to go by
+    )
+    held, rest = known.filter(newest), known.filter(~newest)
     best, least = shrinkages[len(shrinkages) // 2], np.inf
-    for shrinkage in shrinkages if len(valid) else ():
-        errors = cut(biases(train, shrinkage))(valid) - valid[RATING].to_numpy()
+    for shrinkage in shrinkages if len(held) else ():
+        errors = cut(biases(rest, shrinkage))(held) - held[RATING].to_numpy()
         if (error := float((errors**2).mean())) < least:
             best, least = shrinkage, error
     return {
-        "mean": mean_rating(train),
-        "user's mean": mean_rating(train, USER_ID),
-        "item's mean": mean_rating(train, TARGET),
-        f"biases, ridge {best:g}": cut(biases(train, best)),
+        "mean": mean_rating(known),
+        "user's mean": mean_rating(known, USER_ID),
+        "item's mean": mean_rating(known, TARGET),
+        f"biases, ridge {best:g}": cut(biases(known, best)),
     }
 
 

@@ -48,6 +48,7 @@ class ItemFacts:
 
     Attributes:
         train_count: training interactions of each item. ``# (n_items,)``
+        train_users: distinct users of them. ``# (n_items,)``
         n_users: users in training.
         history: items of each row.
         vectors: item vectors for the diversity of a list, or None. ``# (n_items, dim)``
@@ -57,6 +58,7 @@ class ItemFacts:
     """
 
     train_count: IntArray
+    train_users: IntArray
     n_users: int
     history: ItemLists
     vectors: npt.NDArray | None = None
@@ -96,7 +98,7 @@ def row_values(
         found = {HISTORY_POPULARITY: before}
         for k in ks:
             values = {
-                "novelty": novelty(lists, facts.train_count, facts.n_users, k),
+                "novelty": novelty(lists, facts.train_users, facts.n_users, k),
                 POPULARITY: list_popularity(lists, facts.train_count, k),
             }
             if facts.vectors is not None and k > 1:

@@ -119,6 +119,15 @@ def _item(item: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def items_ranked(metrics: Mapping[str, Any]) -> str:
+    """Out of how many items the lists were made: all, or what an allow- or deny-list left."""
+    of_all, restricted = f"{metrics['items']:,} items", metrics.get("restricted")
+    if restricted is None:
+        return f"all {of_all}"
+    left = restricted["items"]
+    return f"{'some' if left is None else f'{left:,}'} of {of_all}"
+
+
 def protocol_facts(metrics: Mapping[str, Any]) -> dict[str, str]:
     """How it was measured, label by label."""
 
@@ -127,16 +136,21 @@ def protocol_facts(metrics: Mapping[str, Any]) -> dict[str, str]:
 
     counted = f"{metrics['rows']:,} rows"
     counted += f" of {metrics['users']:,} users" if "users" in metrics else ""
+    restricted = metrics.get("restricted") or {}
+    lists = " and the ".join(f"{name}-list" for name in ("allow", "deny") if name in restricted)
+    left = f" (what recommend's {lists} left)" if lists else ""
     facts = {
         "Dataset": said("dataset"),
         "Split": f"{metrics['split']}, {said('protocol')}; {counted}",
         "Order in time": said("tie_rule"),
         "Ratings": said("rating_rule"),
-        "Ranked": f"all {metrics['items']:,} items of the catalogue, no sampled negatives",
+        "Ranked": f"{items_ranked(metrics)} of the catalogue{left}, no sampled negatives",
         "Seen items": "left out of every list"
         if metrics["filter_seen"]
         else "may be recommended again",
-        "Baselines": f"fitted on the {said('fit_on')} rows",
+        "Baselines": f"fitted on the {said('fit_on')} rows"
+        if not restricted
+        else "left out: they rank all items",
         "Intervals": f"{said('interval')}; {metrics['samples']:,} samples",
         "p-values": f"paired randomisation test, {metrics['permutations']:,} draws of signs, "
         "two-sided, 0.05 taken as the limit"

@@ -37,7 +37,17 @@ from genrec.artifacts import (
     write_json,
     write_parquet,
 )
-from genrec.columns import HISTORY, ITEM_INDEX, ROW_ID, SEEN, TARGET_TIME, TIMESTAMP, USER_ID
+from genrec.columns import (
+    HISTORY,
+    ITEM_INDEX,
+    RELEVANT,
+    ROW_ID,
+    SEEN,
+    TARGET,
+    TARGET_TIME,
+    TIMESTAMP,
+    USER_ID,
+)
 from genrec.data.splits import content_sha256
 from genrec.embedding.vectors import content_vectors
 from genrec.evaluation.baselines import (
@@ -130,10 +140,19 @@ class SplitData:
 
     @property
     def fit_rows(self) -> pl.DataFrame:
-        """Rows that final fits use. Settings are always chosen with `train` alone."""
+        """Rows that final fits use. Settings are always chosen with `train` alone.
+
+        A validation row with several relevant items is one that supervises all of them, in order.
+        """
         if self.fit_on == "train":
             return self.train
-        return pl.concat([self.train, self.valid.select(self.train.columns)])
+        valid = self.valid
+        if RELEVANT in valid.columns:  # supervised from the first on, as before
+            earlier = pl.col(RELEVANT).list.head(pl.col(RELEVANT).list.len() - 1)
+            valid = valid.with_columns(
+                pl.col(HISTORY).list.concat(earlier), pl.col(RELEVANT).list.last().alias(TARGET)
+            )
+        return pl.concat([self.train, valid.select(self.train.columns)])
 
     def tuning_rows(self, seed: int) -> pl.DataFrame:
         """Validation rows that settings are chosen on."""
@@ -475,6 +494,8 @@ def _folder(
         "fit_on": data.fit_on,
         "k": data.k,
     }
+    if data.fit_on != "train" and RELEVANT in data.valid.columns:
+        key["fitted_to"] = RELEVANT  # lists that were fitted to first targets alone are others
     if name in TRAINED:
         from genrec.evaluation.sequential import SequentialSettings
 

@@ -286,10 +286,11 @@ def counterfactual_step(
         if len(ids) > 1
         else f"Without {titles} it would not be in the list of {k}: it would stand {where}."
     )
-    if not found.found:
+    if not found.found:  # another set may exist, and even a smaller one
+        most = f"{len(ids)} history item{'s' if len(ids) > 1 else ''}"
         text = (
-            f"No small set of history items carries it: even without {titles} it stays in the list "
-            f"of {k}, at rank {rank}."
+            f"The greedy search found no set of at most {most} that carries it: even without "
+            f"{titles} it stays in the list of {k}, at rank {rank}."
         )
     instead = None if found.replaced_by < 0 else attributes.item_ids[found.replaced_by]
     return Step(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from genrec.artifacts import Manifest, sha256_file
 from genrec.columns import ITEM_ID
 from genrec.data.readers.files import ENDINGS, collect, require_columns, scan_file, text_of
 
@@ -128,3 +129,39 @@ def allowed_rows(
     if not len(rows):
         raise ValueError(f"{deny} denies every item that may be recommended; no list could be made")
     return rows
+
+
+def restricted_by(recommended: Manifest) -> dict[str, str]:
+    """Hashes of the allow- and deny-list that a finished recommend stage followed.
+
+    Args:
+        recommended: its manifest.
+
+    Returns:
+        "allow" and "deny" -> SHA-256 of the file; empty where every item could be recommended.
+    """
+    return {
+        name: recommended.inputs[name]
+        for name in ("allow", "deny")
+        if recommended.config.get(name) is not None
+    }
+
+
+def rows_allowed_then(recommended: Manifest, catalog_ids: pl.Series) -> np.ndarray | None:
+    """`allowed_rows` as a finished recommend stage had them; None without lists.
+
+    Args:
+        recommended: its manifest.
+        catalog_ids: ids of the catalogue, row for row. ``# (n_items,)``
+
+    Raises:
+        ValueError: a list is gone, or holds something else than the stage read.
+    """
+    paths: dict[str, str] = {}
+    for name, sha256 in restricted_by(recommended).items():
+        paths[name] = path = str(recommended.config[name])
+        if not Path(path).is_file():
+            raise ValueError(f"--{name} {path} is no file any more")
+        if sha256_file(path) != sha256:
+            raise ValueError(f"--{name} {path} was changed since")
+    return allowed_rows(catalog_ids, paths.get("allow"), paths.get("deny"))

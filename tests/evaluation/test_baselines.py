@@ -14,6 +14,7 @@ from genrec.evaluation import baselines
 from genrec.evaluation.baselines import (
     fill_from_order,
     item_counts,
+    item_users,
     popularity,
     popularity_order,
     random_lists,
@@ -53,6 +54,14 @@ def test_counts_take_every_interaction_once_though_windows_overlap():
     # One user, sequence 0 1 2 3 1, as two windows; the second repeats 1 2 3 as context.
     rows = split_rows(("u", [0, 1, 2], 3, 0), ("u", [1, 2, 3], 1, 3))
     assert item_counts(rows, 5).tolist() == [1, 2, 1, 1, 0]
+
+
+def test_users_of_an_item_are_counted_once_though_they_come_back():
+    # u: 0 1 1 1 2, as two windows; v: 1 0.
+    rows = split_rows(("u", [0, 1, 1], 1, 0), ("u", [1, 1, 1], 2, 3), ("v", [1], 0, 0))
+    assert item_users(rows, 4).tolist() == [2, 2, 1, 0]
+    assert item_counts(rows, 4).tolist() == [2, 4, 1, 0]
+    assert item_users(rows[:0], 4).tolist() == [0, 0, 0, 0]
 
 
 def test_popularity_by_hand():

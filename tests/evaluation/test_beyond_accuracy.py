@@ -36,8 +36,6 @@ def test_novelty_is_self_information_in_bits():
     # Shares of users, +1: 8/8, 4/8, 2/8, 1/8: 0, 1, 2 and 3 bits.
     same(novelty(LISTS, COUNT, 7, 1), [0, math.nan, 1, math.nan])
     same(novelty(LISTS, COUNT, 7, 2), [1.5, 2, 0.5, math.nan])
-    # Repeats: more interactions than users is still "everybody".
-    same(novelty(LISTS[:1], COUNT * 9, 7, 1), [0])
 
 
 def test_popularity_of_lists_and_histories():

@@ -182,12 +182,13 @@ def test_systems_with_other_rows_are_refused():
 # Beyond accuracy. ---------------------------------------------------------------------------------
 
 COUNT = np.array([6, 2, 1, 0])
+USERS = np.array([3, 2, 1, 0])  # of 7; somebody had the first item again and again
 KINDS = category_matrix(pl.Series([["x"], ["x"], ["y"], None], dtype=pl.List(pl.String)))
 
 
 def facts(n_rows: int = 2, **more) -> ItemFacts:
     history = items_of(*([[0], [1, 2]] * (n_rows // 2)))
-    return ItemFacts(train_count=COUNT, n_users=7, history=history, **more)
+    return ItemFacts(train_count=COUNT, train_users=USERS, n_users=7, history=history, **more)
 
 
 def test_metrics_beyond_accuracy_by_hand():
@@ -200,7 +201,7 @@ def test_metrics_beyond_accuracy_by_hand():
         [1, 2],
         facts=facts(40, vectors=vectors, categories=KINDS),
     ).metrics["ours"]
-    bits = [-math.log2((n + 1) / 8) for n in COUNT]
+    bits = [-math.log2((n + 1) / 8) for n in USERS]
     assert found["novelty@2"].value == pytest.approx(np.mean(bits))
     assert found["novelty@1"].value == pytest.approx((bits[0] + bits[2]) / 2)
     # Lists: 4 and .5 interactions a mean; histories: 6 and 1.5.
@@ -222,7 +223,7 @@ def test_what_is_not_known_is_left_out():
         found = compare({"ours": [lists]}, np.zeros(2, int), 4, [2], facts=given).metrics["ours"]
         assert "novelty@2" in found and "popularity_lift@2" in found
         assert not {"ild@2", "calibration@2", "SID-credit@2"} & set(found)
-    empty = ItemFacts(COUNT, 7, items_of([], []))  # nobody has a history
+    empty = ItemFacts(COUNT, USERS, 7, items_of([], []))  # nobody has a history
     found = compare({"ours": [lists]}, np.zeros(2, int), 4, [2], facts=empty).metrics["ours"]
     assert "novelty@2" in found and "popularity_lift@2" not in found
     found = compare({"miss": [MISS[:2]]}, np.zeros(2, int), 4, [2], facts=facts()).metrics["miss"]
@@ -234,7 +235,7 @@ def test_rows_without_a_value_are_left_out_of_the_mean_and_seeds_are_kept_apart(
     found = compare({"ours": [first, second]}, np.zeros(4, int), 4, [1], facts=facts(4)).metrics[
         "ours"
     ]
-    bits = [-math.log2((n + 1) / 8) for n in COUNT]
+    bits = [-math.log2((n + 1) / 8) for n in USERS]
     # Row 1 is not defined for the first seed, and is left out for both.
     expected = (np.mean([bits[0], bits[2], bits[3]]), np.mean([bits[1], bits[1], bits[3]]))
     assert found["novelty@1"].seeds == pytest.approx(expected)

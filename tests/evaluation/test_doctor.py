@@ -63,6 +63,27 @@ def test_legality_verdicts():
     assert "expects other tokens" in check.meaning
 
 
+def test_legality_is_measured_over_what_the_loss_had_compete():
+    scores = levels_of([1.0, 1.0])
+    # Of the level's codes the allowed ones have .9; the rest of the vocabulary has nearly all.
+    level = np.where(np.arange(60)[:, None] % 2, 0.02, 0.001) * np.ones((60, 2))
+    scores = replace(scores, level_mass=level, legal_mass=level * [0.9, 0.9])
+    assert doctor.check_legality(scores).status == "bad"
+    check = doctor.check_legality(scores, "level")
+    assert check.status == "ok" and check.value.endswith(
+        "0.900 / 0.900, among the codes of the level"
+    )
+    assert check.details["legal_mass_of_level"] == pytest.approx([0.9, 0.9])
+    check = doctor.check_legality(replace(scores, legal_mass=level * [0.9, 0.3]), "level")
+    assert check.status == "bad" and "which codes belong together" in check.meaning
+    check = doctor.check_legality(scores, "trie")
+    assert check.status == "not run" and "loss_over=trie" in check.value and not check.advice
+    assert doctor.next_step([check]) == "nothing to mend"
+    nothing = np.zeros((60, 2))  # it underflows
+    check = doctor.check_legality(replace(scores, level_mass=nothing, legal_mass=nothing), "level")
+    assert check.status == "bad"
+
+
 def fit_of(gain: float, hit: float, popular: float = 0.0, n: int = 100, seed: int = 0) -> Fit:
     levels = np.random.default_rng(seed).normal(gain / 2, 0.2, (n, 2)) - 3
     place = np.arange(n) / n

@@ -12,9 +12,11 @@ import pytest
 from genrec.artifacts import Stage, read_json, stage_folder, write_json, write_parquet
 from genrec.columns import SEEN
 from genrec.data.splits import content_sha256, leave_one_out
+from genrec.data.time_splits import time_cutoff
 from genrec.evaluation import linear, suite
 from genrec.evaluation import sequential as sequential_module
 from genrec.evaluation.baselines import UnfitData, item_counts
+from genrec.evaluation.recency import training_events
 from genrec.evaluation.sequential import SequentialSettings
 from genrec.evaluation.suite import (
     BASELINES,
@@ -151,6 +153,36 @@ def test_fit_on_valid_too_counts_validation_targets_but_tunes_without_them(tmp_p
         assert (one.lists[0] != two.lists[0]).any(), name
         assert one.settings.get("chosen") == two.settings.get("chosen")
         assert one.settings.get("trials") == two.settings.get("trials")
+
+
+def test_fit_on_valid_too_counts_every_relevant_item_of_a_row(tmp_path):
+    """As time-cutoff has them: the validation period's items of a user, the target first."""
+    log = log_of()
+    moment = int(log["timestamp"].quantile(0.5)), int(log["timestamp"].quantile(0.8))
+    splits = time_cutoff(log, N_ITEMS, *moment)
+    data = split_data(train=splits.train, valid=splits.valid, rows=splits.test)
+    relevant = data.valid["relevant_item_index"]
+    assert relevant.list.len().max() > 1
+    both = replace(data, fit_on="train+valid")
+    counts = item_counts(both.fit_rows, N_ITEMS) - item_counts(data.fit_rows, N_ITEMS)
+    held = relevant.explode()
+    assert counts.tolist() == np.bincount(held, minlength=N_ITEMS).tolist()
+    rows = both.fit_rows[len(data.train) :]
+    assert rows["row_id"].equals(data.valid["row_id"])
+    for row, own in zip(rows.iter_rows(named=True), data.valid.iter_rows(named=True), strict=True):
+        sequence = [*row["history_item_index"], row["target_item_index"]]
+        assert sequence == own["history_item_index"] + own["relevant_item_index"]
+    # The clock of recent popularity goes up to the end of the validation period.
+    seconds, items = training_events(both.fit_rows, log)
+    period = log.filter(pl.col("timestamp").is_between(*moment, closed="left"))
+    of_valid = period.join(data.valid.select("user_id"), on="user_id", how="semi")
+    assert sorted(seconds[seconds >= moment[0]]) == sorted(of_valid["timestamp"])
+    assert len(items) == len(seconds) and of_valid.height == len(held)
+    for name in ("popularity", "recent-popularity", "item-kNN", "EASE"):
+        one, two = (baseline(name, d, tmp_path) for d in (data, both))
+        assert one.settings.get("chosen") == two.settings.get("chosen")
+        if name == "popularity":
+            assert (one.lists[0] != two.lists[0]).any()
 
 
 def test_settings_are_tuned_once_for_all_rows_and_lengths(tmp_path, monkeypatch):

@@ -135,6 +135,10 @@ def test_counterfactuals_in_words(shop):
     assert gone.measured["rank"] is None and gone.measured["first_then"] is None
     stays = counterfactual_step(shop, history, Counterfactual(0, 0, (0,), False, -2.0, 2, 0, 1), 5)
     assert "stays in the list of 5, at rank 2" in stays.text and not stays.measured["found"]
+    # A greedy search that finds none proves nothing of other sets.
+    assert "greedy search found no set of at most 1 history item that carries it" in stays.text
+    tried = Counterfactual(0, 0, (0, 2), False, -2.0, 2, 0, 2)
+    assert "at most 2 history items" in counterfactual_step(shop, history, tried, 5).text
 
 
 def test_chains_of_a_run(recommender, lists, histories, items):

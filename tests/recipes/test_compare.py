@@ -227,6 +227,7 @@ def test_seeds_that_are_no_plain_repetitions_are_named(compare, evaluated, caplo
         ({"split_sha256": "cd" * 32}, "a has split_sha256=abab.*b has split_sha256=cdcd"),
         ({"split": "valid"}, "a has split=test, b has split=valid"),
         ({"filter_seen": False}, "a has filter_seen=True, b has filter_seen=False"),
+        ({"restricted": {"deny": "ef" * 32, "items": 7}}, "a has restricted=None, b has .*'deny'"),
         ({"ks": [1, 3]}, r"a has ks=\[1, 2\], b has ks=\[1, 3\]"),
     ],
 )
@@ -236,6 +237,14 @@ def test_runs_under_other_rules_are_refused(compare, evaluated, tmp_path, change
     with pytest.raises(ValueError, match=message):
         compare("A=a", "B=b")
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_out_of_the_same_part_of_the_catalogue(compare, evaluated):
+    part = {"restricted": {"allow": "ef" * 32, "items": 7}}
+    evaluated("a", [1, 2, 0, 3], **part)
+    evaluated("b", [1, 2, 0, 3], **part)
+    page = (compare("A=a", "B=b") / "comparison.html").read_text()
+    assert "7 of 9 items ranked" in page and "all 9 items" not in page
 
 
 def test_a_baseline_that_is_not_the_same_in_all_runs_is_left_out(compare, evaluated):

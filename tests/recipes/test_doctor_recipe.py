@@ -96,6 +96,20 @@ def test_another_beam_looks_at_its_own_lists(copied):
     assert "the filter removes 25% of the targets" in by_name(wide)["search"]["value"]
 
 
+def test_legality_asks_for_no_more_than_sft_trained(copied):
+    path = copied / "sft" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["config"]["loss_over"] = "trie"
+    path.write_text(json.dumps(manifest))
+    found = examine(copied)  # other things are bad: the model is random
+    legality = by_name(found)["legality"]
+    assert legality["status"] == "not run" and "loss_over=trie" in legality["value"]
+    assert len(found["details"]["legality"]["legal_mass"]) == 3
+    manifest["config"]["loss_over"] = "level"
+    path.write_text(json.dumps(manifest))
+    assert "among the codes of the level" in by_name(examine(copied))["legality"]["value"]
+
+
 def test_a_model_that_does_not_load(copied):
     weights = copied / "sft" / "model" / "model.safetensors"
     weights.write_bytes(bytes(weights.stat().st_size))

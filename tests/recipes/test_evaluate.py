@@ -97,7 +97,8 @@ def oracle(run: Path, k: int = K, place: int = 2, split: str = "test") -> pl.Dat
 
 def recommend(run: Path, table: pl.DataFrame, rows: pl.DataFrame | None = None, **config) -> None:
     config = {"split": "test", "filter_seen": True, "k": K} | config
-    stage = Stage(run, "recommend", config, inputs=["prepare"])
+    files = {name: config[name] for name in ("allow", "deny") if name in config}
+    stage = Stage(run, "recommend", config, inputs=["prepare"], files=files)
     stage.is_done(overwrite=True)
     half = table.height // 2
     write_parquet(stage.folder / "recommendations-00000.parquet", table[:half])
@@ -275,6 +276,33 @@ def test_only_the_rows_that_were_asked_for(run_dir, evaluate):
     assert metrics["rows"] == 11 and metrics["rows_without_list"] == 1
     assert metrics["systems"]["genrec"]["HR@3"]["value"] == pytest.approx(10 / 11)
     assert "1 rows without a list" in done.stdout
+
+
+def test_novelty_counts_users_not_how_often_they_came_back(run_dir, evaluate):
+    data = stage_folder(run_dir, "prepare")
+    train = pl.read_parquet(data / "train.parquet")
+    had = {
+        (user, item)
+        for user, past, target in train.select(
+            "user_id", "history_item_index", "target_item_index"
+        ).iter_rows()
+        for item in (*past, target)
+    }
+    users = np.bincount([item for _, item in had], minlength=N_ITEMS)
+    catalog = pl.read_parquet(data / "catalog.parquet")
+    catalog = catalog.with_columns(pl.col("train_count") * 5)  # everybody had them five times
+    catalog.write_parquet(data / "catalog.parquet")
+    path = data / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["outputs"]["catalog.parquet"]["bytes"] = (data / "catalog.parquet").stat().st_size
+    path.write_text(json.dumps(manifest))
+    table = oracle(run_dir)
+    recommend(run_dir, table)
+    assert evaluate(run_dir, "--baselines", "random").returncode == 0
+    first = table.filter(rank=1)["item_index"].to_numpy()
+    bits = -np.log2((users[first] + 1) / (train["user_id"].n_unique() + 1))
+    found = metrics_of(stage_folder(run_dir, "evaluate"))["systems"]["genrec"]["novelty@1"]
+    assert found["value"] == pytest.approx(bits.mean(), rel=1e-5)
 
 
 def test_several_relevant_items_a_row(run_dir, evaluate):
@@ -482,6 +510,38 @@ def test_baselines_may_not_learn_from_the_targets(run_dir, evaluate):
         fails(refused, "fit_on=train+valid holds the validation targets; use fit_on=train")
     assert not stage_folder(run_dir, "evaluate").exists()
     assert evaluate(run_dir, "--baselines", "popularity").returncode == 0
+
+
+def test_lists_out_of_a_part_of_the_catalogue_stand_alone(run_dir, tmp_path, evaluate):
+    deny = tmp_path / "deny.txt"
+    deny.write_text("0-00\n0-01\n0-02\n")
+    table = oracle(run_dir).filter(pl.col("item_index") > 2)
+    rank = pl.int_range(1, pl.len() + 1, dtype=pl.Int32).over("row_id").alias("rank")
+    table = table.with_columns(rank)
+    recommend(run_dir, table, deny=str(deny))
+    done = evaluate(run_dir, "--baselines", "popularity", "EASE")
+    assert done.returncode == 0, done.stderr
+    folder = stage_folder(run_dir, "evaluate")
+    metrics = metrics_of(folder)
+    assert list(metrics["systems"]) == ["genrec"] and metrics["differences"] == {}
+    sha256 = load_manifest(run_dir, "recommend").inputs["deny"]
+    assert metrics["restricted"] == {"deny": sha256, "items": 9}
+    reason = "left out: the lists were restricted to 9 of 12 items (recommend --deny)"
+    assert f"popularity, EASE are {reason}" in done.stdout
+    assert "40 rows, 9 of 12 items, seen items left out" in done.stdout
+    assert not (folder / "baselines").exists() and "kNN count" not in done.stdout
+    page = (folder / "report.html").read_text()
+    assert "9 of 12 items ranked" in page and "all 12 items" not in page
+    assert "9 of 12 items of the catalogue (what recommend&#39;s deny-list left)" in page
+    assert reason in page
+    deny.unlink()  # how many it named can't be told any more
+    assert evaluate(run_dir, "--overwrite", "true").returncode == 0
+    assert metrics_of(folder)["restricted"] == {"deny": sha256, "items": None}
+    assert "some of 12 items ranked" in (folder / "report.html").read_text()
+    recommend(run_dir, oracle(run_dir))
+    assert evaluate(run_dir, "--baselines", "random", "--overwrite", "true").returncode == 0
+    assert metrics_of(folder)["restricted"] is None
+    assert "all 12 items ranked" in (folder / "report.html").read_text()
 
 
 def test_lists_that_break_the_seen_rule(run_dir, evaluate):

@@ -150,6 +150,26 @@ def test_citations_by_single_effects(listed, tmp_path):
         assert agreement == 1 if step.measured["positions"] else agreement is None
 
 
+def test_sets_that_were_not_found_are_not_said_to_be_absent(listed, tmp_path):
+    run = shutil.copytree(listed, tmp_path / "run")
+    call("explain", "--run_dir", str(run), *EXPLAIN, "--counterfactual_size", "1")
+    call("audit", "--run_dir", str(run))
+    manifest = load_manifest(run, "explain")
+    assert manifest is not None
+    told = manifest.metrics["counterfactuals"]
+    assert told["most"] == 1 and 0 < told["found"] < told["items"]
+    page = (run / "audit" / "report.html").read_text()
+    assert f"leave the list when some history items are gone ({told['found']} without 1)" in page
+    assert "For the others the search found none of at most 1, which is no proof" in page
+    texts = {
+        step.text
+        for chain in read_chains(run / "explanations" / "chains.jsonl")
+        if (step := chain.step("counterfactual"))
+    }
+    assert any("greedy search found no set of at most 1 history item " in text for text in texts)
+    assert "small set" not in page and not any("small set" in text for text in texts)
+
+
 def test_bad_explain_input(capsys, listed, tmp_path):
     error = refused(capsys, "explain", "--run_dir", str(listed), "--users", "nobody")
     assert "['nobody'] have no list" in error and "e.g. of users u" in error
@@ -511,6 +531,30 @@ def test_trace_says_when_the_stored_list_is_another(capsys, copied):
     manifest.write_text(json.dumps(value))
     call("trace", "--run_dir", str(copied))
     assert "DIFFERENT from the stored list" in capsys.readouterr().out
+
+
+def test_trace_follows_an_allow_list(capsys, listed, tmp_path):
+    run = tmp_path / "run"
+    for folder in ("data", "embeddings", "semantic_ids", "dataset", "sft"):
+        shutil.copytree(listed / folder, run / folder)
+    ids = pl.read_parquet(run / "data" / "catalog.parquet")["item_id"]
+    allow = tmp_path / "allow.txt"
+    allow.write_text("\n".join(map(str, ids[3:12])))
+    wanted = ("--k", "3", "--beam_width", "12", "--allow", str(allow))
+    call("recommend", "--run_dir", str(run), *wanted)
+    capsys.readouterr()
+    call("trace", "--run_dir", str(run), "--user", "u3")
+    said = capsys.readouterr().out
+    assert "EQUAL to the stored list" in said and "left 9 of 20 items" in said
+    assert re.search(r"level 3: \d of 20 prefixes survive \(1\d excluded\)", said)
+    allow.write_text("\n".join(map(str, ids[3:13])))
+    call("trace", "--run_dir", str(run), "--user", "u3")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "stored list: not compared" in said and "was changed since" in said
+    assert "to the stored list" not in said and "DIFFERENT" not in said
+    allow.unlink()
+    call("trace", "--run_dir", str(run), "--user", "u3")
+    assert "is no file any more" in " ".join(capsys.readouterr().out.split())
 
 
 def test_trace_of_a_run_that_is_not_finished(capsys, listed, tmp_path):

@@ -18,9 +18,9 @@ from genrec.decoding.free_text import TextSampling
 from genrec.evaluation.rating_errors import (
     baselines,
     biases,
+    known_ratings,
     mean_rating,
     rating_errors,
-    training_ratings,
 )
 from genrec.modeling import encode_text
 from genrec.rating import Rater, trained_ratings
@@ -142,14 +142,51 @@ def test_what_cannot_be_rated_is_refused(tiny, run, rater, tmp_path):
         trained_ratings(other)
 
 
-def test_training_ratings_end_where_training_ends(run):
-    log = pl.read_parquet(run / "data" / "interactions.parquet")
-    train = pl.read_parquet(run / "data" / "train.parquet")
-    found = training_ratings(train, run / "data" / "interactions.parquet")
+def test_known_ratings_are_all_before_a_users_target(run):
+    path = run / "data" / "interactions.parquet"
+    log = pl.read_parquet(path)
     last = log.group_by("user_id").agg(n=pl.len())
-    mine = log.join(last, on="user_id").filter(pl.col("position") < pl.col("n") - 2)
-    wanted = mine.drop_nulls("rating").select("user_id", "item_index", "rating")
-    assert sorted(found.rows()) == sorted(wanted.rows())
+    log = log.join(last, on="user_id")
+    train, valid, test = (
+        pl.read_parquet(run / "data" / f"{name}.parquet") for name in ("train", "valid", "test")
+    )
+
+    def wanted(held_out: int, of: pl.DataFrame = log) -> list[tuple]:
+        mine = of.filter(pl.col("position") < pl.col("n") - held_out).drop_nulls("rating")
+        return sorted(mine.select("user_id", "position", "item_index", "rating").rows())
+
+    assert sorted(known_ratings(valid, [train], path).rows()) == wanted(2)
+    # A test row's prompt shows the validation item and its rating, too.
+    assert sorted(known_ratings(test, [train, valid], path).rows()) == wanted(1)
+    # Of who has no such row: the parts before.
+    one = test["user_id"][0]
+    found = known_ratings(test.filter(pl.col("user_id") != one), [train], path)
+    own = log.filter(pl.col("user_id") == one)
+    assert sorted(found.filter(pl.col("user_id") == one).rows()) == wanted(2, own)
+    unrated = run / "data" / "unrated.parquet"
+    log.drop("n").with_columns(rating=pl.lit(None, dtype=pl.Float64)).write_parquet(unrated)
+    with pytest.raises(ValueError, match="before the targets has a rating"):
+        known_ratings(test, [train], unrated)
+    unrated.unlink()
+
+
+def test_the_shrinkage_is_chosen_on_each_users_newest_known_rating():
+    """Where older ratings say all of the newest, little shrinkage; where nothing, much."""
+    users = np.repeat(np.arange(60), 4)
+    position = np.tile(np.arange(4), 60)
+    taste = np.where(users % 2, 5.0, 1.0)
+    table = {"user_id": users, "position": position, "target_item_index": position * 60 + users}
+    steady = pl.DataFrame({**table, "rating": taste})
+    fickle = pl.DataFrame({**table, "rating": np.where(position == 3, 6.0 - taste, taste)})
+    for shuffled in (False, True):  # by position, not by the order of rows
+        for known, shrinkage in ((steady, "0.01"), (fickle, "30")):
+            found = baselines(known.sample(fraction=1, shuffle=shuffled, seed=0))
+            assert list(found)[-1] == f"biases, ridge {shrinkage}"
+    middle = baselines(steady.filter(position=3))  # one rating a user
+    assert list(middle)[-1] == "biases, ridge 1"
+    rows = pl.DataFrame({"user_id": [0], "target_item_index": [999]})
+    # Fitted to all ratings, the newest as well.
+    assert baselines(fickle)["user's mean"](rows) == pytest.approx((1 + 1 + 1 + 5) / 4)
 
 
 def test_biases_find_what_users_and_items_add():
@@ -172,7 +209,8 @@ def test_biases_find_what_users_and_items_add():
     mean = train["rating"].mean()
     for predict in (mean_rating(train, "user_id"), biases(train, 1.0)):
         assert predict(stranger)[0] == pytest.approx(mean, abs=0.2)
-    chosen = baselines(train, rows[:500])
+    order = pl.int_range(pl.len()).over("user_id")
+    chosen = baselines(train.with_columns(position=order))
     assert list(chosen)[-1].startswith("biases, ridge 0.")
     for predict in chosen.values():
         values = predict(rows)
