@@ -43,11 +43,17 @@ class ItemIndex:
         return np.where(known, order[place], -1)
 
     def rows_of_values(self, values: Sequence[Any]) -> np.ndarray:
-        """`rows` of Python values; one of another type is an unknown item; ``(n,)``."""
+        """`rows` of Python values; one of another type is an unknown item; ``(n,)``.
+
+        Raises:
+            ValueError: a single id in the place of a list of them.
+        """
+        if isinstance(values, str | bytes):
+            raise ValueError(f"{values!r} is one id; items are given as a list of ids")
         kind = str if self._ids.dtype == pl.String else int
         if all(type(value) is kind for value in values):
             try:
-                return self.rows(pl.Series(values, dtype=self._ids.dtype))
+                return self.rows(pl.Series(values=list(values), dtype=self._ids.dtype))
             except (OverflowError, TypeError, UnicodeEncodeError):  # of one value
                 pass
         return np.array([self._row(value) for value in values], dtype=np.int64)

@@ -260,6 +260,14 @@ class Recommender:
             parts.trained_on_target,
         )
 
+    def too_long(self, prompt: str) -> str | None:
+        """Why a prompt doesn't fit the model; None where it does, or no limit is known."""
+        needed = len(encode_prompts(self.tokenizer, [prompt])[0]) + self.engine.trie.n_levels
+        context = getattr(self.engine, "context", None)
+        if context is None or needed <= context:
+            return None
+        return f"with its item it needs {needed} tokens, and the model holds {context}"
+
     def prompts(self, histories: Sequence[Sequence[int]]) -> list[str]:
         """Rendered prompts of histories of catalogue rows, oldest first."""
         return [

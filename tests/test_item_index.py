@@ -30,3 +30,6 @@ def test_python_values_of_any_type():
     assert names.rows_of_values(["c", "b", "z", "\ud800", *odd]).tolist() == [2, 0] + [-1] * 12
     assert names.rows_of_values(["\ud800"]).tolist() == [-1]
     assert numbers.rows_of_values([]).tolist() == []
+    for one in ("a", b"a"):  # Polars would take it for the name of an empty column
+        with pytest.raises(ValueError, match="is one id; items are given as a list"):
+            names.rows_of_values(one)

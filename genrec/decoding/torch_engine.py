@@ -259,11 +259,16 @@ class TorchEngine:
             out[rows] = self._score_batch(head, batch, items[rows], tensors, prefilled)
         return out
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that a prompt and its item may have; None: no limit known."""
+        return attention_reach(self.model)
+
     def _batches(
         self, prompts: Sequence[Sequence[int]], batch_size: int | None = None
     ) -> list[np.ndarray]:
-        reach = attention_reach(self.model)
-        return length_batches(prompts, self.trie.n_levels, reach, batch_size or self.batch_size)
+        size = batch_size or self.batch_size
+        return length_batches(prompts, self.trie.n_levels, self.context, size)
 
     @torch.inference_mode()
     def _search_batch(

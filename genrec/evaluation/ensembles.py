@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from genrec.artifacts import load_manifest
+from genrec.artifacts import require
 from genrec.columns import ITEM_ID, RANK, ROW_ID, SCORE, USER_ID
 from genrec.generation.memory import check_weight
 
@@ -45,9 +45,7 @@ def check_runs(runs: Sequence[Path | str], with_memory: bool = False) -> list[Ma
     """
     told = []
     for folder in runs:
-        manifest = load_manifest(folder, "recommend")
-        if manifest is None:
-            raise ValueError(f"{folder} has no finished recommendations; run recommend first")
+        manifest = require(folder, "recommend")
         if "prepare" not in manifest.inputs or "split" not in manifest.config:
             raise ValueError(f"{folder} holds no lists of a split; those of --users can't be mixed")
         same = {

@@ -300,9 +300,13 @@ class ShardMaker:
             UNKNOWN: int(part[UNKNOWN].sum()),
         }
         table = self.recommender.table(part, prompts, result)
-        job.check_folder()
         info = ShardInfo(job.fingerprint, start, job.stop(start), counts)
-        return write_shard(job.path(start), table, info), time.perf_counter() - began
+        with locked(job.folder.parent):
+            job.check_folder()
+            # Another process may have made it meanwhile, and a manifest may name it: it stays.
+            if (there := job.find(start)) is not None:
+                return there, None
+            return write_shard(job.path(start), table, info), time.perf_counter() - began
 
     def _search(
         self,
@@ -459,7 +463,7 @@ def measured_speed(job: GenerationJob) -> dict[str, Any]:
 
 @contextmanager
 def locked(folder: Path | str) -> Iterator[None]:
-    """Hold the lock of a run folder: only one process at a time begins or ends a job there."""
+    """Hold the lock of a run folder: one process at a time begins or ends a job or a shard."""
     path = Path(folder) / ".recommend.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as stream:  # a rerun leaves the file as it is
@@ -467,7 +471,7 @@ def locked(folder: Path | str) -> Iterator[None]:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.warning("another process begins or ends this job; waiting for it")
+                logger.info("another process begins or ends work on this job; waiting for it")
                 fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError as error:  # a file system without locks
             logger.warning(

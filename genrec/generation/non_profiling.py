@@ -10,6 +10,7 @@ keep to what `allow` and `deny` leave.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from genrec.columns import (
 )
 from genrec.generation.allow_lists import read_table
 from genrec.item_lists import IntArray
+
+logger = logging.getLogger(__name__)
 
 NON_PROFILING = "non-profiling.parquet"  # in the folder of lists
 POPULARITY = "popularity in the training part, ties in the order of the catalogue"
@@ -191,7 +194,8 @@ def _named(path: Path | str) -> pl.DataFrame:
     if items.dtype.is_nested():
         raise ValueError(f"{path}: {ITEM_ID} holds {items.dtype}; one item can be on show")
     items = items.cast(pl.String).str.strip_chars().replace("", None)
-    named = table.select(pl.col(USER_ID).cast(pl.String), items.alias(ITEM_ID))
+    users = table[USER_ID].cast(pl.String).str.strip_chars()
+    named = pl.DataFrame([users.alias(USER_ID), items.alias(ITEM_ID)])
     named = named.unique(maintain_order=True)
     return named.filter(pl.col(ITEM_ID).is_not_null() | (pl.len().over(USER_ID) == 1))
 
@@ -220,7 +224,7 @@ def opted_out(
     twice = named.filter(pl.col(USER_ID).is_duplicated())
     if len(twice):
         raise ValueError(f"{path} names user {twice[USER_ID][0]!r} with more than one {ITEM_ID}")
-    found = users.cast(pl.String).alias(USER_ID).to_frame()
+    found = users.cast(pl.String).str.strip_chars().alias(USER_ID).to_frame()
     found = found.join(
         named.with_columns(_named=True), on=USER_ID, how="left", maintain_order="left"
     )
@@ -230,6 +234,11 @@ def opted_out(
             f"{path} names {len(named):,} users, and none of them is in this split (ids look like "
             f"{users[0]!r}); name the right file, or leave --opt_out away"
         )
+    if strangers := len(named) - named[USER_ID].is_in(found[USER_ID].implode()).sum():
+        logger.warning(
+            "%s: %d of %d users are in none of these rows; see how ids are written if they should",
+            path, strangers, len(named),
+        )  # fmt: skip
     index = catalog_ids.cast(pl.String).alias(ITEM_ID).to_frame().with_row_index("_row")
     unknown = named.join(index, on=ITEM_ID, how="anti").filter(pl.col(ITEM_ID).is_not_null())
     if len(unknown):

@@ -97,8 +97,8 @@ class UserColumns:
         history: item ids, oldest first: a list, or text with `separator` between them. Null and
             empty: a user without history.
         exclude: further items that the user must not get, likewise; None: there is no such column.
-        candidates: the only items that the user may get, likewise, but null (in text an empty
-            field): all of the catalogue. None: there is no such column.
+        candidates: the only items that the user may get, likewise, but null (in a text file a field
+            that is empty and not quoted): all of the catalogue. None: there is no such column.
         separator: between the ids of a list that is text.
     """
 

@@ -76,6 +76,9 @@ def prepare(
             recommender.require_family(recommender.search_family(rows))
         except ValueError as error:
             raise Refused(422, f"{where}query: {error}") from error
+        # Within its characters a query may still have more tokens than the model holds.
+        if why := recommender.too_long(recommender.search_prompt(request.query, rows)):
+            raise Refused(422, f"{where}query: beside the history {why}; shorten it")
     filter_seen = request.filter_seen
     if filter_seen is None:  # a searcher may look for what they have
         filter_seen = recommender.filter_seen and request.query is None

@@ -100,6 +100,28 @@ def test_shards_resume_and_nothing_is_doubled(world, tmp_path: Path):
     assert_frame_equal(table_of(one.folder), table, abs_tol=1e-5)
 
 
+def test_a_shard_that_another_process_made_meanwhile_stays(world, tmp_path: Path, monkeypatch):
+    """A scheduler may start a job again whose process still runs, with another batch size."""
+    shop, recommender = world
+    job = job_of(shop.splits.test, tmp_path / "job", 4, 10, 40)
+    there, theirs = tmp_path / "theirs", job_of(shop.splits.test, tmp_path / "theirs", 4, 10, 40)
+    generate(recommender, theirs)
+    (name,) = shards(there)
+    search = recommender.engine.search
+
+    def meanwhile(*args, **options):
+        found = search(*args, **options)
+        job.folder.mkdir(exist_ok=True)
+        (job.folder / name).write_bytes((there / name).read_bytes())
+        return found
+
+    monkeypatch.setattr(recommender.engine, "search", meanwhile)
+    written = []
+    monkeypatch.setattr(genrec.generation.jobs, "write_shard", lambda *args: written.append(args))
+    assert generate(recommender, job) == 30
+    assert not written and shards(job.folder) == shards(there)
+
+
 def test_parts_of_a_job_make_the_same_shards(world, tmp_path: Path):
     shop, recommender = world
     whole = job_of(shop.splits.test, tmp_path / "whole", 3, 10, 4)

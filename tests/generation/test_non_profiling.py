@@ -102,7 +102,7 @@ def test_the_hash_is_of_ids_and_counts():
     assert len(set(hashes)) == 3 and hashes[0] == hashes[3]
 
 
-def test_who_is_named(tmp_path):
+def test_who_is_named(tmp_path, caplog):
     text, table, ids = tmp_path / "out.txt", tmp_path / "out.csv", CATALOG["item_id"]
     text.write_text("7\n\n 12 \n")
     chosen, shown = opted_out(pl.Series([12, 1, 7]), text, ids)
@@ -112,6 +112,9 @@ def test_who_is_named(tmp_path):
     assert opted_out(pl.Series(["u0", "u1"]), table, ids)[0].to_list() == [False, True]
     with pytest.raises(ValueError, match="names 1 users, and none of them is in this split"):
         opted_out(pl.Series(["x"]), table, ids)
+    table.write_text('user_id,since\n"u1 ",2025\n u9,2025\n')  # as a spreadsheet pads them
+    assert opted_out(pl.Series(["u0", " u1"]), table, ids)[0].to_list() == [False, True]
+    assert "1 of 2 users are in none of these rows" in caplog.text
     text.write_text("\n")
     with pytest.raises(ValueError, match="names no user"):
         opted_out(pl.Series(["x"]), text, ids)

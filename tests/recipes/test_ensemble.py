@@ -11,8 +11,7 @@ import polars as pl
 def test_two_runs_become_one_system(in_process, tiny_run, tmp_path):
     runs = [tmp_path / "one", tmp_path / "two"]
     for run in runs:
-        for name in ("data", "recommendations"):
-            shutil.copytree(tiny_run / name, run / name)
+        shutil.copytree(tiny_run, run)
     output = tmp_path / "lists" / "both.parquet"
     flags = ["--runs", str(runs[0]), str(runs[1]), "--output", str(output), "--k", "5"]
     said = in_process("ensemble", None, *flags)
@@ -56,8 +55,7 @@ def test_a_memory_beside_one_run(in_process, tiny_run, tmp_path):
     assert mixed.join(had, on=["row_id", "item_id"], how="semi").is_empty()
     both = ["--memory_weight", "0.3", "--output", str(tmp_path / "both.parquet")]
     repeated = tmp_path / "again"
-    for name in ("data", "recommendations"):
-        shutil.copytree(tiny_run / name, repeated / name)
+    shutil.copytree(tiny_run, repeated)
     two = ["--runs", str(tiny_run), str(repeated), *flags[2:], *both]
     assert "by 2 models and a memory of weight 0.3" in in_process("ensemble", None, *two)
     more = ["--output", str(tmp_path / "x.parquet")]
@@ -71,8 +69,7 @@ def test_a_memory_beside_one_run(in_process, tiny_run, tmp_path):
 
 def test_lists_that_a_memory_would_break(in_process, tiny_run, tmp_path):
     run = tmp_path / "run"
-    for name in ("data", "recommendations"):
-        shutil.copytree(tiny_run / name, run / name)
+    shutil.copytree(tiny_run, run)
     manifest = run / "recommendations" / "manifest.json"
     plain = json.loads(manifest.read_text())
     output = ["--output", str(tmp_path / "x.parquet"), "--k", "5"]
@@ -94,5 +91,9 @@ def test_lists_that_a_memory_would_break(in_process, tiny_run, tmp_path):
     assert "made with deny=" in in_process("ensemble", None, *two, fails=True)
     told({"inputs": {}})
     assert "holds no lists of a split" in in_process("ensemble", None, *flags, fails=True)
+    told({})
+    shard = next((run / "recommendations").glob("recommendations-*.parquet"))
+    shard.write_bytes(shard.read_bytes() + b"more")
+    assert "its manifest says" in in_process("ensemble", None, *two, fails=True)
     shutil.rmtree(run / "recommendations")
     assert "recommend" in in_process("ensemble", None, *flags, fails=True)

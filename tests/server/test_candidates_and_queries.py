@@ -114,5 +114,10 @@ def test_queries_that_can_not_be(client, searching):
     assert "query: the model was not trained on 'query_search'" in said
     said = post(client, {"requests": [{"history": [], "query": "hat"}]}, 422)["detail"]
     assert said.startswith("requests[0].query: ")
+    ids = searching[1].catalog["item_id"].to_list()
+    long = "Привет мир как дела " * 40  # few characters, many tokens
+    said = post(searching[0], {"history": ids[:3], "query": long}, 422)["detail"]
+    assert said.startswith("query: beside the history with its item it needs ")
+    assert said.endswith("; shorten it")
     for query in ("", "x" * 1025, 7, " \n"):
         assert "query" in post(searching[0], {"history": [], "query": query}, 422)["detail"]
