@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import re
 import secrets
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -34,11 +35,22 @@ from genrec.audit.schema import SCHEMA, check
 HEAD = "head.json"
 OLD_LOG = "audit.jsonl"  # of schema 1
 SHARD_SIZE = 10_000
+_SHARDS = "audit-*.jsonl"
+_SHARD = re.compile(r"audit-([0-9]{5,})\.jsonl")
 
 
 def shard_name(shard: int) -> str:
     """File of a shard."""
     return f"audit-{shard:05d}.jsonl"
+
+
+def shard_number(name: str) -> int | None:
+    """Number of a shard by the name of its file; None of any other name.
+
+    A number has one name: were audit-000000.jsonl shard 0 too, one file could hide another.
+    """
+    match = _SHARD.fullmatch(name)
+    return int(match[1]) if match and name == shard_name(int(match[1])) else None
 
 
 def record_hash(record: Mapping[str, Any]) -> str:
@@ -259,7 +271,7 @@ def write_log(
             there is no log.
     """
     folder, named = Path(folder), {"log_id": state[0], "counter": state[1]}
-    for old in [*folder.glob("audit-*.jsonl"), folder / HEAD]:
+    for old in [*folder.glob(_SHARDS), folder / HEAD]:
         old.unlink(missing_ok=True)
     shards: list[dict[str, Any]] = []
     leaves_path = leaves_file(anchor_file, named)
@@ -281,13 +293,14 @@ def write_log(
 
 
 def shard_paths(folder: Path | str) -> list[Path]:
-    """Shards that are there, in order.
+    """Shards that are there, in order: all that verification checks, and nothing else.
 
     Raises:
         ValueError: the folder holds a log of schema 1, or none.
     """
     folder = Path(folder)
-    paths = sorted(folder.glob("audit-*.jsonl"), key=lambda path: (len(path.name), path.name))
+    numbers = (shard_number(path.name) for path in folder.glob(_SHARDS))
+    paths = [folder / shard_name(shard) for shard in sorted(n for n in numbers if n is not None)]
     if not paths and (folder / OLD_LOG).is_file():
         raise ValueError(
             f"{folder / OLD_LOG} is a log of schema 1, this genrec reads {SCHEMA}: verify it with "
@@ -299,6 +312,12 @@ def shard_paths(folder: Path | str) -> list[Path]:
             f"{folder / shard_name(0)} does not exist; run: genrec audit --run_dir {folder.parent}"
         )
     return paths
+
+
+def strange_names(folder: Path | str) -> list[str]:
+    """Files that look like shards, but have no shard's name; nothing reads them."""
+    names = sorted(path.name for path in Path(folder).glob(_SHARDS))
+    return [name for name in names if shard_number(name) is None]
 
 
 @dataclass(frozen=True)

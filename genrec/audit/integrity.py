@@ -29,13 +29,14 @@ from genrec.audit.custody import (
     record_hash,
     shard_entry,
     shard_name,
+    shard_number,
     shard_paths,
     shards_root,
+    strange_names,
 )
 from genrec.audit.keys import PublicKey
 from genrec.audit.schema import SCHEMA, problem
 
-_SHARD = re.compile(r"audit-(\d{5,})\.jsonl")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -118,12 +119,10 @@ def check_log(
         ValueError: there is no log, or one of another schema.
     """
     state, folder = LogState(), Path(folder)
-    by_shard: dict[int, Path] = {}
-    for path in shard_paths(folder):
-        if match := _SHARD.fullmatch(path.name):
-            by_shard[int(match[1])] = path
-        else:
-            state.find("insertion", "no name of a shard", path.name)
+    paths = shard_paths(folder)
+    by_shard = {n: path for path in paths if (n := shard_number(path.name)) is not None}
+    for name in strange_names(folder):
+        state.find("insertion", "no name of a shard", name)
     state.head = _read_head(folder / HEAD, state)
     shards = _stated_shards(state.head)
     anchored, leaves = None, None

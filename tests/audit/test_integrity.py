@@ -185,6 +185,19 @@ def test_cut_tails(log):
     assert "deletion: audit-00000.jsonl: the shard is missing; it held 4 records" in said(log)
 
 
+@pytest.mark.parametrize("name", ["audit-000000.jsonl", "audit-٠٠٠٠٠.jsonl", "audit-0.jsonl",
+                                  "audit-copy.jsonl"])  # fmt: skip
+def test_no_second_name_of_a_shard_hides_the_first(log, name):
+    (log[0] / name).write_bytes(shard(log, 0).read_bytes())
+    assert said(log) == f"insertion: {name}: no name of a shard"
+    assert [r["record"] for r in read_log(log[0])] == list(range(N))  # as verified, each once
+    lines = records(log, 0)
+    lines[1]["verdict"] = "failed"
+    put(log, 0, lines)
+    assert "edit: audit-00000.jsonl, line 2: its content doesn't match its own hash" in said(log)
+    assert [r["verdict"] for r in read_log(log[0])].count("failed") == 1
+
+
 def test_a_shard_that_was_taken_out_of_the_head_too(bench, log):
     shard(log, 2).unlink()
     bench["recompute"](log[0])
