@@ -24,7 +24,8 @@ every head that was signed, which is how an older log that was put back is found
 where those who can write the run can't.
 
 `verify` and `check` exit with status 1 on any finding, `replay` if a list isn't reproduced; a
-record whose user was erased is said to be so and counts as neither.
+record whose user was erased is said to be so and counts as neither. `erase` exits with status 1 if
+a file is left that holds or may hold the user's data, and names it.
 """
 
 from __future__ import annotations
@@ -381,7 +382,7 @@ def check() -> None:
 
 
 def erase() -> None:
-    """Erase a user's payloads and show the page without them."""
+    """Erase a user's payloads and show the page without them; exit status 1 if anything is left."""
     args = parse(EraseSettings, args=sys.argv[2:])
     from genrec.audit.erasure import erase as erase_user
     from genrec.audit.keys import AuditKey
@@ -390,19 +391,19 @@ def erase() -> None:
     key_path, anchor_path = custody(args.run_dir, args.key_file, args.anchor_file)
     folder = stage_folder(args.run_dir, "audit")
     done = erase_user(args.run_dir, args.user, AuditKey.load(key_path), anchor_path, now())
-    page = folder / "report.html"
-    page.unlink(missing_ok=True)
     print(f"erased {done.payloads} payloads of {len(done.records)} records: {done.records}")
-    for path in done.left:
-        print(f"{path} is of an older schema and holds the history in the log itself: delete it")
     try:
         render(RecordedRun.load(args.run_dir, args.source_run), args.report_users)
-    except ValueError as error:
-        print(f"{page} is removed; it can't be made again: {error}")
+    except (ValueError, OSError) as error:
+        print(f"{folder}/report.html is removed; it can't be made again: {error}")
     print(
         "the stages that the log was made from (data, dataset, recommendations, explanations, "
         "evaluation) still hold this user's rows: rebuild or delete them"
     )
+    for path, why in done.left.items():
+        print(f"NOT erased: {path}: {why}; restore it and erase again, or delete it")
+    if done.left:
+        raise SystemExit(1)
 
 
 def main() -> None:

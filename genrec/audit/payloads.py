@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from genrec.audit.canonical import canonical
+from genrec.columns import USER_ID
 
 STORE = "payloads.sqlite"
 PARTS = ("identity", "input", "chains")  # committed to one by one, so that one can be shown alone
@@ -109,6 +110,24 @@ class Store:
         query = "SELECT DISTINCT record FROM payload ORDER BY record"
         return (number for (number,) in self._connection.execute(query))
 
+    def records_of(self, user_id: object) -> tuple[list[int], list[int]]:
+        """Numbers of the records whose payload is a user's, and of those that don't say whose.
+
+        No key is needed, other than to find a user in the log. Ids are compared as text.
+        """
+        query = (
+            "SELECT record, MAX(CASE part WHEN 'identity' THEN content END) FROM payload "
+            "GROUP BY record"
+        )
+        found, unknown = [], []
+        for number, content in self._connection.execute(query):
+            try:
+                if str(json.loads(content)[USER_ID]) == str(user_id):
+                    found.append(number)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                unknown.append(number)
+        return found, unknown
+
 
 @contextmanager
 def _connect(path: Path, make: bool = False) -> Iterator[sqlite3.Connection]:
@@ -154,6 +173,11 @@ def erase_payloads(folder: Path | str, records: Iterable[int]) -> int:
         query = "SELECT COUNT(*) FROM payload WHERE record = ? AND part = 'identity'"
         found = sum(connection.execute(query, number).fetchone()[0] for number in numbers)
         connection.executemany("DELETE FROM payload WHERE record = ?", numbers)
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("VACUUM")  # free pages leave the file
+    try:
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("VACUUM")  # free pages leave the file
+    except sqlite3.DatabaseError as error:
+        raise StoreError(
+            f"{path}: the payloads are deleted, but it can't be made smaller: {error}"
+        ) from error
     return found

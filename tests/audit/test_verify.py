@@ -126,7 +126,7 @@ def test_erasing_a_user_leaves_the_rest_verifiable(copied):
     (copied / "audit.old-2" / "audit.jsonl").write_text("{}\n")
     done = erase(copied, record["user_id"], key, anchor_file, TIME)
     assert done.records == [2] and done.payloads == 2  # the older state's too
-    assert done.left == [copied / "audit.old-2" / "audit.jsonl"]
+    assert list(done.left) == [copied / "audit.old-2" / "audit.jsonl"]
     assert not (old / "report.html").exists()
     found = verify(copied)
     assert found.findings == [] and found.erased == 1 and list(read_log(copied / "audit")) == before
@@ -146,6 +146,52 @@ def test_erasing_a_user_leaves_the_rest_verifiable(copied):
     assert findings(copied) == ""
     shutil.copy(kept, copied / "audit" / STORE)
     assert "its payload is there although it was erased" in findings(copied)
+
+
+def test_older_states_are_erased_without_their_log_or_key(copied):
+    """Of a state whose writer was killed no shard is there, and others were made under a lost key.
+
+    What can't be read is named and keeps nothing else from being erased.
+    """
+    key = AuditKey.load(custody(copied) / "audit.key")
+    (record,) = read_opened(copied / "audit", [2])
+    killed = shutil.copytree(copied / "audit", copied / "audit.old-1")
+    for path in [*killed.glob("audit-*.jsonl"), killed / "head.json"]:
+        path.unlink()
+    (killed / ".report.html.7.partial").write_text(str(record["user_id"]))
+    damaged = shutil.copytree(killed, copied / "audit.old-2")
+    (damaged / STORE).write_bytes(b"nonsense" * 1000)
+    foreign = shutil.copytree(copied / "audit", copied / "audit.old-3")
+    log = foreign / "audit-00000.jsonl"
+    log.write_text(log.read_text().replace(record["user"]["pseudonym"], "f" * 64))
+    with sqlite3.connect(foreign / STORE) as connection:
+        connection.execute("DELETE FROM payload WHERE record = 5 AND part = 'identity'")
+    connection.close()
+    for again in (False, True):
+        done = erase(copied, record["user_id"], key, custody(copied) / "heads.jsonl", TIME)
+        assert done.payloads == (0 if again else 3) and done.records == [2]
+        assert list(done.left) == [damaged / STORE, foreign / STORE]
+        assert "can't be read: file is not a database" in done.left[damaged / STORE]
+        assert "records [5] don't say whose they are" in done.left[foreign / STORE]
+        assert not list(copied.glob("audit*/*report.html*"))
+        assert findings(copied) == ""
+    for folder in (copied / "audit", killed, foreign):
+        assert record["input"]["prompt"].encode() not in (folder / STORE).read_bytes()
+    with pytest.raises(ValueError, match="no record of user 'nobody' .*old-2.*can't be read"):
+        erase(copied, "nobody", key, custody(copied) / "heads.jsonl", TIME)
+
+
+def test_a_user_of_older_states_alone_is_erased(copied):
+    old = shutil.copytree(copied / "audit", copied / "audit.old-1")
+    with sqlite3.connect(old / STORE) as connection:
+        content = '{"row_id":"gone-0","user_id":"gone"}'
+        where = "part = 'identity' AND record = 3"
+        connection.execute(f"UPDATE payload SET content = ? WHERE {where}", (content,))
+    connection.close()
+    key = AuditKey.load(custody(copied) / "audit.key")
+    done = erase(copied, "gone", key, custody(copied) / "heads.jsonl", TIME)
+    assert (done.records, done.payloads, done.left) == ([], 1, {}) and findings(copied) == ""
+    assert b"gone-0" not in (old / STORE).read_bytes()
 
 
 def test_who_can_not_be_erased(copied, tmp_path):

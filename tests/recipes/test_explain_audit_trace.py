@@ -217,6 +217,23 @@ def test_prove_check_erase_and_report(capsys, copied, tmp_path):
     assert "name the user" in refused(capsys, "audit", "erase", *where)
 
 
+def test_what_erase_can_not_reach_is_named(capsys, copied):
+    """A page that shows the user is gone whatever else can't be erased."""
+    old = shutil.copytree(copied / "audit", copied / "audit.old-1")
+    (old / "payloads.sqlite").write_bytes(b"nonsense" * 1000)
+    user = pl.read_parquet(copied / "recommendations" / "rows.parquet")["user_id"][0]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            call("audit", "erase", "--run_dir", str(copied), "--user", str(user))
+        said = capsys.readouterr().out
+        assert stop.value.code == 1 and "payloads of 1 records: [0]" in said
+        assert f"NOT erased: {old / 'payloads.sqlite'}: " in said and "can't be read" in said
+        assert not (old / "report.html").exists()
+        assert "The user was erased" in (copied / "audit" / "report.html").read_text()
+    shutil.rmtree(old)
+    call("audit", "erase", "--run_dir", str(copied), "--user", str(user))
+
+
 def test_keys_inside_the_run_are_refused(capsys, listed, copied, tmp_path):
     for verb in ((), ("keygen",)):
         inside = ("--run_dir", str(copied), "--key_file", str(copied / "audit.key"))
