@@ -194,6 +194,7 @@ def next_state(folder: Path | str, anchor_file: Path | str, key: PublicKey) -> t
     """(log id, counter) of the log that is to be written into `folder`.
 
     A rewrite keeps the id of what it replaces, so that the anchor tells which state is the newest.
+    Where the head is gone, also since a rewrite was killed, the anchor knows what the folder held.
 
     Raises:
         ValueError: the anchor is damaged or another key's, so that no head can be added to it.
@@ -207,11 +208,12 @@ def next_state(folder: Path | str, anchor_file: Path | str, key: PublicKey) -> t
         )
     path = Path(folder) / HEAD
     head = read_json(path) if path.is_file() else None
-    log_id = head.get("log_id") if isinstance(head, dict) else None
-    if not isinstance(head, dict) or not isinstance(log_id, str):
-        return secrets.token_hex(6), 1
-    latest = known.latest_head(log_id)
-    return log_id, int(latest["content"]["counter"] if latest else head.get("counter", 0)) + 1
+    if not isinstance(head, dict) or not isinstance(head.get("log_id"), str):
+        last = known.last_head_in(anchor.folder_hash(folder))
+        head = last["content"] if last else {"log_id": secrets.token_hex(6)}
+    latest = known.latest_head(head["log_id"])
+    counter = latest["content"]["counter"] if latest else head.get("counter", 0)
+    return head["log_id"], int(counter) + 1
 
 
 def leaves_file(anchor_file: Path | str, head: Mapping[str, Any]) -> Path:
@@ -288,7 +290,7 @@ def write_log(
             gc.collect()
     head = make_head(shards, key, state, time)
     write_json(folder / HEAD, head)
-    anchor.append(anchor_file, anchor.HEAD_KIND, state[0], time, head, key)
+    anchor.append(anchor_file, anchor.HEAD_KIND, state[0], time, head, key, folder)
     return head
 
 

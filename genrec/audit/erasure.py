@@ -73,7 +73,9 @@ def erase(
         done &= anchor.read_anchor(anchor_file, key.public).erased(head["log_id"], head["counter"])
     if set(numbers) - done:
         content = {"counter": head["counter"], "records": numbers}
-        entry = anchor.append(anchor_file, anchor.ERASURE_KIND, head["log_id"], time, content, key)
+        entry = anchor.append(
+            anchor_file, anchor.ERASURE_KIND, head["log_id"], time, content, key, folder
+        )
         before = (folder / ERASURES).read_bytes() if (folder / ERASURES).exists() else b""
         write_bytes(folder / ERASURES, before + canonical(entry) + b"\n")
     return Erasure(numbers, erased, left)

@@ -335,11 +335,18 @@ def _check_anchor(
         return None
     anchored: dict[str, Any] = latest["content"]
     head = state.head
-    if head_is_signed(head, key) and head.get("counter") != anchored["counter"]:
+    # Whoever takes the head away before a rewrite gives the next log another id, or the id of some
+    # other log; the folder tells all the same.
+    last = state.anchor.last_head_in(latest.get("folder")) or latest
+    newest = latest if last["log_id"] == latest["log_id"] else last
+    same = newest is latest and head.get("counter") == anchored["counter"]
+    if head_is_signed(head, key) and not same:
+        other = f"log {newest['log_id']}, " if newest is not latest else ""
         state.find(
             "rollback",
-            f"it is state {head.get('counter')} of {head.get('time')}, state "
-            f"{anchored['counter']} was signed on {anchored['time']}: an older log was put back",
+            f"it is state {head.get('counter')} of {head.get('time')}, {other}state "
+            f"{newest['content']['counter']} was signed on {newest['time']}: an older log was put "
+            "back",
             HEAD,
         )
         return None
