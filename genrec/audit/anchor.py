@@ -66,6 +66,11 @@ class Anchor:
         heads = [e for e in self.entries if e["kind"] == HEAD_KIND and e.get("folder") == folder]
         return heads[-1] if heads and folder is not None else None
 
+    def erasures(self, log_id: object, folder: object) -> list[dict[str, Any]]:
+        """Erasures in a log, whatever its state, and in others that were in its folder."""
+        named = [entry for entry in self.entries if entry["kind"] == ERASURE_KIND]
+        return [e for e in named if e["log_id"] == log_id or e.get("folder") == folder]
+
     def erased(self, log_id: object, counter: object) -> set[int]:
         """Numbers of the records of one state of a log whose payload was erased."""
         return {

@@ -8,10 +8,11 @@ import sqlite3
 
 import pytest
 
-from genrec.artifacts import sha256_file
-from genrec.audit.anchor import read_anchor
+from genrec.artifacts import read_json, sha256_file
+from genrec.audit.anchor import read_anchor, signed
+from genrec.audit.canonical import canonical
 from genrec.audit.custody import read_log
-from genrec.audit.erasure import ERASURES, erase
+from genrec.audit.erasure import ERASURES, erase, erased_users
 from genrec.audit.keys import AuditKey, public_path
 from genrec.audit.payloads import STORE
 from genrec.audit.records import read_opened
@@ -192,6 +193,54 @@ def test_a_user_of_older_states_alone_is_erased(copied):
     done = erase(copied, "gone", key, custody(copied) / "heads.jsonl", TIME)
     assert (done.records, done.payloads, done.left) == ([], 1, {}) and findings(copied) == ""
     assert b"gone-0" not in (old / STORE).read_bytes()
+    assert key.pseudonym("gone") in erased_users(
+        copied / "audit", custody(copied) / "heads.jsonl", key, "of no log"
+    )
+
+
+def test_who_was_erased_is_known_from_the_anchor_or_from_beside_the_log(copied):
+    key, anchor_file = AuditKey.load(custody(copied) / "audit.key"), custody(copied) / "heads.jsonl"
+    folder, log_id = copied / "audit", read_json(copied / "audit" / "head.json")["log_id"]
+    first, second, *_ = read_opened(folder)
+    for record in (first, second):
+        erase(copied, record["user_id"], key, anchor_file, TIME)
+    both = {record["user"]["pseudonym"] for record in (first, second)}
+    assert erased_users(folder, anchor_file, key, log_id) == both
+    assert erased_users(folder, copied.parent / "none.jsonl", key, log_id) == both
+    folder.rename(copied / "audit.old-1")
+    assert erased_users(folder, copied.parent / "none.jsonl", key, log_id) == both
+    other = AuditKey(b"x" * 32)
+    with pytest.raises(
+        ValueError, match=f"old-1/erasures.jsonl names .* erased under key {key.key_id}"
+    ):
+        erased_users(folder, copied.parent / "none.jsonl", other, log_id)
+    shutil.rmtree(copied / "audit.old-1")
+    assert erased_users(folder, anchor_file, key, "another") == both  # in this folder
+    assert erased_users(copied / "elsewhere", anchor_file, key, log_id) == both  # of this log
+    assert erased_users(copied / "elsewhere", anchor_file, key, "another") == set()
+
+
+def test_an_erasure_without_pseudonyms_is_traced_by_its_records(copied):
+    """As earlier versions noted it."""
+    key, anchor_file = AuditKey.load(custody(copied) / "audit.key"), custody(copied) / "heads.jsonl"
+    log_id = read_json(copied / "audit" / "head.json")["log_id"]
+    (record,) = read_opened(copied / "audit", [2])
+    erase(copied, record["user_id"], key, anchor_file, TIME)
+    *lines, last = anchor_file.read_bytes().splitlines(keepends=True)
+    entry = json.loads(last)
+    bare = {n: v for n, v in entry.items() if n not in ("folder", "key_id", "signature")}
+    bare["content"] = {n: v for n, v in entry["content"].items() if n != "pseudonyms"}
+    anchor_file.write_bytes(b"".join([*lines, canonical(signed(bare, key)) + b"\n"]))
+    (copied / "audit" / ERASURES).unlink()
+    assert findings(copied) == ""
+    old = (copied / "audit").rename(copied / "audit.old-1")
+    wanted = {record["user"]["pseudonym"]}
+    assert erased_users(copied / "audit", anchor_file, key, log_id) == wanted
+    shutil.rmtree(old)
+    with pytest.raises(
+        ValueError, match=r"records \[2\] in state 1 of log .* name another --anchor"
+    ):
+        erased_users(copied / "audit", anchor_file, key, log_id)
 
 
 def test_who_can_not_be_erased(copied, tmp_path):
