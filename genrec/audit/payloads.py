@@ -90,7 +90,8 @@ class Store:
         """Payload of a record; None if there is none.
 
         Raises:
-            StoreError: a part of it is damaged.
+            StoreError: a part of it is damaged, or not stored in the form that `add` gives it, in
+                which a second value could hide.
         """
         if not isinstance(record, int) or not 0 <= record < 1 << 63:  # any JSON may ask
             return None
@@ -99,11 +100,21 @@ class Store:
         for part, salt, content in self._connection.execute(query, (record,)):
             try:
                 sealed = Sealed(str(salt), json.loads(content))
-                bytes.fromhex(sealed.salt)
+                if (salt, content) != (bytes.fromhex(sealed.salt).hex(), sealed.data.decode()):
+                    raise ValueError("it is not in canonical form")
             except (ValueError, TypeError, RecursionError) as error:
                 raise StoreError(f"{self._path}: {part} of record {record}: {error}") from error
             found[str(part)] = sealed
         return found or None
+
+    def strange_tables(self) -> list[str]:
+        """What the file holds beside the table of payloads, or in its place."""
+        query = "SELECT type, name, sql FROM sqlite_master ORDER BY name"
+        return [
+            f"{kind} {name}"
+            for kind, name, sql in self._connection.execute(query)
+            if (kind, name, str(sql).split()) != ("table", "payload", _TABLE.split())
+        ]
 
     def records(self) -> Iterator[int]:
         """Numbers of the records that have a payload, in order."""

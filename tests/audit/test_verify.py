@@ -81,6 +81,41 @@ def test_changed_payloads(copied):
     assert "holds payloads of no record: [99]" in text and text.count("\n") == 4
 
 
+def test_nothing_hides_beside_what_records_commit_to(copied):
+    with sqlite3.connect(copied / "audit" / STORE) as connection:
+        connection.execute("CREATE TABLE notes AS SELECT * FROM payload WHERE record < 3")
+        connection.execute("INSERT INTO payload VALUES (1, 'mood', '00', '[]')")
+        for number, change in {
+            2: 'content = \'{"user_id":"false",\' || SUBSTR(content, 2)',  # the last one counts
+            5: "content = ' ' || content",
+            6: "salt = UPPER(salt) || ' '",
+            7: "content = '{'",
+            8: "content = CAST(content AS BLOB)",
+        }.items():
+            where = f"record = {number} AND part = 'identity'"
+            connection.execute(f"UPDATE payload SET {change} WHERE {where}")
+    connection.close()
+    found = verify(copied).findings
+    assert {f.text for f in found if f.file == STORE} == {
+        "it holds more than payloads: table notes"
+    }
+    text = "\n".join(map(str, found))
+    assert (
+        "audit-00000.jsonl, line 2: its payload has a part 'mood' that no record commits to" in text
+    )
+    for number in (2, 5, 6, 7, 8):
+        place = f"audit-{number // 4:05d}.jsonl, line {number % 4 + 1}: "
+        why = f"{copied / 'audit' / STORE}: identity of record {number}: "
+        assert f"{place}{why}" in text
+        assert (f"{why}it is not in canonical form" in text) == (number != 7)
+    assert len(found) == 7
+    with sqlite3.connect(copied / "audit" / STORE) as connection:
+        connection.execute("DROP TABLE notes")
+        connection.execute("ALTER TABLE payload ADD COLUMN more TEXT")
+    connection.close()
+    assert "it holds more than payloads: table payload" in findings(copied)
+
+
 def test_a_changed_file_names_the_file(copied):
     path = copied / "data" / "catalog.parquet"
     path.write_bytes(path.read_bytes() + b"x")
