@@ -24,7 +24,9 @@ every head that was signed, which is how an older log that was put back is found
 where those who can write the run can't.
 
 `verify` and `check` exit with status 1 on any finding, `replay` if a list isn't reproduced; a
-record whose user was erased is said to be so and counts as neither.
+record whose user was erased is said to be so and counts as neither. `erase` exits with status 1 if
+a file is left that holds or may hold the user's data, and names it; who was erased stays so when
+the log is made again under the same key, and under another one it is refused.
 """
 
 from __future__ import annotations
@@ -184,6 +186,7 @@ def custody(
 
 def the_key(args: AuditArgs, path: Path) -> AuditKey:
     """The key that signs; a new one only where no log exists that an old one signed."""
+    from genrec.audit.erasure import check_erasures
     from genrec.audit.keys import AuditKey
 
     if path.exists():
@@ -193,6 +196,7 @@ def the_key(args: AuditArgs, path: Path) -> AuditKey:
             f"{path} does not exist, but a log was signed already; restore the key, or make a new "
             "log under a new key with --overwrite true"
         )
+    check_erasures(stage_folder(args.run_dir, "audit"), None)
     key = AuditKey.create(path)
     print(f"made key {key.key_id} in {path}: keep it away from those who can write the run")
     return key
@@ -215,6 +219,7 @@ def write() -> None:
     args = parse(AuditArgs)
     recommend = require(args.run_dir, "recommend")
     from genrec.audit.custody import next_state, write_log
+    from genrec.audit.erasure import erased_users, note_erasure, without_erased
     from genrec.audit.recorded import RecordedRun, check_source, source_of
     from genrec.audit.records import ENVIRONMENT, UNLISTED, build_records, environment
     from genrec.audit.schema import SCHEMA
@@ -242,19 +247,25 @@ def write() -> None:
         find = presidio_finder(args.presidio_model, args.presidio_language)
     stage = Stage(args.run_dir, "audit", config, inputs, ignore=ignore, hashes=hashes)
     state = next_state(stage.folder, anchor_path, key.public)
+    erased, gone = erased_users(stage.folder, anchor_path, key, state[0]), dict[int, str]()
     if stage.is_done(args.overwrite):
         return
     time, recorded = now(), RecordedRun.load(args.run_dir, args.source_run)
     write_text(stage.folder / ENVIRONMENT, environment())
     lists = tqdm(build_records(recorded, key, time, find), unit="record", total=recorded.n_rows)
-    head = write_log(stage.folder, lists, key, anchor_path, state, time, args.shard_size)
+    made = without_erased(lists, erased, gone)
+    head = write_log(stage.folder, made, key, anchor_path, state, time, args.shard_size)
+    if gone:
+        users = sorted(set(gone.values()))
+        note_erasure(stage.folder, head, list(gone), users, key, anchor_path, time)
     render(recorded, args.report_users)
     root, records = head["merkle_root"], head["records"]
     metrics = {"merkle_root": root, "key_id": key.key_id, "log_id": head["log_id"]}
     stage.finish(rows=records, metrics=metrics, skip=UNLISTED)
     print(
-        f"{records:,} records, {len(recorded.chains):,} of them explained, Merkle root {root}, "
-        f"anchored in {anchor_path}\nopen {stage.folder}/report.html"
+        f"{records:,} records, {len(recorded.chains):,} of them explained, {len(gone):,} of erased "
+        f"users without payload, Merkle root {root}, anchored in {anchor_path}\n"
+        f"open {stage.folder}/report.html"
     )
 
 
@@ -381,7 +392,7 @@ def check() -> None:
 
 
 def erase() -> None:
-    """Erase a user's payloads and show the page without them."""
+    """Erase a user's payloads and show the page without them; exit status 1 if anything is left."""
     args = parse(EraseSettings, args=sys.argv[2:])
     from genrec.audit.erasure import erase as erase_user
     from genrec.audit.keys import AuditKey
@@ -390,19 +401,19 @@ def erase() -> None:
     key_path, anchor_path = custody(args.run_dir, args.key_file, args.anchor_file)
     folder = stage_folder(args.run_dir, "audit")
     done = erase_user(args.run_dir, args.user, AuditKey.load(key_path), anchor_path, now())
-    page = folder / "report.html"
-    page.unlink(missing_ok=True)
     print(f"erased {done.payloads} payloads of {len(done.records)} records: {done.records}")
-    for path in done.left:
-        print(f"{path} is of an older schema and holds the history in the log itself: delete it")
     try:
         render(RecordedRun.load(args.run_dir, args.source_run), args.report_users)
-    except ValueError as error:
-        print(f"{page} is removed; it can't be made again: {error}")
+    except (ValueError, OSError) as error:
+        print(f"{folder}/report.html is removed; it can't be made again: {error}")
     print(
         "the stages that the log was made from (data, dataset, recommendations, explanations, "
         "evaluation) still hold this user's rows: rebuild or delete them"
     )
+    for path, why in done.left.items():
+        print(f"NOT erased: {path}: {why}; restore it and erase again, or delete it")
+    if done.left:
+        raise SystemExit(1)
 
 
 def main() -> None:

@@ -4,6 +4,11 @@ Two kinds stand in it: the head of every log that was written, and every erasure
 its number, the hash of the entry before it and a signature. A log that was put back to an older
 state has a valid signature; that a newer head was signed since, only the anchor knows. Whoever can
 cut the anchor's tail as well can hide that, so let nobody who writes runs write here, or copy it.
+
+An entry also names the folder that its log was written into, by a hash: what was signed for one
+folder are the states of one log, also where the log's id was lost with its head. Entries of earlier
+versions name none. So once a run was moved and another is made in its place under the same anchor,
+the one that was moved is taken for an older state, until its log is made again.
 """
 
 from __future__ import annotations
@@ -56,6 +61,16 @@ class Anchor:
         heads = [e for e in self.entries if e["kind"] == HEAD_KIND and e["log_id"] == log_id]
         return max(heads, key=lambda entry: entry["content"]["counter"], default=None)
 
+    def last_head_in(self, folder: object) -> dict[str, Any] | None:
+        """Head that was signed last for a folder (see `folder_hash`); None: none that names it."""
+        heads = [e for e in self.entries if e["kind"] == HEAD_KIND and e.get("folder") == folder]
+        return heads[-1] if heads and folder is not None else None
+
+    def erasures(self, log_id: object, folder: object) -> list[dict[str, Any]]:
+        """Erasures in a log, whatever its state, and in others that were in its folder."""
+        named = [entry for entry in self.entries if entry["kind"] == ERASURE_KIND]
+        return [e for e in named if e["log_id"] == log_id or e.get("folder") == folder]
+
     def erased(self, log_id: object, counter: object) -> set[int]:
         """Numbers of the records of one state of a log whose payload was erased."""
         return {
@@ -67,10 +82,31 @@ class Anchor:
         }
 
 
+def folder_hash(folder: Path | str) -> str:
+    """What entries name a log's folder by: SHA-256 of its absolute path."""
+    named = ["genrec audit folder", str(Path(folder).resolve())]
+    return hashlib.sha256(canonical(named)).hexdigest()
+
+
 def append(
-    path: Path | str, kind: str, log_id: str, time: str, content: Mapping[str, Any], key: AuditKey
+    path: Path | str,
+    kind: str,
+    log_id: str,
+    time: str,
+    content: Mapping[str, Any],
+    key: AuditKey,
+    folder: Path | str,
 ) -> dict[str, Any]:
     """Add a signed entry and return it.
+
+    Args:
+        path: of the anchor.
+        kind: `HEAD_KIND` or `ERASURE_KIND`.
+        log_id: of the log.
+        time: UTC, ISO 8601.
+        content: what is stated.
+        key: signs.
+        folder: of the log.
 
     Raises:
         ValueError: the file is damaged or was changed, so that nothing can be added to it.
@@ -86,6 +122,7 @@ def append(
             "number": len(before),
             "time": time,
             "log_id": log_id,
+            "folder": folder_hash(folder),
             "content": dict(content),
             "previous_sha256": entry_hash(before[-1]) if before else _FIRST,
         },

@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import re
 import secrets
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -34,11 +35,22 @@ from genrec.audit.schema import SCHEMA, check
 HEAD = "head.json"
 OLD_LOG = "audit.jsonl"  # of schema 1
 SHARD_SIZE = 10_000
+_SHARDS = "audit-*.jsonl"
+_SHARD = re.compile(r"audit-([0-9]{5,})\.jsonl")
 
 
 def shard_name(shard: int) -> str:
     """File of a shard."""
     return f"audit-{shard:05d}.jsonl"
+
+
+def shard_number(name: str) -> int | None:
+    """Number of a shard by the name of its file; None of any other name.
+
+    A number has one name: were audit-000000.jsonl shard 0 too, one file could hide another.
+    """
+    match = _SHARD.fullmatch(name)
+    return int(match[1]) if match and name == shard_name(int(match[1])) else None
 
 
 def record_hash(record: Mapping[str, Any]) -> str:
@@ -182,6 +194,7 @@ def next_state(folder: Path | str, anchor_file: Path | str, key: PublicKey) -> t
     """(log id, counter) of the log that is to be written into `folder`.
 
     A rewrite keeps the id of what it replaces, so that the anchor tells which state is the newest.
+    Where the head is gone, also since a rewrite was killed, the anchor knows what the folder held.
 
     Raises:
         ValueError: the anchor is damaged or another key's, so that no head can be added to it.
@@ -195,11 +208,12 @@ def next_state(folder: Path | str, anchor_file: Path | str, key: PublicKey) -> t
         )
     path = Path(folder) / HEAD
     head = read_json(path) if path.is_file() else None
-    log_id = head.get("log_id") if isinstance(head, dict) else None
-    if not isinstance(head, dict) or not isinstance(log_id, str):
-        return secrets.token_hex(6), 1
-    latest = known.latest_head(log_id)
-    return log_id, int(latest["content"]["counter"] if latest else head.get("counter", 0)) + 1
+    if not isinstance(head, dict) or not isinstance(head.get("log_id"), str):
+        last = known.last_head_in(anchor.folder_hash(folder))
+        head = last["content"] if last else {"log_id": secrets.token_hex(6)}
+    latest = known.latest_head(head["log_id"])
+    counter = latest["content"]["counter"] if latest else head.get("counter", 0)
+    return head["log_id"], int(counter) + 1
 
 
 def leaves_file(anchor_file: Path | str, head: Mapping[str, Any]) -> Path:
@@ -259,7 +273,7 @@ def write_log(
             there is no log.
     """
     folder, named = Path(folder), {"log_id": state[0], "counter": state[1]}
-    for old in [*folder.glob("audit-*.jsonl"), folder / HEAD]:
+    for old in [*folder.glob(_SHARDS), folder / HEAD]:
         old.unlink(missing_ok=True)
     shards: list[dict[str, Any]] = []
     leaves_path = leaves_file(anchor_file, named)
@@ -276,18 +290,19 @@ def write_log(
             gc.collect()
     head = make_head(shards, key, state, time)
     write_json(folder / HEAD, head)
-    anchor.append(anchor_file, anchor.HEAD_KIND, state[0], time, head, key)
+    anchor.append(anchor_file, anchor.HEAD_KIND, state[0], time, head, key, folder)
     return head
 
 
 def shard_paths(folder: Path | str) -> list[Path]:
-    """Shards that are there, in order.
+    """Shards that are there, in order: all that verification checks, and nothing else.
 
     Raises:
         ValueError: the folder holds a log of schema 1, or none.
     """
     folder = Path(folder)
-    paths = sorted(folder.glob("audit-*.jsonl"), key=lambda path: (len(path.name), path.name))
+    numbers = (shard_number(path.name) for path in folder.glob(_SHARDS))
+    paths = [folder / shard_name(shard) for shard in sorted(n for n in numbers if n is not None)]
     if not paths and (folder / OLD_LOG).is_file():
         raise ValueError(
             f"{folder / OLD_LOG} is a log of schema 1, this genrec reads {SCHEMA}: verify it with "
@@ -299,6 +314,12 @@ def shard_paths(folder: Path | str) -> list[Path]:
             f"{folder / shard_name(0)} does not exist; run: genrec audit --run_dir {folder.parent}"
         )
     return paths
+
+
+def strange_names(folder: Path | str) -> list[str]:
+    """Files that look like shards, but have no shard's name; nothing reads them."""
+    names = sorted(path.name for path in Path(folder).glob(_SHARDS))
+    return [name for name in names if shard_number(name) is None]
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,14 @@ from genrec.audit.custody import (
     record_hash,
     shard_entry,
     shard_name,
+    shard_number,
     shard_paths,
     shards_root,
+    strange_names,
 )
 from genrec.audit.keys import PublicKey
 from genrec.audit.schema import SCHEMA, problem
 
-_SHARD = re.compile(r"audit-(\d{5,})\.jsonl")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -118,12 +119,10 @@ def check_log(
         ValueError: there is no log, or one of another schema.
     """
     state, folder = LogState(), Path(folder)
-    by_shard: dict[int, Path] = {}
-    for path in shard_paths(folder):
-        if match := _SHARD.fullmatch(path.name):
-            by_shard[int(match[1])] = path
-        else:
-            state.find("insertion", "no name of a shard", path.name)
+    paths = shard_paths(folder)
+    by_shard = {n: path for path in paths if (n := shard_number(path.name)) is not None}
+    for name in strange_names(folder):
+        state.find("insertion", "no name of a shard", name)
     state.head = _read_head(folder / HEAD, state)
     shards = _stated_shards(state.head)
     anchored, leaves = None, None
@@ -336,11 +335,18 @@ def _check_anchor(
         return None
     anchored: dict[str, Any] = latest["content"]
     head = state.head
-    if head_is_signed(head, key) and head.get("counter") != anchored["counter"]:
+    # Whoever takes the head away before a rewrite gives the next log another id, or the id of some
+    # other log; the folder tells all the same.
+    last = state.anchor.last_head_in(latest.get("folder")) or latest
+    newest = latest if last["log_id"] == latest["log_id"] else last
+    same = newest is latest and head.get("counter") == anchored["counter"]
+    if head_is_signed(head, key) and not same:
+        other = f"log {newest['log_id']}, " if newest is not latest else ""
         state.find(
             "rollback",
-            f"it is state {head.get('counter')} of {head.get('time')}, state "
-            f"{anchored['counter']} was signed on {anchored['time']}: an older log was put back",
+            f"it is state {head.get('counter')} of {head.get('time')}, {other}state "
+            f"{newest['content']['counter']} was signed on {newest['time']}: an older log was put "
+            "back",
             HEAD,
         )
         return None

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from genrec.audit.canonical import canonical
+from genrec.columns import USER_ID
 
 STORE = "payloads.sqlite"
 PARTS = ("identity", "input", "chains")  # committed to one by one, so that one can be shown alone
@@ -89,7 +90,8 @@ class Store:
         """Payload of a record; None if there is none.
 
         Raises:
-            StoreError: a part of it is damaged.
+            StoreError: a part of it is damaged, or not stored in the form that `add` gives it, in
+                which a second value could hide.
         """
         if not isinstance(record, int) or not 0 <= record < 1 << 63:  # any JSON may ask
             return None
@@ -98,16 +100,44 @@ class Store:
         for part, salt, content in self._connection.execute(query, (record,)):
             try:
                 sealed = Sealed(str(salt), json.loads(content))
-                bytes.fromhex(sealed.salt)
+                if (salt, content) != (bytes.fromhex(sealed.salt).hex(), sealed.data.decode()):
+                    raise ValueError("it is not in canonical form")
             except (ValueError, TypeError, RecursionError) as error:
                 raise StoreError(f"{self._path}: {part} of record {record}: {error}") from error
             found[str(part)] = sealed
         return found or None
 
+    def strange_tables(self) -> list[str]:
+        """What the file holds beside the table of payloads, or in its place."""
+        query = "SELECT type, name, sql FROM sqlite_master ORDER BY name"
+        return [
+            f"{kind} {name}"
+            for kind, name, sql in self._connection.execute(query)
+            if (kind, name, str(sql).split()) != ("table", "payload", _TABLE.split())
+        ]
+
     def records(self) -> Iterator[int]:
         """Numbers of the records that have a payload, in order."""
         query = "SELECT DISTINCT record FROM payload ORDER BY record"
         return (number for (number,) in self._connection.execute(query))
+
+    def records_of(self, user_id: object) -> tuple[list[int], list[int]]:
+        """Numbers of the records whose payload is a user's, and of those that don't say whose.
+
+        No key is needed, other than to find a user in the log. Ids are compared as text.
+        """
+        query = (
+            "SELECT record, MAX(CASE part WHEN 'identity' THEN content END) FROM payload "
+            "GROUP BY record"
+        )
+        found, unknown = [], []
+        for number, content in self._connection.execute(query):
+            try:
+                if str(json.loads(content)[USER_ID]) == str(user_id):
+                    found.append(number)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                unknown.append(number)
+        return found, unknown
 
 
 @contextmanager
@@ -154,6 +184,11 @@ def erase_payloads(folder: Path | str, records: Iterable[int]) -> int:
         query = "SELECT COUNT(*) FROM payload WHERE record = ? AND part = 'identity'"
         found = sum(connection.execute(query, number).fetchone()[0] for number in numbers)
         connection.executemany("DELETE FROM payload WHERE record = ?", numbers)
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("VACUUM")  # free pages leave the file
+    try:
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("VACUUM")  # free pages leave the file
+    except sqlite3.DatabaseError as error:
+        raise StoreError(
+            f"{path}: the payloads are deleted, but it can't be made smaller: {error}"
+        ) from error
     return found

@@ -11,10 +11,20 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterable
 
-_EMAIL = r"[A-Za-z0-9._%+-]+@(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}"
-_IBAN = r"[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?"
-_CARD = r"\d(?:[ -]?\d){12,18}"
-_IP = r"(?:\d{1,3}\.){3}\d{1,3}|(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}"
+# Of any script, and with accents as characters of their own.
+_LOCAL = r"\w\u0300-\u036f.%+-"
+_EMAIL = rf"[{_LOCAL}]+@(?:[\w\u0300-\u036f-]+\.)+(?:[^\W\d_]{{2,}}|xn--[A-Za-z0-9-]+)"
+# In small letters words of a title would pass for groups of four; so all but the first, which may
+# be a bank's name, have a digit there.
+_IBAN = (
+    r"[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?"
+    r"|[a-z]{2}\d{2} ?[a-z0-9]{4}(?: ?(?=[a-z]{0,3}\d)[a-z0-9]{4}){1,6}"
+    r"(?: ?(?=[a-z]{0,2}\d)[a-z0-9]{1,3})?"
+)
+# With dots in the groups of a card alone: prices and sizes in a row have dots, too.
+_CARD = r"\d(?:[ -]?\d){12,18}|(?:\d{4}(?:\.\d{4}){3}|\d{4}\.\d{6}\.\d{5})(?!\.\d)"
+_IP_V4 = r"(?:\d{1,3}\.){3}\d{1,3}"
+_IP_V6 = r"(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}"
 # International, or with separators: a bare run of digits is far more often a size or an id.
 _PHONE = "|".join(
     (
@@ -45,6 +55,10 @@ def iban_holds(text: str) -> bool:
     return 15 <= len(text) <= 34 and int("".join(str(int(c, 36)) for c in moved)) % 97 == 1
 
 
+def _is_iban(text: str) -> bool:
+    return iban_holds(text.replace(" ", ""))
+
+
 def _is_card(text: str) -> bool:
     digits = re.sub(r"\D", "", text)
     return len(set(digits)) > 1 and luhn(digits)
@@ -60,10 +74,14 @@ def _is_ip(text: str) -> bool:
 
 # In this order: a card number could be read as a phone number, an IBAN holds what looks like one.
 KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
-    "email": (re.compile(rf"(?<![\w.%+-]){_EMAIL}(?![\w-])"), lambda text: True),
-    "iban": (re.compile(rf"(?<!\w){_IBAN}(?!\w)"), lambda text: iban_holds(text.replace(" ", ""))),
-    "card": (re.compile(rf"(?<![\w.-]){_CARD}(?!\w)"), _is_card),
-    "ip": (re.compile(rf"(?<![\w.:])(?:{_IP})(?![\w:]|\.\d)"), _is_ip),
+    "email": (re.compile(rf"(?<![{_LOCAL}]){_EMAIL}(?![\w-])"), lambda text: True),
+    "iban": (re.compile(rf"(?<!\w)(?:{_IBAN})(?!\w)"), _is_iban),
+    "card": (re.compile(rf"(?<![\w.-])(?:{_CARD})(?!\w)"), _is_card),
+    # A port or a colon may follow the address of version 4.
+    "ip": (
+        re.compile(rf"(?<![\w.:])(?:{_IP_V4}(?!\w|\.\d)|{_IP_V6}(?![\w:]|\.\d))"),
+        _is_ip,
+    ),
     "phone": (re.compile(rf"(?<![\w.+])(?:{_PHONE})(?!\w|[.-]\d)"), lambda text: True),
 }
 _MASKED = re.compile(rf"\[(?:{'|'.join(KINDS)})\]")

@@ -198,7 +198,11 @@ class _Around:
         payload, fresh = None, isinstance(number, int) and number not in self._numbers
         if isinstance(number, int) and fresh:
             self._numbers.add(number)
-            payload = store.get(number)
+            try:
+                payload = store.get(number)
+            except StoreError as error:
+                state.find("payload", str(error), line.file, line.number)
+                return
         if payload is None and number in self._gone:
             self.erased += fresh
         elif payload is None:
@@ -219,10 +223,12 @@ class _Around:
         return gone
 
     def check_strays(self, state: LogState, store: Store) -> None:
-        """Find payloads of no record."""
+        """Find payloads of no record, and what is no payload."""
         strays = list(islice((n for n in store.records() if n not in self._numbers), 5))
         if strays:
             state.find("payload", f"it holds payloads of no record: {strays}", STORE)
+        if strange := store.strange_tables():
+            state.find("payload", f"it holds more than payloads: {', '.join(strange)}", STORE)
 
 
 def _check_payload(
@@ -238,6 +244,9 @@ def _check_payload(
             text = f"the {part} in its payload is not what the record commits to"
             state.find("payload", text, line.file, line.number)
             return
+    if strange := sorted(set(payload) - set(PARTS)):
+        text = f"its payload has a part {strange[0]!r} that no record commits to"
+        state.find("payload", text, line.file, line.number)
     if secret is None or "identity" not in payload:
         return
     identity = payload["identity"].content

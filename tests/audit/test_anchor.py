@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from genrec.audit.anchor import append, is_signed, read_anchor, signed
+from genrec.audit.anchor import append, folder_hash, is_signed, read_anchor, signed
 from genrec.audit.canonical import canonical
 from genrec.audit.keys import AuditKey
 
@@ -18,9 +18,10 @@ TIME = "2026-01-01T00:00:00+00:00"
 def path(tmp_path):
     path = tmp_path / "deep" / "heads.jsonl"
     for log, counter in (("one", 1), ("two", 1), ("one", 2)):
-        append(path, "head", log, TIME, {"counter": counter}, KEY)
-    append(path, "erasure", "one", TIME, {"counter": 2, "records": [3, 5]}, KEY)
-    append(path, "erasure", "one", TIME, {"counter": 2, "records": [7]}, KEY)
+        append(path, "head", log, TIME, {"counter": counter}, KEY, tmp_path / log)
+    for records in ([3, 5], [7]):
+        content = {"counter": 2, "records": records}
+        append(path, "erasure", "one", TIME, content, KEY, tmp_path / "one")
     return path
 
 
@@ -39,6 +40,8 @@ def test_what_it_answers(path):
     head = anchor.latest_head("one")
     assert head is not None and head["content"]["counter"] == 2
     assert anchor.latest_head("three") is None
+    assert anchor.last_head_in(folder_hash(path.parents[1] / "x" / ".." / "one")) == head
+    assert anchor.last_head_in(folder_hash("three")) is None is anchor.last_head_in(None)
     assert anchor.erased("one", 2) == {3, 5, 7}
     assert anchor.erased("one", 1) == anchor.erased("two", 2) == set()
 
@@ -62,7 +65,7 @@ def test_every_change_is_found(path):
         anchor = read_anchor(path, KEY.public)
         assert len(anchor.problems) == 1 and text in anchor.problems[0]
         with pytest.raises(ValueError, match="can't be continued"):
-            append(path, "head", "one", TIME, {"counter": 3}, KEY)
+            append(path, "head", "one", TIME, {"counter": 3}, KEY, "one")
         assert path.read_bytes() == b"".join(changed)
     path.unlink()
     assert "is missing" in read_anchor(path, KEY.public).problems[0]

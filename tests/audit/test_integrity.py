@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from genrec.audit.anchor import read_anchor
+from genrec.audit.anchor import read_anchor, signed
 from genrec.audit.canonical import canonical
 from genrec.audit.custody import (
     HEAD,
@@ -185,6 +185,19 @@ def test_cut_tails(log):
     assert "deletion: audit-00000.jsonl: the shard is missing; it held 4 records" in said(log)
 
 
+@pytest.mark.parametrize("name", ["audit-000000.jsonl", "audit-٠٠٠٠٠.jsonl", "audit-0.jsonl",
+                                  "audit-copy.jsonl"])  # fmt: skip
+def test_no_second_name_of_a_shard_hides_the_first(log, name):
+    (log[0] / name).write_bytes(shard(log, 0).read_bytes())
+    assert said(log) == f"insertion: {name}: no name of a shard"
+    assert [r["record"] for r in read_log(log[0])] == list(range(N))  # as verified, each once
+    lines = records(log, 0)
+    lines[1]["verdict"] = "failed"
+    put(log, 0, lines)
+    assert "edit: audit-00000.jsonl, line 2: its content doesn't match its own hash" in said(log)
+    assert [r["verdict"] for r in read_log(log[0])].count("failed") == 1
+
+
 def test_a_shard_that_was_taken_out_of_the_head_too(bench, log):
     shard(log, 2).unlink()
     bench["recompute"](log[0])
@@ -225,6 +238,40 @@ def test_an_older_log_that_was_signed(bench, made, log):
     assert said(put_back, anchor=False) == ""  # the signature alone can't tell
     log[1].unlink()
     assert "is missing" in said(log) and "no head of log" in said(log)
+
+
+@pytest.mark.parametrize("lost", ["head", "folder", "killed", "foreign head"])
+def test_an_older_log_put_back_is_found_although_the_id_was_lost(bench, made, log, lost):
+    """What a folder held before stands in the anchor, whatever is taken out of the folder."""
+    older = shutil.copytree(log[0], log[0].with_name("older"))
+    log_id = next_state(log[0], log[1], KEY.public)[0]
+    head = json.loads((log[0] / HEAD).read_bytes())
+    (log[0] / HEAD).unlink()
+    if lost == "folder":
+        shutil.rmtree(log[0])
+    elif lost == "killed":  # the folder was set aside, and no head is there yet
+        log[0].rename(log[0].with_name("audit.old-1"))
+        log[0].mkdir()
+    elif lost == "foreign head":
+        (log[0] / HEAD).write_text(json.dumps({**head, "log_id": "b" * 12}))
+    state = next_state(log[0], log[1], KEY.public)
+    assert state == ((log_id, 2) if lost != "foreign head" else ("b" * 12, 2))
+    write_log(log[0], made[:5], KEY, log[1], state, "2026-01-02", SIZE)
+    assert said(log) == ""
+    assert said((older, log[1])).startswith("rollback: head.json: it is state 1 of ")
+
+
+def test_a_log_whose_anchor_names_no_folder(bench, made, log):
+    """As earlier versions wrote it; the head's id is what a rewrite goes on from."""
+    (entry,) = read_anchor(log[1], KEY.public).entries
+    bare = {n: v for n, v in entry.items() if n not in ("folder", "key_id", "signature")}
+    log[1].write_bytes(canonical(signed(bare, KEY)) + b"\n")
+    assert said(log) == ""
+    older = shutil.copytree(log[0], log[0].with_name("older"))
+    bench["make_log"](log[0], made, KEY, SIZE)
+    assert said(log) == "" and said((older, log[1])).startswith("rollback: head.json: it is state")
+    (log[0] / HEAD).unlink()
+    assert next_state(log[0], log[1], KEY.public) == (entry["log_id"], 3)
 
 
 def test_missing_key_and_head(log):

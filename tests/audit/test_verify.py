@@ -8,10 +8,11 @@ import sqlite3
 
 import pytest
 
-from genrec.artifacts import sha256_file
-from genrec.audit.anchor import read_anchor
+from genrec.artifacts import read_json, sha256_file
+from genrec.audit.anchor import read_anchor, signed
+from genrec.audit.canonical import canonical
 from genrec.audit.custody import read_log
-from genrec.audit.erasure import ERASURES, erase
+from genrec.audit.erasure import ERASURES, erase, erased_users
 from genrec.audit.keys import AuditKey, public_path
 from genrec.audit.payloads import STORE
 from genrec.audit.records import read_opened
@@ -80,6 +81,41 @@ def test_changed_payloads(copied):
     assert "holds payloads of no record: [99]" in text and text.count("\n") == 4
 
 
+def test_nothing_hides_beside_what_records_commit_to(copied):
+    with sqlite3.connect(copied / "audit" / STORE) as connection:
+        connection.execute("CREATE TABLE notes AS SELECT * FROM payload WHERE record < 3")
+        connection.execute("INSERT INTO payload VALUES (1, 'mood', '00', '[]')")
+        for number, change in {
+            2: 'content = \'{"user_id":"false",\' || SUBSTR(content, 2)',  # the last one counts
+            5: "content = ' ' || content",
+            6: "salt = UPPER(salt) || ' '",
+            7: "content = '{'",
+            8: "content = CAST(content AS BLOB)",
+        }.items():
+            where = f"record = {number} AND part = 'identity'"
+            connection.execute(f"UPDATE payload SET {change} WHERE {where}")
+    connection.close()
+    found = verify(copied).findings
+    assert {f.text for f in found if f.file == STORE} == {
+        "it holds more than payloads: table notes"
+    }
+    text = "\n".join(map(str, found))
+    assert (
+        "audit-00000.jsonl, line 2: its payload has a part 'mood' that no record commits to" in text
+    )
+    for number in (2, 5, 6, 7, 8):
+        place = f"audit-{number // 4:05d}.jsonl, line {number % 4 + 1}: "
+        why = f"{copied / 'audit' / STORE}: identity of record {number}: "
+        assert f"{place}{why}" in text
+        assert (f"{why}it is not in canonical form" in text) == (number != 7)
+    assert len(found) == 7
+    with sqlite3.connect(copied / "audit" / STORE) as connection:
+        connection.execute("DROP TABLE notes")
+        connection.execute("ALTER TABLE payload ADD COLUMN more TEXT")
+    connection.close()
+    assert "it holds more than payloads: table payload" in findings(copied)
+
+
 def test_a_changed_file_names_the_file(copied):
     path = copied / "data" / "catalog.parquet"
     path.write_bytes(path.read_bytes() + b"x")
@@ -126,7 +162,7 @@ def test_erasing_a_user_leaves_the_rest_verifiable(copied):
     (copied / "audit.old-2" / "audit.jsonl").write_text("{}\n")
     done = erase(copied, record["user_id"], key, anchor_file, TIME)
     assert done.records == [2] and done.payloads == 2  # the older state's too
-    assert done.left == [copied / "audit.old-2" / "audit.jsonl"]
+    assert list(done.left) == [copied / "audit.old-2" / "audit.jsonl"]
     assert not (old / "report.html").exists()
     found = verify(copied)
     assert found.findings == [] and found.erased == 1 and list(read_log(copied / "audit")) == before
@@ -146,6 +182,100 @@ def test_erasing_a_user_leaves_the_rest_verifiable(copied):
     assert findings(copied) == ""
     shutil.copy(kept, copied / "audit" / STORE)
     assert "its payload is there although it was erased" in findings(copied)
+
+
+def test_older_states_are_erased_without_their_log_or_key(copied):
+    """Of a state whose writer was killed no shard is there, and others were made under a lost key.
+
+    What can't be read is named and keeps nothing else from being erased.
+    """
+    key = AuditKey.load(custody(copied) / "audit.key")
+    (record,) = read_opened(copied / "audit", [2])
+    killed = shutil.copytree(copied / "audit", copied / "audit.old-1")
+    for path in [*killed.glob("audit-*.jsonl"), killed / "head.json"]:
+        path.unlink()
+    (killed / ".report.html.7.partial").write_text(str(record["user_id"]))
+    damaged = shutil.copytree(killed, copied / "audit.old-2")
+    (damaged / STORE).write_bytes(b"nonsense" * 1000)
+    foreign = shutil.copytree(copied / "audit", copied / "audit.old-3")
+    log = foreign / "audit-00000.jsonl"
+    log.write_text(log.read_text().replace(record["user"]["pseudonym"], "f" * 64))
+    with sqlite3.connect(foreign / STORE) as connection:
+        connection.execute("DELETE FROM payload WHERE record = 5 AND part = 'identity'")
+    connection.close()
+    for again in (False, True):
+        done = erase(copied, record["user_id"], key, custody(copied) / "heads.jsonl", TIME)
+        assert done.payloads == (0 if again else 3) and done.records == [2]
+        assert list(done.left) == [damaged / STORE, foreign / STORE]
+        assert "can't be read: file is not a database" in done.left[damaged / STORE]
+        assert "records [5] don't say whose they are" in done.left[foreign / STORE]
+        assert not list(copied.glob("audit*/*report.html*"))
+        assert findings(copied) == ""
+    for folder in (copied / "audit", killed, foreign):
+        assert record["input"]["prompt"].encode() not in (folder / STORE).read_bytes()
+    with pytest.raises(ValueError, match="no record of user 'nobody' .*old-2.*can't be read"):
+        erase(copied, "nobody", key, custody(copied) / "heads.jsonl", TIME)
+
+
+def test_a_user_of_older_states_alone_is_erased(copied):
+    old = shutil.copytree(copied / "audit", copied / "audit.old-1")
+    with sqlite3.connect(old / STORE) as connection:
+        content = '{"row_id":"gone-0","user_id":"gone"}'
+        where = "part = 'identity' AND record = 3"
+        connection.execute(f"UPDATE payload SET content = ? WHERE {where}", (content,))
+    connection.close()
+    key = AuditKey.load(custody(copied) / "audit.key")
+    done = erase(copied, "gone", key, custody(copied) / "heads.jsonl", TIME)
+    assert (done.records, done.payloads, done.left) == ([], 1, {}) and findings(copied) == ""
+    assert b"gone-0" not in (old / STORE).read_bytes()
+    assert key.pseudonym("gone") in erased_users(
+        copied / "audit", custody(copied) / "heads.jsonl", key, "of no log"
+    )
+
+
+def test_who_was_erased_is_known_from_the_anchor_or_from_beside_the_log(copied):
+    key, anchor_file = AuditKey.load(custody(copied) / "audit.key"), custody(copied) / "heads.jsonl"
+    folder, log_id = copied / "audit", read_json(copied / "audit" / "head.json")["log_id"]
+    first, second, *_ = read_opened(folder)
+    for record in (first, second):
+        erase(copied, record["user_id"], key, anchor_file, TIME)
+    both = {record["user"]["pseudonym"] for record in (first, second)}
+    assert erased_users(folder, anchor_file, key, log_id) == both
+    assert erased_users(folder, copied.parent / "none.jsonl", key, log_id) == both
+    folder.rename(copied / "audit.old-1")
+    assert erased_users(folder, copied.parent / "none.jsonl", key, log_id) == both
+    other = AuditKey(b"x" * 32)
+    with pytest.raises(
+        ValueError, match=f"old-1/erasures.jsonl names .* erased under key {key.key_id}"
+    ):
+        erased_users(folder, copied.parent / "none.jsonl", other, log_id)
+    shutil.rmtree(copied / "audit.old-1")
+    assert erased_users(folder, anchor_file, key, "another") == both  # in this folder
+    assert erased_users(copied / "elsewhere", anchor_file, key, log_id) == both  # of this log
+    assert erased_users(copied / "elsewhere", anchor_file, key, "another") == set()
+
+
+def test_an_erasure_without_pseudonyms_is_traced_by_its_records(copied):
+    """As earlier versions noted it."""
+    key, anchor_file = AuditKey.load(custody(copied) / "audit.key"), custody(copied) / "heads.jsonl"
+    log_id = read_json(copied / "audit" / "head.json")["log_id"]
+    (record,) = read_opened(copied / "audit", [2])
+    erase(copied, record["user_id"], key, anchor_file, TIME)
+    *lines, last = anchor_file.read_bytes().splitlines(keepends=True)
+    entry = json.loads(last)
+    bare = {n: v for n, v in entry.items() if n not in ("folder", "key_id", "signature")}
+    bare["content"] = {n: v for n, v in entry["content"].items() if n != "pseudonyms"}
+    anchor_file.write_bytes(b"".join([*lines, canonical(signed(bare, key)) + b"\n"]))
+    (copied / "audit" / ERASURES).unlink()
+    assert findings(copied) == ""
+    old = (copied / "audit").rename(copied / "audit.old-1")
+    wanted = {record["user"]["pseudonym"]}
+    assert erased_users(copied / "audit", anchor_file, key, log_id) == wanted
+    shutil.rmtree(old)
+    with pytest.raises(
+        ValueError, match=r"records \[2\] in state 1 of log .* name another --anchor"
+    ):
+        erased_users(copied / "audit", anchor_file, key, log_id)
 
 
 def test_who_can_not_be_erased(copied, tmp_path):

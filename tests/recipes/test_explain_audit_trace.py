@@ -237,6 +237,50 @@ def test_prove_check_erase_and_report(capsys, copied, tmp_path):
     assert "name the user" in refused(capsys, "audit", "erase", *where)
 
 
+def test_what_erase_can_not_reach_is_named(capsys, copied):
+    """A page that shows the user is gone whatever else can't be erased."""
+    old = shutil.copytree(copied / "audit", copied / "audit.old-1")
+    (old / "payloads.sqlite").write_bytes(b"nonsense" * 1000)
+    user = pl.read_parquet(copied / "recommendations" / "rows.parquet")["user_id"][0]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            call("audit", "erase", "--run_dir", str(copied), "--user", str(user))
+        said = capsys.readouterr().out
+        assert stop.value.code == 1 and "payloads of 1 records: [0]" in said
+        assert f"NOT erased: {old / 'payloads.sqlite'}: " in said and "can't be read" in said
+        assert not (old / "report.html").exists()
+        assert "The user was erased" in (copied / "audit" / "report.html").read_text()
+    shutil.rmtree(old)
+    call("audit", "erase", "--run_dir", str(copied), "--user", str(user))
+
+
+def test_an_erased_user_stays_erased_when_the_log_is_made_again(capsys, copied, tmp_path):
+    where, again = ("--run_dir", str(copied)), ("--overwrite", "true")
+    asked = pl.read_parquet(copied / "recommendations" / "rows.parquet")
+    row, user = asked.row(0)
+    assert row.encode() in (copied / "audit" / "payloads.sqlite").read_bytes()
+    call("audit", "erase", *where, "--user", str(user))
+    for size in ("5", "6"):
+        call("audit", *where, "--shard_size", size, *again)
+        assert "1 of erased users without payload" in capsys.readouterr().out
+        assert row.encode() not in (copied / "audit" / "payloads.sqlite").read_bytes()
+        page = (copied / "audit" / "report.html").read_text()
+        assert row not in page and "1 of these records were erased" in page
+        call("audit", "verify", *where)
+        assert "OK: 14 records" in (said := capsys.readouterr().out) and "(1 erased)" in said
+        for old in copied.glob("audit.old-*"):  # the anchor knows without them
+            shutil.rmtree(old)
+    call("audit", "erase", *where, "--user", str(user))
+    assert "erased 0 payloads of 1 records: [0]" in capsys.readouterr().out
+    # Under another key the user can't be known again.
+    other = ("--key_file", str(tmp_path / "other" / "audit.key"))
+    assert "were erased under key" in refused(capsys, "audit", *where, *other, *again)
+    assert not (tmp_path / "other").exists() and not (copied / "audit.old-1").exists()
+    (copied / "audit" / "erasures.jsonl").unlink()
+    call("audit", *where, *other, *again)
+    assert " 0 of erased users" in capsys.readouterr().out
+
+
 def test_keys_inside_the_run_are_refused(capsys, listed, copied, tmp_path):
     for verb in ((), ("keygen",)):
         inside = ("--run_dir", str(copied), "--key_file", str(copied / "audit.key"))
