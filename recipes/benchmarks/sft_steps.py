@@ -44,7 +44,7 @@ from genrec.metrics import gains, hits
 
 K = 10
 STAGES = ("embed", "quantize", "build_dataset", "sft")
-TASKS = "--tasks sequential title_to_sid sid_to_title sids_to_title --sequential_mode whole_history"
+TASKS = "--tasks sequential title_to_sid sid_to_title"
 # arm -> stage -> what it gets on top of its config.
 ARMS: dict[str, dict[str, str]] = {
     "recipe": {},

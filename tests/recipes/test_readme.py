@@ -225,6 +225,7 @@ def test_lists_for_users_plan_and_export(genrec, run_dir, tmp_path):
     values = {
         "runs/mine": str(run_dir), "runs/quickstart": str(run_dir),
         "users.parquet": str(tmp_path / "users.parquet"), "lists/today": str(tmp_path / "today"),
+        "lists/remembered": str(tmp_path / "remembered"),
         "bundles/quickstart": str(tmp_path / "bundle"),
     }  # fmt: skip
     said = {}
@@ -241,6 +242,8 @@ def test_lists_for_users_plan_and_export(genrec, run_dir, tmp_path):
     assert "users/s" in said["plan --model"]
     lists = read_shards(tmp_path / "today" / "recommendations", "recommendations")
     assert lists.group_by("user_id").len()["len"].to_list() == [10, 10]
+    remembered = read_shards(tmp_path / "remembered" / "recommendations", "recommendations")
+    assert remembered.group_by("user_id").len()["len"].to_list() == [10, 10]
     assert (tmp_path / "bundle" / "model" / "config.json").is_file()
 
 
