@@ -30,6 +30,8 @@ Writes ``recommendations/recommendations-<first row>-<last row>.parquet``, … (
 recommended item), ``progress.json`` while it works, and for a split ``rows.parquet`` (the rows that
 were asked for). Killed and started again, it goes on at the next shard, and the files are the same
 as without the kill. With `shard` the last part that finishes writes the manifest.
+
+Longer than other recipes: half of it is settings and their checks.
 """
 
 import logging

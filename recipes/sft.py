@@ -20,6 +20,9 @@ an interaction or an item that its training part lacked, and on a sample of the 
 
 At the end the validation sample is ranked under every score normaliser; the one that the model
 declares from then on is in ``sft/model/genrec.json`` and in the manifest, with what was measured.
+
+Longer than other recipes: half of it is settings and their checks, and all ways to train are one
+straight line.
 """
 
 import logging
