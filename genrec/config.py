@@ -140,6 +140,12 @@ def training_fingerprint(training: Any) -> dict[str, Any]:
     return {**kept, **dropped, "world_size": training.world_size}  # a factor of the batch
 
 
+def check_trainer(training: Any) -> None:
+    """Refuse what would end or spoil a training only later; see the two functions behind it."""
+    check_resuming(training)
+    check_trackers(training)
+
+
 def check_resuming(training: Any) -> None:
     """Refuse settings of a Transformers/TRL config that would break how a killed training goes on.
 

@@ -19,6 +19,8 @@ With ``chains`` it trains reasoning mode: each prompt gets so many chains of fre
 chain its items (`genrec.reasoning_rollouts`). The SFT model must have learned the family
 `reasoning_recommendation`. Prompts are that family's, validation merges lists as `genrec reason`
 does, and the plain prompts that `genrec recommend` serves are not trained.
+
+Longer than other recipes: a third of it is settings and their checks.
 """
 
 import logging
@@ -56,8 +58,7 @@ from genrec.columns import (
 )
 from genrec.config import (
     check_choice,
-    check_resuming,
-    check_trackers,
+    check_trainer,
     parse,
     run,
     training_fingerprint,
@@ -370,8 +371,7 @@ def keep_best(
 def main() -> None:
     """Run the stage."""
     args, training = parse(GrpoArgs, GRPOConfig)
-    check_resuming(training)
-    check_trackers(training)
+    check_trainer(training)
     sharding.check_grpo(training)
     objective = args.objective
     config = {**asdict(args), "training": training_fingerprint(training)}

@@ -48,8 +48,7 @@ from genrec.bundle.training_card import shown_base, training_card, training_sett
 from genrec.columns import PROMPT, TASK
 from genrec.config import (
     check_choice,
-    check_resuming,
-    check_trackers,
+    check_trainer,
     parse,
     run,
     training_fingerprint,
@@ -282,7 +281,7 @@ def adapter_config(
     )  # fmt: skip
 
 
-def unquantized(
+def merged(
     trained: Any,
     tokenizer: PreTrainedTokenizerBase,
     args: SftArgs,
@@ -290,10 +289,13 @@ def unquantized(
     validation: BeamValidation | None,
     make: Callable[[Any], TorchEngine],
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model to serve, and what its readers must know: it isn't quite the one that was trained.
+    """The model to serve, before anything is declared of it: in 16 bits merging rounds.
 
-    The adapter was trained beside 4-bit weights and is merged into those that they were made of.
+    An adapter that was trained beside 4-bit weights is merged into those that they were made of, so
+    the model isn't quite the one that was trained; what its readers must know of it is returned.
     """
+    if not args.load_in_4bit:
+        return (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained), {}
     assert args.model_name_or_path
     final = adapters.merged_into_base(trained, tokenizer, args.model_name_or_path, args.dtype)
     spread = np.linspace(0, len(rows) - 1, min(N_COMPARED, len(rows))).astype(int)
@@ -307,20 +309,6 @@ def unquantized(
         for name, model in (("trained", trained), ("merged", final)):
             told[f"ndcg@{validation.k}_{name}"] = float(validation.per_row(make(model))[1].mean())
     return final, {"trained_on_quantized_base": told}
-
-
-def merged(
-    trained: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    args: SftArgs,
-    rows: EpochRows,
-    validation: BeamValidation | None,
-    make: Callable[[Any], TorchEngine],
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model to serve, before anything is declared of it: in 16 bits merging rounds."""
-    if args.load_in_4bit:
-        return unquantized(trained, tokenizer, args, rows, validation, make)
-    return (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained), {}
 
 
 def earlier_model(args: SftArgs) -> EarlierModel | None:
@@ -437,8 +425,7 @@ def base_model(
 def main() -> None:
     """Run the stage."""
     args, training = parse(SftArgs, SFTConfig)
-    check_resuming(training)
-    check_trackers(training)
+    check_trainer(training)
     check_training(training, args.loss_over, bool(args.teachers))
     sharding.check_sft(
         training, args.use_lora, args.eval_rows, args.loss_over, bool(args.teachers),

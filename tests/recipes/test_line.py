@@ -171,13 +171,18 @@ def test_a_catalogue_smaller_than_the_codebook(recipe, copied_run):
     assert sorted(p.name for p in run.iterdir()) == ["data", "embeddings", "semantic_ids"]
 
 
-def test_per_item_rows_supervise_the_same_interactions(recipe, copied_run, tiny_run: Path):
+def rows_in_mode(recipe, copied_run, tiny_run: Path, mode: str):
+    """A run with rows of another mode, these rows, and the sequential ones of whole histories."""
     run = copied_run("data", "embeddings", "semantic_ids")
-    recipe("build_dataset", run, "--sequential_mode", "per_item", "--tasks", "sequential")
-    per_item = pl.read_parquet(run / "dataset" / "train.parquet")
-    whole = pl.read_parquet(tiny_run / "dataset" / "train.parquet").filter(
-        pl.col("task") == "sequential"
+    recipe("build_dataset", run, "--sequential_mode", mode, "--tasks", "sequential")
+    made, all_rows = (
+        pl.read_parquet(folder / "dataset" / "train.parquet") for folder in (run, tiny_run)
     )
+    return run, made, all_rows.filter(pl.col("task") == "sequential")
+
+
+def test_per_item_rows_supervise_the_same_interactions(recipe, copied_run, tiny_run: Path):
+    run, per_item, whole = rows_in_mode(recipe, copied_run, tiny_run, "per_item")
     n_levels = 3
     n_supervised = whole["completion"].str.count_matches("<").sum() // n_levels
     assert len(per_item) == n_supervised > len(whole)
@@ -192,12 +197,7 @@ def test_per_item_rows_supervise_the_same_interactions(recipe, copied_run, tiny_
 
 
 def test_last_item_rows_supervise_the_newest_item_of_each_row(recipe, copied_run, tiny_run: Path):
-    run = copied_run("data", "embeddings", "semantic_ids")
-    recipe("build_dataset", run, "--sequential_mode", "last_item", "--tasks", "sequential")
-    last = pl.read_parquet(run / "dataset" / "train.parquet")
-    whole = pl.read_parquet(tiny_run / "dataset" / "train.parquet").filter(
-        pl.col("task") == "sequential"
-    )
+    _, last, whole = rows_in_mode(recipe, copied_run, tiny_run, "last_item")
     assert last["row_id"].equals(whole["row_id"])
     assert (last["completion"].str.count_matches("<") == 3).all()  # one item of three levels
     assert (whole["completion"].str.count_matches("<") > 3).any()
