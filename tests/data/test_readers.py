@@ -109,12 +109,12 @@ def test_category_lists_and_separators(tmp_path):
 
 def test_category_lists_that_were_written_as_text(tmp_path):
     """As pandas' `to_csv` writes them."""
-    log = write(tmp_path, "log.csv", "user_id,item_id\nu,1\nu,2\nu,3\nu,4\n")
-    cells = ["['Outdoor', 'B > C']", "[['A', 'B'], ['C']]", "[Sale] > Tents", "[]"]
+    log = write(tmp_path, "log.csv", "user_id,item_id\nu,1\nu,2\nu,3\nu,4\nu,5\n")
+    cells = ["['Outdoor', 'B > C']", "[['A', 'B'], ['C']]", "[Sale] > Tents", "[]", "[{[]: 1}]"]
     lines = [f'{n},T{n},"{cell}"' for n, cell in enumerate(cells, 1)]
     items = write(tmp_path, "items.csv", "item_id,title,c\n" + "\n".join(lines) + "\n")
     raw = read_table(log, items, category_column="c")
-    expected = [["Outdoor", "B > C"], ["A", "B"], ["[Sale]", "Tents"], []]
+    expected = [["Outdoor", "B > C"], ["A", "B"], ["[Sale]", "Tents"], [], ["[{[]: 1}]"]]
     assert raw.catalog["categories"].to_list() == expected
 
 

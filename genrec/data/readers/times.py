@@ -115,8 +115,7 @@ def _numeric_times(
                 "YYYY-MM-DD"
             )
     # Likewise YYYYMMDDHHMM for seconds or milliseconds, and YYYYMMDDHHMMSS for milliseconds.
-    for digits, form in ((100, "YYYYMMDDHHMM"), (10_000, "YYYYMMDDHHMMSS")):
-        unit_of_day = digits * 100
+    for unit_of_day, form in ((10_000, "YYYYMMDDHHMM"), (1_000_000, "YYYYMMDDHHMMSS")):
         if low >= 19_000_101 * unit_of_day and high < 21_001_232 * unit_of_day:
             whole = numbers.cast(pl.Int64)
             day, month = whole // unit_of_day % 100, whole // unit_of_day // 100 % 100

@@ -182,7 +182,7 @@ def _written_lists(column: pl.Series) -> list[list[str] | None]:
     for text in column.filter(column.str.contains(r"^\s*\[.*\]\s*$")).unique().to_list():
         try:
             value = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue  # brackets of a name
         if value and all(isinstance(part, list) for part in value):
             value = value[0]
